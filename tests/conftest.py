@@ -1,0 +1,28 @@
+"""Shared by all tests: one thread a process (the suite runs one process a core), and where the golden numbers are."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Read one file of numbers printed by a reference implementation: ``golden("sar_bloblosses.pt")``."""
+    return lambda name: torch.load(GOLDEN / name, weights_only=True)
+
+
+def pytest_collection_modifyitems(items):
+    """A check marked ``gpu`` cannot run without one; it is skipped with the reason, never silently passed."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
