@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a process (the suite runs one process a core), and where the golden numbers are."""
+"""Shared by all tests: one thread a process (the suite runs one a core), and the golden numbers."""
 
 import os
 from pathlib import Path
