@@ -1,0 +1,120 @@
+"""Which image when: the order of a training epoch over updates, micro-batches and processes, and exact evaluation.
+
+An order is a pure function of (seed, epoch), so a sampler keeps no random state: a resumed run asks for the
+epoch and the update it stopped at and gets the rest, without reading the images before it.
+"""
+
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class Draw(NamedTuple):
+    """What a sampler yields: an image and where in the epoch it stands.
+
+    ``index`` is the image's number in the data set, ``epoch`` the epoch, ``position`` the place in the global
+    order of that epoch, over all processes. Augmentation depends on the last two (:mod:`datasets`).
+    """
+
+    index: int
+    epoch: int
+    position: int
+
+
+def seed_sequence(purpose: str, *numbers: int) -> np.random.SeedSequence:
+    """Seeds for one purpose ("order", "augmentation"), independent of every other purpose's at equal numbers.
+
+    ``numbers`` are not negative, and always equally many for one purpose: numpy pads with zeros, so that
+    (1,) and (1, 0) are the same seed.
+    """
+    return np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers])
+
+
+class TrainSampler(Sampler[Draw]):
+    """The draws of one process for one epoch, in the order of its micro-batches.
+
+    The global order of an epoch is a permutation of all images that depends on ``(seed, epoch)`` alone. With the
+    total batch ``T = batch_size * accumulation * world_size``, update ``u`` trains on the positions
+    ``[u * T, (u + 1) * T)``, and in its micro-step ``a`` the process ``rank`` takes the ``batch_size`` positions from
+    ``u * T + (a * world_size + rank) * batch_size`` on. So an update sees the same images at the same positions
+    however its total batch is split. The images left over at the end of the permutation (less than one total
+    batch) sit this epoch out.
+
+    Args:
+        num_images: size of the training set.
+        batch_size: images of one process in one micro-step; so many consecutive draws form a micro-batch.
+        accumulation: micro-steps of an update.
+        rank, world_size: this process among all of them.
+        seed: not negative.
+
+    Raises:
+        ValueError: a size below 1, or a rank outside the world.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ):
+        if min(num_images, batch_size, accumulation) < 1:
+            raise ValueError("num_images, batch_size and accumulation must be at least 1")
+        _check_rank(rank, world_size)
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.updates_per_epoch = num_images // (batch_size * accumulation * world_size)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_update: int = 0) -> None:
+        """Let the next iteration draw ``epoch``, beginning with its update number ``first_update``."""
+        if not 0 <= first_update <= self.updates_per_epoch:
+            raise ValueError(f"first_update {first_update} is not in 0..{self.updates_per_epoch}")
+        self.epoch = epoch
+        self.first_update = first_update
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch = self.epoch
+        order = np.random.default_rng(seed_sequence("order", self.seed, epoch)).permutation(self.num_images)
+        micro_steps = range(self.first_update * self.accumulation, self.updates_per_epoch * self.accumulation)
+        for micro_step in micro_steps:
+            start = (micro_step * self.world_size + self.rank) * self.batch_size
+            for position in range(start, start + self.batch_size):
+                yield Draw(int(order[position]), epoch, position)
+
+    def __len__(self) -> int:
+        return (self.updates_per_epoch - self.first_update) * self.accumulation * self.batch_size
+
+
+class EvalSampler(Sampler[Draw]):
+    """Every image exactly once over all processes, none repeated to fill a batch.
+
+    Process ``rank`` takes the images ``rank, rank + world_size, ...``; sizes differ by at most one between processes.
+
+    Raises:
+        ValueError: a rank outside the world.
+    """
+
+    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
+        _check_rank(rank, world_size)
+        self.indices = range(rank, num_images, world_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        return (Draw(index, 0, index) for index in self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
