@@ -1,4 +1,25 @@
-"""What every process of a run needs: errors for users, distributed set-up, checkpoints, logging."""
+"""What every process of a run needs: errors for users, the processes, seeds, signals, safe files, the log."""
+
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from tqdm import tqdm
+
+logger = logging.getLogger("sar")
 
 
 class UserError(Exception):
@@ -6,3 +27,264 @@ class UserError(Exception):
 
     ``main.py`` prints it without a traceback and exits with code 2.
     """
+
+
+class RunError(Exception):
+    """A run that had begun cannot go on; the message is one line. ``main.py`` exits with code 1."""
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run: its rank, their number, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Equal-shaped tensors of all ranks, stacked: ``(...)`` -> ``(world_size, ...)``, on the host."""
+        if self.world_size == 1:
+            return rows[None].cpu()
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows)
+        return torch.stack(parts).cpu()
+
+
+def start_processes(device_name: str) -> Processes:
+    """Join the other processes of the run as torchrun's environment describes them; alone without it.
+
+    Args:
+        device_name: ``auto`` (a GPU if there is one), or what ``torch.device`` understands.
+    Raises:
+        UserError: no such device here, or a GPU that this torch has no kernels for.
+    """
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = _pick_device(device_name, local_rank)
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return Processes(rank, world_size, local_rank, device)
+
+
+def end_processes() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _pick_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; use auto, cpu or cuda") from None
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if not has_kernels(torch.cuda.get_arch_list(), major, minor):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}): torch {torch.__version__} has no "
+            "kernels for it; install requirements-v100.txt, or use --device cpu"
+        )
+    return device
+
+
+def has_kernels(arch_list: list[str], major: int, minor: int) -> bool:
+    """Whether code built for ``arch_list`` runs on a GPU of capability ``major.minor``.
+
+    Machine code (``sm_80``) runs on later minor versions of its own major one, PTX (``compute_80``) on all
+    later versions.
+    """
+    for arch in arch_list:
+        kind, _, digits = arch.rstrip("af").partition("_")
+        built = (int(digits[:-1]), int(digits[-1]))
+        if kind == "sm" and built[0] == major and built[1] <= minor:
+            return True
+        if kind == "compute" and built <= (major, minor):
+            return True
+    return False
+
+
+# -------------------------------------------------------------------------------------- seeds and signals
+
+
+def seed_step(seed: int, rank: int, micro_step: int) -> None:
+    """Reseed what the model (dropout, drop-path) and Mixup draw from, from (seed, rank, step) alone.
+
+    Nothing depends on what was drawn before, so a checkpoint needs no random state.
+    """
+    torch_seed, numpy_seed = np.random.SeedSequence((seed, rank, micro_step)).generate_state(2)
+    torch.manual_seed(int(torch_seed))
+    np.random.seed(numpy_seed)  # noqa: NPY002 - timm's Mixup draws from numpy's global generator
+
+
+class StopSignal:
+    """Notices SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), so that a run can save between two steps and end.
+
+    ``poll`` is called once a step by every rank and gives the same answer on all of them: the ranks' flags
+    are added up on the host while the step is computed, and read one step later. It never waits for a GPU.
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, processes: Processes):
+        self.received: int | None = None
+        self._alone = processes.world_size == 1
+        self._group = None if self._alone else dist.new_group(backend="gloo")
+        self._pending = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @property
+    def exit_code(self) -> int:
+        """0: saved and ended as asked. 130 after Ctrl-C, so that a script around the run ends too."""
+        return 130 if self.received == signal.SIGINT else 0
+
+    def poll(self) -> bool:
+        """Whether all ranks are to stop now."""
+        if self._alone:
+            return self.received is not None
+        earlier, flag = self._pending, torch.tensor([int(self.received is not None)])
+        self._pending = (dist.all_reduce(flag, group=self._group, async_op=True), flag)
+        if earlier is None:
+            return False
+        earlier[0].wait()
+        return bool(earlier[1])
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, write) -> None:
+    """Let ``write(file)`` fill a temporary file beside ``path``, fsync it, and put it in place in one step.
+
+    Whatever happens, ``path`` holds the old content or the new one, whole.
+
+    Raises:
+        RunError: the folder or disk refused it; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+
+
+def write_json(path: Path, content) -> None:
+    """Write ``content`` as readable JSON, atomically."""
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def prepare_output_dir(path: Path) -> None:
+    """Make the output folder, try to write in it, and clear away what a killed writer left.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for leftover in path.glob(".*.pth.*"):
+            leftover.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"--output-dir {path}: {error.strerror}; name a folder that can be written") from None
+
+
+def environment() -> dict:
+    """What a result depends on beside the arguments: commit, versions, hardware, command."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "host": platform.node(),
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- log
+
+
+def start_logging(rank: int) -> None:
+    """Rank 0 tells on standard output what happens; the other ranks only their warnings, with their rank."""
+    handler = logging.StreamHandler(sys.stdout if rank == 0 else sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+
+
+def progress(iterable, what: str):
+    """``iterable``, with a bar where rank 0 has a terminal."""
+    hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: shown in a terminal only
+    return tqdm(iterable, desc=what, leave=False, disable=hidden)
+
+
+class EpochLog:
+    """``log.txt``: one JSON object an epoch, one line an epoch after any number of kills."""
+
+    def __init__(self, path: Path, first_epoch: int):
+        """Keep the lines of epochs before ``first_epoch``: later ones are about to be done again."""
+        self.path = Path(path)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.lines = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
+
+    def write(self, record: dict) -> None:
+        """Add the record of one epoch."""
+        self.lines.append(json.dumps(record))
+        write_atomically(self.path, lambda file: file.write(("\n".join(self.lines) + "\n").encode()))
+
+    def last(self) -> dict:
+        """The latest epoch's record; empty before the first."""
+        return json.loads(self.lines[-1]) if self.lines else {}

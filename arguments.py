@@ -1,0 +1,342 @@
+"""The command line: every option with its default, argument files, and the checks that cost no time.
+
+The defaults are the paper's ImageNet-1K protocol (``recipes/deit_in1k.args`` says the same, number by
+number). A data set or a model may bring defaults of its own for options that were not given.
+"""
+
+import argparse
+import difflib
+import shlex
+import sys
+from pathlib import Path
+
+import timm
+from losses import SAR_SCHEDULES
+from timm.utils import ParseKwargs
+
+import models_sar  # noqa: F401 - registers the models
+from datasets import DATASETS, canonical_name
+from utils import UserError
+
+MODEL_MODULES = ("models_sar",)
+
+# What may differ between a checkpoint and the run that goes on from it: nothing here changes the mathematics.
+# The split of a total batch into processes and accumulation changes only rounding and who draws what.
+NOT_MATHEMATICAL = {
+    "data_path",
+    "output_dir",
+    "resume",
+    "finetune",
+    "checkpoint_key",
+    "eval",
+    "eval_every",
+    "save_every",
+    "print_every",
+    "num_workers",
+    "device",
+    "batch_size",
+    "compile",
+    "grad_checkpointing",
+    "skip_unreadable",
+    "report",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and name the nearest option to a mistyped one."""
+
+    def error(self, message: str):
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized") and unknown[0].startswith("--"):
+            name = unknown[0].partition("=")[0]
+            message = f"no option {name}" + _nearest(name, self._option_string_actions)
+        raise UserError(message)
+
+
+def _nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _at_least(convert, low, high=float("inf"), open_low=False):
+    """A type for argparse: ``convert(text)`` within bounds, or an error that states them."""
+    kind = "a whole number" if convert is int else "a number"
+    bounds = f"{'above' if open_low else 'of at least'} {low}"
+    bounds += f" and at most {high}" if high != float("inf") else ""
+
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = float("nan")
+        if not (low < value <= high if open_low else low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bounds}")
+        return value
+
+    return parse
+
+
+_count, _index = _at_least(int, 1), _at_least(int, 0)
+_positive, _size = _at_least(float, 0, open_low=True), _at_least(float, 0)
+_fraction = _at_least(float, 0, 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options, grouped as ``--help`` shows them; names are DeiT's where DeiT has the option."""
+    parser = Parser(
+        prog="main.py",
+        description=(
+            "Train or evaluate a Vision Transformer with SAR, spatial-attention-based regularisation."
+        ),
+        usage="main.py [@recipe.args ...] [options]",
+        epilog="An argument file (@recipes/deit_in1k.args) stands before all options; options after it win. "
+        "DeiT's spellings with underscores are understood.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for add in (_add_model, _add_data, _add_sar, _add_batch, _add_optimiser, _add_augmentation, _add_run):
+        add(parser)
+    return parser
+
+
+def _add_model(parser):
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="vit_small_sar", help="a name registered by this project")
+    add("--input-size", type=_count, default=224, help="image side in pixels")
+    add("--patch-size", type=_count, default=16, help="patch side in pixels")
+    add(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="KEY=VALUE",
+        help="any other size",
+    )
+    add("--drop", type=_fraction, default=0.0, help="dropout of the tokens' projections")
+    add("--drop-path", type=_fraction, default=0.1, help="stochastic depth, linear over the blocks")
+    add("--model-ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights")
+    add("--model-ema-decay", type=_fraction, default=0.99996, help="of the average, an update")
+    add("--report", choices=("model", "ema"), default="model", help="whose accuracy picks best.pth")
+    add("--finetune", default="", metavar="FILE", help="start from these weights")
+    add("--checkpoint-key", default=None, metavar="KEY", help="which weights of that file: model, ema, ...")
+
+
+def _add_data(parser):
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data-set",
+        default="imagenet",
+        help=f"{', '.join(DATASETS)}; without --data-path the embedded digits",
+    )
+    add("--data-path", default=None, metavar="DIR", help="where the data set lies")
+    add("--num-workers", type=_index, default=8, help="loading processes per training process")
+    add("--skip-unreadable", action="store_true", help="replace an unreadable image by another and count it")
+
+
+def _add_sar(parser):
+    add = parser.add_argument_group("spatial-attention-based regularisation").add_argument
+    add(
+        "--sar-weight",
+        type=_size,
+        default=0.01,
+        help="lambda of the spatial entropy; 0 for models without _sar",
+    )
+    add(
+        "--sar-schedule",
+        choices=SAR_SCHEDULES,
+        default="constant",
+        help="the paper's, or the released code's",
+    )
+    add(
+        "--sar-similarity",
+        choices=("dot", "cosine", "softmax"),
+        default="dot",
+        help="Eq. 4, Eq. 15, sec. 4.3",
+    )
+    add(
+        "--last-block",
+        choices=("standard", "no_msa_skip", "sar", "no_skips"),
+        default="sar",
+        help="rows A/E, B, C/F, D of Table 1(b); standard for models without _sar",
+    )
+
+
+def _add_batch(parser):
+    add = parser.add_argument_group("batch and length").add_argument
+    add("--batch-size", type=_count, default=128, help="images a process computes at once")
+    add("--total-batch", type=_count, default=1024, help="images an update; accumulation follows from it")
+    add("--epochs", type=_count, default=300)
+    add("--seed", type=_index, default=0)
+
+
+def _add_optimiser(parser):
+    add = parser.add_argument_group("optimiser and schedule").add_argument
+    add("--opt", default="adamw", help="an optimiser of timm")
+    add("--opt-eps", type=_positive, default=1e-8)
+    add("--opt-betas", type=_fraction, nargs=2, default=None, help="the optimiser's own if not given")
+    add("--weight-decay", type=_size, default=0.05)
+    add("--clip-grad", type=_positive, default=None, help="largest gradient norm")
+    add("--lr", type=_positive, default=5e-4, help="for a total batch of 512; scaled linearly with it")
+    add("--unscale-lr", action="store_true", help="take --lr as it stands")
+    add("--sched", choices=("cosine", "tanh", "step", "poly", "constant"), default="cosine")
+    add(
+        "--sched-on-updates", action="store_true", help="change the learning rate each update, not each epoch"
+    )
+    add("--warmup-epochs", type=_index, default=5)
+    add("--warmup-lr", type=_size, default=1e-6)
+    add("--min-lr", type=_size, default=1e-5)
+    add("--cooldown-epochs", type=_index, default=0, help="epochs at the lowest rate, after --epochs")
+    add("--decay-epochs", type=_count, default=30, help="between two steps of --sched step")
+    add("--decay-rate", type=_fraction, default=0.1, help="of --sched step; the power of poly")
+
+
+def _add_augmentation(parser):
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color-jitter", type=_size, default=0.4, help="only where --aa is none, as in timm")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an augmentation policy, or none")
+    add("--train-interpolation", choices=("bicubic", "bilinear", "random"), default="bicubic")
+    add("--scale", type=_fraction, nargs=2, default=[0.08, 1.0], help="area of the random crop")
+    add("--hflip", type=_fraction, default=0.5)
+    add("--reprob", type=_fraction, default=0.25, help="probability of random erasing")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel")
+    add("--recount", type=_count, default=1)
+    add("--smoothing", type=_fraction, default=0.1, help="label smoothing")
+    add("--mixup", type=_size, default=0.8, help="alpha of Mixup; 0 turns it off")
+    add("--cutmix", type=_size, default=1.0, help="alpha of CutMix; 0 turns it off")
+    add("--mixup-prob", type=_fraction, default=1.0)
+    add("--mixup-switch-prob", type=_fraction, default=0.5, help="of CutMix where both are on")
+    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
+    add("--crop-pct", type=_at_least(float, 0, 1, open_low=True), default=0.875, help="in evaluation")
+
+
+def _add_run(parser):
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", default=None, metavar="DIR", help="default: output/ + model + data set + seed")
+    add("--resume", default="", metavar="FILE", help="go on from another run's checkpoint")
+    add("--eval", action="store_true", help="evaluate --resume, --finetune or the output folder's best.pth")
+    add("--eval-every", type=_count, default=1, metavar="EPOCHS")
+    add("--save-every", type=_count, default=1, metavar="EPOCHS")
+    add("--print-every", type=_count, default=50, metavar="UPDATES", help="also TensorBoard's interval")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="auto: what the device is good at",
+    )
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time")
+
+
+def expand_arguments(argv: list[str]) -> list[str]:
+    """Put the content of leading ``@file`` arguments in their place and turn DeiT's underscores to hyphens.
+
+    Raises:
+        UserError: a file that cannot be read, or one that stands after an option.
+    """
+    words, rest = [], list(argv)
+    while rest and rest[0].startswith("@"):
+        path = Path(rest.pop(0)[1:])
+        try:
+            words += shlex.split(path.read_text(), comments=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"argument file {path}: {getattr(error, 'strerror', None) or error}") from None
+    late = [word for word in rest if word.startswith("@")]
+    if late:
+        raise UserError(f"{late[0]} must stand before all options (what comes later wins)")
+    return [_with_hyphens(word) for word in words + rest]
+
+
+def _with_hyphens(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
+    """Read the command line into a namespace whose values are final: nothing changes them later.
+
+    Args:
+        argv: the words after the program's name; ``sys.argv``'s if None.
+        saved: arguments of a checkpoint that is only evaluated: defaults for what is not given.
+    Raises:
+        UserError: an unknown option or name, a value out of range, or values that exclude each other.
+    """
+    words = expand_arguments(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    first = parser.parse_args(words)
+    given = {action.dest for action in parser._actions if _was_given(action, words)}
+    parser.set_defaults(**(saved or _context_defaults(first, given)))
+    args = parser.parse_args(words)
+    args.data_set = canonical_name(args.data_set)
+    if args.output_dir is None:
+        args.output_dir = f"output/{args.model}_{args.data_set}_seed{args.seed}"
+    check_arguments(args)
+    return args
+
+
+def _was_given(action, words) -> bool:
+    return any(word.partition("=")[0] in action.option_strings for word in words)
+
+
+def _context_defaults(args, given: set[str]) -> dict:
+    """Defaults that depend on the data set and the model, for options that were not given."""
+    data_set = args.data_set
+    if "data_set" not in given and args.data_path is None and not args.eval:
+        data_set = "digits"
+    regularised = args.model.endswith("_sar")
+    return {
+        "data_set": data_set,
+        "sar_weight": 0.01 if regularised else 0.0,
+        "last_block": "sar" if regularised else "standard",
+        **DATASETS[canonical_name(data_set)].defaults,
+    }
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before any time is spent.
+
+    Raises:
+        UserError: one line that names the option and the mend.
+    """
+    known = [name for module in MODEL_MODULES for name in timm.list_models(module=module)]
+    if args.model not in known:
+        raise UserError(f"no model {args.model!r}{_nearest(args.model, known)} Known: {', '.join(known)}")
+    if args.input_size % args.patch_size:
+        raise UserError(
+            f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}; "
+            f"the nearest that is: {max(1, round(args.input_size / args.patch_size)) * args.patch_size}"
+        )
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise UserError(
+            f"--batch-size {args.batch_size} is odd and Mixup pairs images; use an even one, "
+            "or --mixup 0 --cutmix 0"
+        )
+    if args.report == "ema" and not args.model_ema:
+        raise UserError("--report ema needs --model-ema")
+    for option in ("resume", "finetune"):
+        path = getattr(args, option)
+        if path and not Path(path).is_file():
+            raise UserError(f"--{option} {path}: no such file")
+    if args.resume and args.finetune:
+        raise UserError("--resume goes on with a run, --finetune begins one: give one of the two")
+
+
+def differences(args: argparse.Namespace, saved: dict) -> list[str]:
+    """What differs in anything mathematical between these arguments and a checkpoint's, a line each."""
+    mine = vars(args)
+    names = sorted((mine.keys() | saved.keys()) - NOT_MATHEMATICAL)
+    return [
+        f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {mine.get(name)} now"
+        for name in names
+        if mine.get(name) != saved.get(name)
+    ]
+
+
+def brought_defaults(args: argparse.Namespace) -> dict:
+    """The data set's own defaults that are in force, by option."""
+    brought = DATASETS[args.data_set].defaults
+    return {
+        f"--{name.replace('_', '-')}": value
+        for name, value in brought.items()
+        if getattr(args, name) == value
+    }
