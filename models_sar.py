@@ -1,0 +1,311 @@
+"""ViT-T/S/B whose last block is the paper's, in timm's registry.
+
+``import models_sar`` adds ``vit_tiny``, ``vit_small``, ``vit_base`` (the unchanged baselines) and their
+``*_sar`` forms to ``timm.create_model``. All are timm's ``VisionTransformer`` but for the last block, which can
+drop its skips (Eq. 10-11) and hand out S, the similarity of the [CLS] query with the patch keys (Eq. 4).
+
+Letters of the axes in names: B images, N tokens, C channels, H heads, D channels of a head; h x w patches.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Attention, PatchDropout
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+# Table 1(b): (skip around the attention, second LayerNorm, skip around the MLP)
+LAST_BLOCKS = {
+    "standard": (True, True, True),  # rows A and E: Eq. 1-2
+    "no_msa_skip": (False, True, True),  # row B
+    "sar": (False, False, True),  # rows C and F: Eq. 10-11
+    "no_skips": (False, False, False),  # row D
+}
+SIMILARITIES = ("dot", "cosine", "softmax")
+
+
+def check_choice(name: str, value: str, choices) -> None:
+    """Raise a ``ValueError`` that names the choices unless ``value`` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+def similarity_map(
+    q_BHD: Tensor, k_BHND: Tensor, scale: float, grid: tuple[int, int], kind: str = "dot"
+) -> Tensor:
+    """Similarity S of the [CLS] query with the patch keys, computed in float32 (float64 for float64 inputs).
+
+    Args:
+        q_BHD: the [CLS] query of each head, any floating type.
+        k_BHND: all keys; the last ``h * w`` are the patches, row by row, all prefix tokens stand before them.
+        scale: factor of the attention scores, ``D ** -0.5`` in a ViT.
+        grid: ``(h, w)`` of the keys.
+        kind: ``"dot"``, the scores before the softmax (Eq. 4); ``"cosine"`` (Eq. 15); ``"softmax"``, the
+            attention row of [CLS], normalised over all keys, [CLS] included (the one that collapses, Section 4.3).
+
+    Returns:
+        S of shape ``(B, H, h, w)``.
+    """
+    check_choice("similarity", kind, SIMILARITIES)
+    h, w = grid
+    dtype = torch.promote_types(q_BHD.dtype, torch.float32)
+    with torch.autocast(q_BHD.device.type, enabled=False):
+        q, k = q_BHD.to(dtype), k_BHND.to(dtype)
+        if kind == "cosine":
+            q, k, scale = F.normalize(q, dim=-1), F.normalize(k, dim=-1), 1.0
+        scores_BHN = torch.einsum("bhd,bhnd->bhn", q * scale, k)
+        if kind == "softmax":
+            scores_BHN = scores_BHN.softmax(dim=-1)
+    return scores_BHN[..., -h * w :].unflatten(-1, (h, w))
+
+
+class LastBlock(Block):
+    """timm's ``Block`` with the skips and the second LayerNorm that ``last_block`` asks for (Table 1b).
+
+    Drop-path and layer-scale are made for a residual branch; a branch without a skip has neither.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        last_block: str = "sar",
+        similarity: str = "dot",
+        attn_layer: Any = Attention,
+        **kwargs,
+    ) -> None:
+        check_choice("last_block", last_block, LAST_BLOCKS)
+        check_choice("similarity", similarity, SIMILARITIES)
+        if attn_layer not in ("", "attn", Attention):
+            raise ValueError(f"attn_layer={attn_layer!r} has no single [CLS] query; use timm's Attention")
+        super().__init__(dim, num_heads, attn_layer=attn_layer, **kwargs)
+        self.similarity = similarity
+        self.attn_skip, has_norm2, self.mlp_skip = LAST_BLOCKS[last_block]
+        if not self.attn_skip:
+            self.ls1, self.drop_path1 = nn.Identity(), nn.Identity()
+        if not has_norm2:
+            self.norm2 = nn.Identity()
+        if not self.mlp_skip:
+            self.ls2, self.drop_path2 = nn.Identity(), nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        one_query: bool | None = None,
+        grid: tuple[int, int] | None = None,
+    ):
+        """timm's ``Block.forward``: tokens ``(B, N, C)`` to tokens ``(B, N, C)``.
+
+        With ``one_query`` True or False (not under TorchScript, and without a mask) it returns ``(tokens, S)``:
+        the tokens are [CLS] alone, ``(B, 1, C)``, if True; S is ``(B, H, h, w)`` if ``grid=(h, w)``, else None.
+        """
+        if not torch.jit.is_scripting() and one_query is not None:
+            q, k, v = self.project(self.norm1(x), one_query)
+            similarity = None
+            if grid is not None:
+                similarity = similarity_map(q[:, :, 0], k, self.attn.scale, grid, self.similarity)
+            return self.residuals(x[:, :1] if one_query else x, self.attend(q, k, v)), similarity
+        return self.residuals(x, self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+
+    def residuals(self, x: Tensor, y: Tensor) -> Tensor:
+        """What follows the attention: ``x`` are the block's input tokens, ``y`` the attention's output."""
+        y = self.drop_path1(self.ls1(y))
+        x = x + y if self.attn_skip else y
+        y = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + y if self.mlp_skip else y
+
+    def project(self, y_BNC: Tensor, one_query: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values ``(B, H, N, D)`` of normalised tokens; the query of [CLS] alone if ``one_query``."""
+        attn = self.attn
+        heads = (attn.num_heads, attn.head_dim)
+        if one_query:
+            # split's backward is one concatenation; that of two slices would add two zero-filled weights
+            sizes = [attn.attn_dim, 2 * attn.attn_dim]
+            weight_q, weight_kv = attn.qkv.weight.split(sizes)
+            bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split(sizes)
+            q = F.linear(y_BNC[:, :1], weight_q, bias_q).unflatten(2, heads).transpose(1, 2)
+            kv = F.linear(y_BNC, weight_kv, bias_kv).unflatten(2, (2, *heads))
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            qkv = attn.qkv(y_BNC).unflatten(2, (3, *heads))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return attn.q_norm(q), attn.k_norm(k), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention's output ``(B, number of queries, C)`` for what :meth:`project` returned."""
+        attn = self.attn
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if self.training else 0.0)
+        x = x.transpose(1, 2).flatten(2)
+        return attn.proj_drop(attn.proj(attn.norm(x)))
+
+    def cls_similarity(self, y_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+        """S ``(B, H, h, w)`` of tokens that passed ``norm1``, for whoever wants the map without the block."""
+        q, k, _ = self.project(y_BNC, one_query=True)
+        return similarity_map(q[:, :, 0], k, self.attn.scale, grid, self.similarity)
+
+
+class SARVisionTransformer(VisionTransformer):
+    """timm's ``VisionTransformer`` (every keyword of it) with a :class:`LastBlock`.
+
+    Args:
+        last_block: ``"standard"`` (Eq. 1-2), ``"no_msa_skip"``, ``"sar"`` (Eq. 10-11), ``"no_skips"``: Table 1(b).
+        similarity: ``"dot"`` (Eq. 4), ``"cosine"`` (Eq. 15), ``"softmax"`` (Section 4.3): `similarity_map`.
+
+    A classifier with token pooling reads only [CLS], so its last block computes one query and one MLP token; a
+    hook on that block then sees ``((B, 1, C), S)``. Features, other poolings and ``return_tokens`` get all tokens.
+    Both ways draw the same random numbers for drop-path; for attention and projection dropout they draw different
+    ones of the same distribution.
+    """
+
+    def __init__(self, last_block: str = "standard", similarity: str = "dot", depth: int = 12, **kwargs):
+        def block_fn(depth: int, **block_kwargs) -> Block:
+            if depth == last:
+                return LastBlock(depth=depth, last_block=last_block, similarity=similarity, **block_kwargs)
+            return Block(depth=depth, **block_kwargs)
+
+        last = depth - 1
+        super().__init__(depth=depth, block_fn=block_fn, **kwargs)
+        self.last_block = last_block
+
+    def forward(self, images: Tensor, return_similarity: bool = False, return_tokens: bool = False):
+        """Logits, and on request what the last block computed on the way.
+
+        Args:
+            images: ``(B, 3, height, width)``.
+            return_similarity: add S, ``(B, H, h, w)``, float32 whatever autocast says (Eq. 4).
+            return_tokens: add the last block's patch tokens before the final norm, ``(B, C, h, w)``.
+
+        Returns:
+            ``logits`` of shape ``(B, classes)``, or a tuple ``(logits[, similarity][, tokens])``.
+
+        Raises:
+            ValueError: a map is asked for that does not exist: no class token, patch dropout in training, the
+                last block pruned away.
+        """
+        # TorchScript compiles nothing of this branch; under FX the flags are proxies, which are not True.
+        if not torch.jit.is_scripting():
+            if return_similarity is True or return_tokens is True:
+                return self._forward_maps(images, return_similarity, return_tokens)
+            if self._reads_only_cls() and not isinstance(images, torch.fx.Proxy):
+                x, _ = self._forward_last(self._forward_trunk(images), one_query=True)
+                return self.forward_head(self.norm(x))
+        return self.forward_head(self.forward_features(images))
+
+    def _forward_maps(self, images: Tensor, return_similarity: bool, return_tokens: bool) -> tuple:
+        self._check_maps(return_similarity)
+        h, w = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        x, similarity = self._forward_last(
+            self._forward_trunk(images),
+            one_query=self._reads_only_cls() and not return_tokens,
+            grid=(h, w) if return_similarity else None,
+        )
+        outputs = [self.forward_head(self.norm(x))]
+        if return_similarity:
+            outputs.append(similarity)
+        if return_tokens:
+            outputs.append(x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (h, w)))
+        return tuple(outputs)
+
+    def _check_maps(self, return_similarity: bool) -> None:
+        if not isinstance(self.blocks[-1], LastBlock):
+            raise ValueError("the last block was pruned away: no similarity and no last tokens to return")
+        if self.training and isinstance(self.patch_drop, PatchDropout):
+            raise ValueError("patch dropout leaves no h x w grid: train with patch_drop_rate=0 to get maps")
+        if return_similarity and not self.has_class_token:
+            raise ValueError("similarity is that of the [CLS] query: build the model with class_token=True")
+
+    def _reads_only_cls(self) -> bool:
+        pools_cls = self.global_pool == "token" and self.attn_pool is None
+        return pools_cls and isinstance(self.blocks[-1], LastBlock)
+
+    def _forward_trunk(self, images: Tensor) -> Tensor:
+        """Tokens ``(B, N, C)`` that enter the last block."""
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        for block in list(self.blocks)[:-1]:
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        return x
+
+    def _forward_last(self, x: Tensor, one_query: bool, grid: tuple[int, int] | None = None):
+        block = partial(self.blocks[-1], one_query=one_query, grid=grid)
+        return checkpoint(block, x) if self.grad_checkpointing else block(x)
+
+
+SIZES = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "base": {"embed_dim": 768, "num_heads": 12},
+}
+
+# DeiT's: ImageNet's mean and deviation, 256 -> 224 bicubic. No weights are published.
+default_cfgs = generate_default_cfgs(
+    {
+        f"vit_{size}{suffix}": {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "fixed_input_size": True,
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+        }
+        for size in SIZES
+        for suffix in ("", "_sar")
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> SARVisionTransformer:
+    _, size, *sar = name.split("_")
+    return build_model_with_cfg(
+        SARVisionTransformer,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{"last_block": "sar" if sar else "standard", **SIZES[size], **kwargs},
+    )
+
+
+@register_model
+def vit_tiny(pretrained: bool = False, **kwargs) -> SARVisionTransformer:
+    """ViT-T/16 (DeiT-T): 5,717,416 parameters."""
+    return _create("vit_tiny", pretrained, **kwargs)
+
+
+@register_model
+def vit_small(pretrained: bool = False, **kwargs) -> SARVisionTransformer:
+    """ViT-S/16 (DeiT-S): 22,050,664 parameters."""
+    return _create("vit_small", pretrained, **kwargs)
+
+
+@register_model
+def vit_base(pretrained: bool = False, **kwargs) -> SARVisionTransformer:
+    """ViT-B/16 (DeiT-B): 86,567,656 parameters."""
+    return _create("vit_base", pretrained, **kwargs)
+
+
+@register_model
+def vit_tiny_sar(pretrained: bool = False, **kwargs) -> SARVisionTransformer:
+    """ViT-T/16 with the last block of Eq. 10-11: 5,717,032 parameters."""
+    return _create("vit_tiny_sar", pretrained, **kwargs)
+
+
+@register_model
+def vit_small_sar(pretrained: bool = False, **kwargs) -> SARVisionTransformer:
+    """ViT-S/16 with the last block of Eq. 10-11: 22,049,896 parameters."""
+    return _create("vit_small_sar", pretrained, **kwargs)
+
+
+@register_model
+def vit_base_sar(pretrained: bool = False, **kwargs) -> SARVisionTransformer:
+    """ViT-B/16 with the last block of Eq. 10-11: 86,566,120 parameters."""
+    return _create("vit_base_sar", pretrained, **kwargs)

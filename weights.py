@@ -1,0 +1,210 @@
+"""Reading checkpoints of any origin and fitting their weights to a model (the ``--finetune`` and ``--eval`` paths).
+
+Three steps, each usable alone: `read_checkpoint` (a file, safely), `select_weights` (which of its state dicts),
+`load_weights` (into a model; another head or patch grid is adapted and said, anything else is an error).
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import safetensors.torch
+import torch
+from timm.models import clean_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from utils import UserError
+
+# Ours, DeiT's and the released SAR code's name first, then timm's; EMA weights only when nothing else is there.
+WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
+
+# All that old training scripts pickle beside tensors: their arguments, and NumPy numbers such as the best accuracy.
+_SAFE_GLOBALS = [
+    argparse.Namespace,
+    np.dtype,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+]
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Everything a checkpoint file holds, on the CPU; no code stored in the file is ever run.
+
+    ``*.safetensors`` are read as such, every other file by ``torch.load(weights_only=True)`` with an allow-list for
+    what DeiT-era files pickle (an ``argparse.Namespace``, NumPy numbers).
+
+    Raises:
+        UserError: no such file, a folder, unreadable, truncated, no checkpoint, or one that wants to run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the checkpoint in it, for example {path / 'best.pth'}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device="cpu")
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    except Exception as error:  # a damaged file can trip the readers anywhere
+        raise UserError(_explain_unreadable(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        kind = type(checkpoint).__name__
+        raise UserError(
+            f"{path} holds a {kind}, not a dictionary of weights; give a file written as a checkpoint"
+        )
+    return checkpoint
+
+
+def _explain_unreadable(path: Path, error: Exception) -> str:
+    blocked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, UnpicklingError) else None
+    if blocked:
+        return (
+            f"{path} is refused: reading it would call {blocked[1]}, which weights never need; "
+            "get the file from a source you trust, saved as tensors and plain values"
+        )
+    return f"{path} is truncated or no checkpoint; copy or download it again"
+
+
+def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[str, Tensor], str | None]:
+    """The state dict in a checkpoint, without the prefixes of DistributedDataParallel and ``torch.compile``.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        key: which entry; by default the first of `WEIGHT_KEYS`, else the checkpoint itself (a bare state dict).
+
+    Returns:
+        ``(state_dict, key)``; the key is None for a bare state dict.
+
+    Raises:
+        UserError: ``key`` is not there or holds no weights, or nothing in the checkpoint does.
+    """
+    holders = [name for name, value in checkpoint.items() if _is_state_dict(value)]
+    there = ", ".join(map(str, holders)) or "none"
+    if key is not None:
+        if key not in holders:
+            raise UserError(f"the checkpoint has no weights under {key!r}; keys that have: {there}")
+        return clean_state_dict(checkpoint[key]), key
+    for name in WEIGHT_KEYS:
+        if name in holders:
+            return clean_state_dict(checkpoint[name]), name
+    if _is_state_dict(checkpoint):
+        return clean_state_dict(checkpoint), None
+    raise UserError(
+        f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; name another key, those with "
+        f"weights: {there}; all keys: {_shorten(checkpoint)}"
+    )
+
+
+def _is_state_dict(value) -> bool:
+    return (
+        isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
+    )
+
+
+def load_weights(model: nn.Module, source: str | Path | Mapping, key: str | None = None) -> list[str]:
+    """Load a checkpoint of timm, DeiT, the released SAR code or this program into ``model``.
+
+    A head with another number of classes is dropped (the model keeps its own fresh one); in a ViT, position
+    embedding and patch embedding of another grid are resampled by timm. Nothing else may differ.
+
+    Args:
+        model: any of this program's models or timm's ViTs; changed in place.
+        source: a file, or a checkpoint already read.
+        key: see `select_weights`.
+
+    Returns:
+        One line for each adaptation, to be logged; empty if the weights fitted as they were.
+
+    Raises:
+        UserError: the file cannot be used (`read_checkpoint`, `select_weights`), or keys are missing, unexpected
+            or of another shape; the model is unchanged then.
+    """
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
+    state, _ = select_weights(checkpoint, key)
+    state, grid_notes = _fit_grid(state, model)
+    state, head_notes = _fit_head(state, model)
+    _check_fit(state, model)
+    model.load_state_dict(state)
+    return grid_notes + head_notes
+
+
+def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Position embedding and patch embedding resampled to the model's grid and patch size."""
+    if not isinstance(model, VisionTransformer):
+        return state, []
+    try:
+        fitted = checkpoint_filter_fn(state, model)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint's position embedding {_shape(state.get('pos_embed'))} cannot be resampled to "
+            f"{_shape(model.pos_embed)}: only a square grid with the same prefix tokens can be; build the model as "
+            "the checkpoint's"
+        ) from error
+    notes = [
+        f"{name}: {_shape(state[name])} -> {_shape(fitted[name])}, resampled"
+        for name in ("pos_embed", "patch_embed.proj.weight")
+        if name in fitted and name in state and fitted[name] is not state[name]
+    ]
+    return fitted, notes
+
+
+def _fit_head(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The classifier's weights replaced by the model's own where the number of classes differs."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    notes = []
+    for name in (names,) if isinstance(names, str) else names:
+        keys = (f"{name}.weight", f"{name}.bias")
+        own = {k: v for k, v in model.state_dict().items() if k in keys}
+        old, new = (None if keys[0] not in d else len(d[keys[0]]) for d in (state, own))
+        if old == new:
+            continue
+        if old is None:
+            notes.append(f"{name}: the checkpoint has none, the {new} classes start from scratch")
+        elif new is None:
+            notes.append(f"{name}: {old} classes, dropped, the model has none")
+        else:
+            notes.append(f"{name}: {old} -> {new} classes, dropped and re-initialised")
+        state = {k: v for k, v in state.items() if k not in keys} | own
+    return state, notes
+
+
+def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    reshaped = [
+        f"{k} {_shape(state[k])} for {_shape(v)}"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    listed = "; ".join(f"{what}: {_shorten(keys)}" for what, keys in problems.items() if keys)
+    if listed:
+        raise UserError(
+            f"the checkpoint's weights do not fit the model. {listed}{_hint(missing, unexpected, model)}"
+        )
+
+
+def _hint(missing: list[str], unexpected: list[str], model: nn.Module) -> str:
+    """The mend for the one likely mistake: the last block of another kind (Eq. 1-2 against Eq. 10-11)."""
+    if not hasattr(model, "last_block"):
+        return ""
+    for keys, kind in ((unexpected, "standard"), (missing, "sar")):
+        if len({k.rpartition(".")[0] for k in keys if ".norm2." in k}) == 1:
+            return f". The checkpoint's last block is of the {kind!r} kind: give --last-block {kind}"
+    return ""
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else "x".join(map(str, tensor.shape))
+
+
+def _shorten(names, limit: int = 12) -> str:
+    names = list(map(str, names))
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
