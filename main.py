@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
-from weights import load_weights, read_checkpoint
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import brought_defaults, differences, parse_arguments
 from datasets import build_dataset, build_loader, build_transform, check_same_classes
@@ -45,6 +45,7 @@ from utils import (
     write_atomically,
     write_json,
 )
+from weights import load_weights, read_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,8 +105,8 @@ def build_plan(args, processes: Processes, num_images: int) -> Plan:
         ]
         raise UserError(
             f"--batch-size {args.batch_size} x {processes.world_size} processes does not divide "
-            f"--total-batch {args.total_batch}; batch sizes that do: {', '.join(map(str, fitting[-6:])) or 'none'}; "
-            f"or --total-batch {at_once}"
+            f"--total-batch {args.total_batch}; batch sizes that do: "
+            f"{', '.join(map(str, fitting[-6:])) or 'none'}; or give --total-batch {at_once}"
         )
     if num_images < args.total_batch:
         raise UserError(
@@ -168,7 +169,7 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         raise UserError(f"--opt {args.opt}: {error}") from None
 
 
-def build_run(args, plan: Plan, processes: Processes, train_set, num_classes: int) -> Run:
+def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set, num_classes: int) -> Run:
     """Put the parts of a training run together."""
     device = processes.device
     model = build_model(args, num_classes, device)
@@ -208,7 +209,7 @@ def build_run(args, plan: Plan, processes: Processes, train_set, num_classes: in
         criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing),
         mixup=mixup,
         loader=build_loader(train_set, sampler, args.batch_size, args.num_workers, device.type == "cuda"),
-        stop=StopSignal(processes),
+        stop=stop,
     )
 
 
@@ -307,7 +308,7 @@ def begin(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------- the run
 
 
-def banner(run: Run, given_defaults: dict, num_images: int) -> None:
+def banner(run: Run, num_images: int) -> None:
     """Say what is about to happen, derived values included."""
     args, plan, processes = run.args, run.plan, run.processes
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -325,8 +326,9 @@ def banner(run: Run, given_defaults: dict, num_images: int) -> None:
         "device": f"{processes.device}, {torch.get_num_threads()} threads",
         "output": args.output_dir,
     }
-    if given_defaults:
-        lines[f"{args.data_set} brings"] = ", ".join(f"{k} {v}" for k, v in given_defaults.items())
+    brought = brought_defaults(args)
+    if brought:
+        lines[f"{args.data_set} brings"] = ", ".join(f"{name} {value}" for name, value in brought.items())
     for name, text in lines.items():
         logger.info(f"{name:>14}  {text}")
 
@@ -337,17 +339,22 @@ def train(args, processes: Processes) -> int:
     val_set, _ = build_split(args, "val")
     check_same_classes(train_set, val_set)
     plan = build_plan(args, processes, len(train_set))
-    output = Path(args.output_dir)
     if processes.is_main:
-        prepare_output_dir(output)
-    run = build_run(args, plan, processes, train_set, num_classes)
-    banner(run, brought_defaults(args), len(train_set))
-    begin(run)
+        prepare_output_dir(Path(args.output_dir))
+    with StopSignal(processes) as stop, logging_redirect_tqdm([logger]):
+        run = build_run(args, plan, processes, stop, train_set, num_classes)
+        banner(run, len(train_set))
+        begin(run)
+        return train_epochs(run, build_eval_loader(args, processes, val_set))
+
+
+def train_epochs(run: Run, val_loader) -> int:
+    """Train from where the run stands to the end, or to a signal; returns the exit code."""
+    plan, output = run.plan, Path(run.args.output_dir)
     if run.epoch == plan.epochs:
         logger.info(f"already trained for {plan.epochs} epochs; best: {run.best}")
         return 0
     records = Records(run)
-    val_loader = build_eval_loader(args, processes, val_set)
     while run.epoch < plan.epochs:
         if not one_epoch(run, val_loader, records):
             save(run, "checkpoint.pth")

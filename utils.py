@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
+from samplers import seed_sequence
+
 logger = logging.getLogger("sar")
 
 
@@ -129,7 +131,7 @@ def seed_step(seed: int, rank: int, micro_step: int) -> None:
 
     Nothing depends on what was drawn before, so a checkpoint needs no random state.
     """
-    torch_seed, numpy_seed = np.random.SeedSequence((seed, rank, micro_step)).generate_state(2)
+    torch_seed, numpy_seed = seed_sequence("step", seed, rank, micro_step).generate_state(2)
     torch.manual_seed(int(torch_seed))
     np.random.seed(numpy_seed)  # noqa: NPY002 - timm's Mixup draws from numpy's global generator
 
@@ -147,8 +149,15 @@ class StopSignal:
         self._alone = processes.world_size == 1
         self._group = None if self._alone else dist.new_group(backend="gloo")
         self._pending = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
+
+    def __enter__(self):
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _receive(self, number, frame):
         if number == signal.SIGINT and self.received == signal.SIGINT:

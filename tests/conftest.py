@@ -26,3 +26,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """With FAIL_ON_SKIP set (continuous integration installs what tests need) a skip is a failure."""
+    report = yield
+    if report.skipped and os.environ.get("FAIL_ON_SKIP") and "gpu" not in item.keywords:
+        report.outcome, report.longrepr = "failed", f"skipped, and FAIL_ON_SKIP is set: {report.longrepr}"
+    return report

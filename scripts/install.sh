@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Make .venv beside README and install requirement files into it; does nothing where that is already done.
+#
+#   bash scripts/install.sh                                   # requirements.txt
+#   bash scripts/install.sh requirements-v100.txt             # for V100 GPUs
+#   PYTHON=python3.12 VENV=/somewhere/venv bash scripts/install.sh requirements.txt requirements-dev.txt
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VENV=${VENV:-.venv}
+files=("${@:-requirements.txt}")
+
+if [ -z "${PYTHON:-}" ]; then
+    for PYTHON in python3.12 python3.11 python3; do
+        command -v "$PYTHON" >/dev/null && break
+    done
+fi
+if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    echo "Python 3.11 or 3.12 is needed and $PYTHON is not; name one: PYTHON=/path/to/python3.12 bash $0" >&2
+    exit 2
+fi
+
+wanted=$(cat "${files[@]}")
+if [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ]; then
+    exit 0
+fi
+echo "Installing ${files[*]} into $VENV (several GB with the CUDA libraries; a few minutes) ..."
+"$PYTHON" -m venv --clear "$VENV" || {
+    echo "$PYTHON -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
+    exit 2
+}
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${files[@]/#/-r}"
+printf '%s\n' "$wanted" > "$VENV/installed"
