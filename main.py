@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import brought_defaults, differences, parse_arguments
-from datasets import build_dataset, build_loader, build_transform, check_same_classes
+from datasets import build_dataset, build_loader, build_transform
 from engine import NonFiniteLoss, Plan, Run, evaluate, train_one_epoch
 from samplers import EvalSampler, TrainSampler
 from utils import (
@@ -337,7 +337,6 @@ def train(args, processes: Processes) -> int:
     """Train to the end, or to a signal; returns the exit code."""
     train_set, num_classes = build_split(args, "train")
     val_set, _ = build_split(args, "val")
-    check_same_classes(train_set, val_set)
     plan = build_plan(args, processes, len(train_set))
     if processes.is_main:
         prepare_output_dir(Path(args.output_dir))

@@ -15,9 +15,9 @@ matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from losses import label_components, spatial_entropy
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from losses import label_components, spatial_entropy
 from main import build_model, build_split
 from samplers import Draw
 from utils import UserError
@@ -45,14 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         "--out", default="maps.png", metavar="FILE", help="the picture (default: %(default)s)"
     )
     parser.add_argument("--data-path", default=None, metavar="DIR", help="if the data set has moved")
-    parser.add_argument("--images", type=int, default=6, help="how many (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=6, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     try:
         checkpoint = read_checkpoint(arguments.checkpoint)
         if "args" not in checkpoint or "data_set" not in checkpoint["args"]:
-            raise UserError(
-                f"{arguments.checkpoint} does not say what it was trained on; was main.py its writer?"
-            )
+            raise UserError(f"{arguments.checkpoint}: not written by main.py, so its data set is unknown")
         args = Namespace(**checkpoint["args"])
         args.data_path = arguments.data_path or args.data_path
         dataset, num_classes = build_split(args, "val")
@@ -98,7 +96,7 @@ def draw(model: torch.nn.Module, dataset, count: int, path: Path) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     figure.suptitle(
-        "Similarity of the [CLS] query with the patch keys, its mean (line), and the connected components above it",
+        "Similarity of the [CLS] query with the patch keys, its mean (line), and the components above the mean",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
@@ -113,9 +111,7 @@ def _as_picture(image: torch.Tensor) -> np.ndarray:
 
 def _draw_map(axis, values: torch.Tensor) -> None:
     axis.imshow(values, cmap="viridis")
-    mask = np.kron(
-        (values > values.mean()).numpy(), np.ones((16, 16))
-    )  # so that the line follows the patches
+    mask = np.kron((values > values.mean()).numpy(), np.ones((16, 16)))  # the line follows the patches
     h, w = values.shape
     axis.contour(
         np.linspace(-0.5, w - 0.5, mask.shape[1]),

@@ -1,0 +1,169 @@
+"""Small training runs for the tests: their command line, a child process to kill, and how to compare two."""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import engine
+import main
+import utils
+
+# A three-head, two-block ViT on scanned digits, every regulariser on: a second for three epochs.
+SMALL = (
+    "--data-set folder --model vit_tiny_sar --input-size 8 --patch-size 2 --num-workers 0 "
+    "--model-kwargs embed_dim=24 depth=2 num_heads=3 "
+    "--batch-size 24 --total-batch 48 --epochs 3 --warmup-epochs 1 --lr 4e-3 --mixup 0.8 --cutmix 1.0 "
+    "--model-ema --model-ema-decay 0.9 --drop 0.1 --drop-path 0.2 --sar-weight 0.1 --print-every 3"
+).split()
+    "--data-set",
+    "folder",
+    "--model",
+    "vit_tiny_sar",
+    "--input-size",
+    "8",
+    "--patch-size",
+    "2",
+    "--num-workers",
+    "0",
+    "--model-kwargs",
+    "embed_dim=24",
+    "depth=2",
+    "num_heads=3",
+    "--batch-size",
+    "24",
+    "--total-batch",
+    "48",
+    "--epochs",
+    "3",
+    "--warmup-epochs",
+    "1",
+    "--lr",
+    "4e-3",
+    "--mixup",
+    "0.8",
+    "--cutmix",
+    "1.0",
+    "--model-ema",
+    "--model-ema-decay",
+    "0.9",
+    "--drop",
+    "0.1",
+    "--drop-path",
+    "0.2",
+    "--sar-weight",
+    "0.1",
+    "--print-every",
+    "3",
+]
+UPDATES = 5  # an epoch: 240 images in total batches of 48
+TIMES = {
+    "images_per_second",
+    "data_time",
+    "step_time",
+}  # the only keys of log.txt that differ between equal runs
+
+
+def write_digits(root: Path, train: int = 24, val: int = 6) -> Path:
+    """scikit-learn's scanned digits as an image folder of so many images a class; returns ``root``."""
+    digits = load_digits()
+    for label in range(10):
+        images = digits.images[digits.target == label][: train + val]
+        for index, image in enumerate(images):
+            folder = root / ("train" if index < train else "val") / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    """``main.py``'s arguments for the small run."""
+    return [*SMALL, "--data-path", str(data), "--output-dir", str(output), *more]
+
+
+def main_in_child(argv: list[str], before=lambda: None) -> int:
+    """Run ``main.py`` in a forked process, after ``before()`` there; returns its exit code (-9: killed)."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            before()
+            os._exit(main.main(argv))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def at_call(module, name: str, number: int, action, after: bool = False):
+    """For ``before``: make the ``number``-th call of ``module.name`` do ``action()`` first, or after it."""
+
+    def install():
+        original, calls = getattr(module, name), [0]
+
+        def counted(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == number and not after:
+                action()
+            result = original(*args, **kwargs)
+            if calls[0] == number and after:
+                action()
+            return result
+
+        setattr(module, name, counted)
+
+    return install
+
+
+def send(number: int):
+    """An action that sends this process a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def killed_at_update(number: int, by=signal.SIGKILL):
+    return at_call(engine, "update_weights", number, send(by))
+
+
+def killed_at_evaluation_batch(number: int, by=signal.SIGKILL):
+    return at_call(engine, "_batch_sums", number, send(by))
+
+
+def killed_at_replace(number: int, after: bool):
+    return at_call(utils.os, "replace", number, send(signal.SIGKILL), after)
+
+
+def content(output: Path) -> dict:
+    """What a finished run leaves, without what may differ: times, where it was written, who loaded."""
+    files = {}
+    for name in ("best.pth", "checkpoint.pth"):
+        checkpoint = torch.load(output / name, weights_only=True)
+        for name_of in ("output_dir", "num_workers"):
+            del checkpoint["args"][name_of]
+        files[name] = checkpoint
+    lines = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    files["log.txt"] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return files
+
+
+def assert_identical(one, other, where: str = "") -> None:
+    """Bit for bit, through dicts and lists; names the place of the first difference."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_identical(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_identical(a, b, f"{where}/{index}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, f"{where}: {one} != {other}"

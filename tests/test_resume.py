@@ -1,0 +1,236 @@
+"""A run that is killed or stopped anywhere, and given again, ends as if nothing had happened: bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Train the small run into a folder, in a child process; returns its exit code."""
+    data = runs.write_digits(tmp_path_factory.mktemp("digits"))
+
+    def run(output, *more, before=lambda: None):
+        return runs.main_in_child(runs.command(data, output, *more), before)
+
+    run.data = data
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    assert run(output) == 0
+    return runs.content(output)
+
+
+def finish_and_compare(run, output, uninterrupted):
+    assert run(output) == 0
+    runs.assert_identical(runs.content(output), uninterrupted)
+
+
+def test_two_runs_are_identical(run, tmp_path, uninterrupted):
+    finish_and_compare(run, tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(runs.killed_at_update(runs.UPDATES + 2), id="in training"),
+        pytest.param(runs.killed_at_evaluation_batch(5), id="in evaluation"),
+        # files of an epoch: best.pth, log.txt, checkpoint.pth; args.json and environment.json come first
+        pytest.param(runs.killed_at_replace(8, after=True), id="between log.txt and checkpoint.pth"),
+    ],
+)
+def test_killed(run, kill, tmp_path, uninterrupted):
+    assert run(tmp_path, before=kill) == -signal.SIGKILL
+    finish_and_compare(run, tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", range(1, 12))
+def test_killed_on_both_sides_of_each_replacement(run, number, after, tmp_path, uninterrupted):
+    kill = runs.killed_at_replace(number, after)
+    assert run(tmp_path, before=kill) == -signal.SIGKILL
+    finish_and_compare(run, tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("stop", "epoch", "step"),
+    [
+        pytest.param(
+            runs.killed_at_update(runs.UPDATES + 2, by=signal.SIGTERM), 1, 2, id="SIGTERM in training"
+        ),
+        pytest.param(
+            runs.killed_at_update(2 * runs.UPDATES, by=signal.SIGUSR1),
+            1,
+            runs.UPDATES,
+            id="at an epoch's end",
+        ),
+        pytest.param(
+            runs.killed_at_evaluation_batch(1, by=signal.SIGUSR1), 0, runs.UPDATES, id="in evaluation"
+        ),
+    ],
+)
+def test_signal_saves_within_the_epoch(run, stop, epoch, step, tmp_path, uninterrupted):
+    assert run(tmp_path, before=stop) == 0
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (epoch, step)
+    finish_and_compare(run, tmp_path, uninterrupted)
+
+
+def test_ctrl_c_saves_and_ends_the_script_around_it(run, tmp_path, uninterrupted):
+    assert run(tmp_path, before=runs.killed_at_update(3, by=signal.SIGINT)) == 130
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 3
+    finish_and_compare(run, tmp_path, uninterrupted)
+
+
+def test_many_stops_are_one_run(run, tmp_path, uninterrupted):
+    for update in (4, 2, 5, 1):
+        assert run(tmp_path, before=runs.killed_at_update(update, by=signal.SIGTERM)) == 0
+    finish_and_compare(run, tmp_path, uninterrupted)
+
+
+def test_a_finished_run_is_left_alone(run, tmp_path, uninterrupted, capfd):
+    assert run(tmp_path) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert run(tmp_path) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert "already trained for 3 epochs" in capfd.readouterr().out
+
+
+def test_save_every_and_eval_every_keep_one_line_an_epoch(run, tmp_path):
+    options = ("--save-every", "2", "--eval-every", "2")
+    assert run(tmp_path / "whole", *options) == 0
+    kill = runs.killed_at_update(runs.UPDATES + 2)
+    assert run(tmp_path / "killed", *options, before=kill) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "checkpoint.pth").exists()
+    assert run(tmp_path / "killed", *options) == 0
+    whole, killed = runs.content(tmp_path / "whole"), runs.content(tmp_path / "killed")
+    runs.assert_identical(killed, whole)
+    assert [line["epoch"] for line in whole["log.txt"]] == [0, 1, 2]
+    assert ["test_acc1" in line for line in whole["log.txt"]] == [False, True, True]
+
+
+def test_workers_change_nothing_and_resuming_decodes_nothing_twice(run, tmp_path, uninterrupted):
+    """The sampler skips: after a stop at step 2 the loader hands out the remaining micro-batches only."""
+    stop = runs.killed_at_update(runs.UPDATES + 2, by=signal.SIGTERM)
+    assert run(tmp_path, "--num-workers", "2", before=stop) == 0
+
+    def count_images():
+        import datasets
+
+        original = datasets.AugmentedDataset.__getitem__
+
+        def counted(self, draw):
+            if draw.epoch == 1:
+                with open(tmp_path / "drawn", "a") as log:
+                    print(draw.position, file=log)
+            return original(self, draw)
+
+        datasets.AugmentedDataset.__getitem__ = counted
+
+    assert run(tmp_path, "--num-workers", "0", before=count_images) == 0
+    positions = [int(line) for line in (tmp_path / "drawn").read_text().split()]
+    assert positions == list(range(2 * 48, runs.UPDATES * 48))
+    runs.assert_identical(runs.content(tmp_path), uninterrupted)
+
+
+@pytest.mark.slow
+def test_twenty_random_sigkills_and_five_signals(run, tmp_path, uninterrupted):
+    """From outside, at random moments, with loader workers: whatever the process happens to do."""
+    chance = random.Random(0)
+    command = [sys.executable, "main.py", *runs.command(run.data, tmp_path, "--num-workers", "1")]
+    numbers = [signal.SIGKILL] * 20 + [signal.SIGTERM, signal.SIGUSR1] * 2 + [signal.SIGINT]
+    chance.shuffle(numbers)
+    hits = 0
+    for number in numbers:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:  # begin to count when training does
+            if line.startswith("        output"):
+                break
+        time.sleep(chance.uniform(0.0, 1.5))
+        hits += process.poll() is None
+        process.send_signal(number)
+        process.stdout.read()
+        process.wait(60)
+        if process.returncode == 0 and (tmp_path / "log.txt").exists():
+            done = len((tmp_path / "log.txt").read_text().splitlines()) == 3
+            if done:  # it had ended by itself: begin anew, so that every signal has something to hit
+                for path in tmp_path.iterdir():
+                    path.unlink()
+    assert hits >= 15, "too few signals found a living process for this test to mean anything"
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    runs.assert_identical(runs.content(tmp_path), uninterrupted)
+
+
+def test_other_mathematics_are_refused_and_listed(run, tmp_path, uninterrupted, capfd):
+    assert run(tmp_path, before=runs.killed_at_update(3, by=signal.SIGTERM)) == 0
+    assert run(tmp_path, "--lr", "1e-3", "--sar-weight", "0.2") == 2
+    error = capfd.readouterr().err
+    assert "--lr: 0.004 in the checkpoint, 0.001 now" in error
+    assert "--sar-weight: 0.1 in the checkpoint, 0.2 now" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_resume_goes_on_in_another_folder_and_own_checkpoint_comes_first(run, tmp_path, uninterrupted, capfd):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(first, before=runs.killed_at_update(runs.UPDATES + 3, by=signal.SIGTERM)) == 0
+    resume = ("--resume", str(first / "checkpoint.pth"))
+    assert run(second, *resume, before=runs.killed_at_update(1, by=signal.SIGTERM)) == 0
+    assert torch.load(second / "checkpoint.pth", weights_only=True)["step"] == 4
+    assert run(second, *resume) == 0
+    assert f"going on from {second / 'checkpoint.pth'}" in capfd.readouterr().out
+    content = runs.content(second)
+    assert [line["epoch"] for line in content["log.txt"]] == [1, 2]  # epoch 0 is in the first folder's log
+    weights = content["checkpoint.pth"]["model"]
+    runs.assert_identical(weights, uninterrupted["checkpoint.pth"]["model"])
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, uninterrupted, capfd):
+    def disk_fills():
+        import utils
+
+        def full(number):
+            raise OSError(28, os.strerror(28))
+
+        runs.at_call(utils.os, "fsync", 7, lambda: full(0))()
+
+    assert run(tmp_path, before=disk_fills) == 1
+    error = capfd.readouterr().err
+    assert "No space left on device" in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob(".*")), "the unfinished file was left behind"
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+    finish_and_compare(run, tmp_path, uninterrupted)
+
+
+def test_leftovers_of_a_killed_writer_are_cleared_away(run, tmp_path, uninterrupted):
+    assert run(tmp_path, before=runs.killed_at_replace(5, after=False)) == -signal.SIGKILL
+    assert list(tmp_path.glob(".*.pth.*")), "the test did not leave what it is about"
+    finish_and_compare(run, tmp_path, uninterrupted)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_log_and_arguments_are_plain_json(run, tmp_path):
+    assert run(tmp_path, "--epochs", "1", "--warmup-epochs", "0") == 0
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    record = json.loads(line)
+    deit = {"epoch", "train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "n_parameters"}
+    assert deit <= record.keys()
+    assert {"train_spatial_entropy", "test_spatial_entropy", "test_components", "step_time"} <= record.keys()
+    assert json.loads((tmp_path / "args.json").read_text())["sar_weight"] == 0.1
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
