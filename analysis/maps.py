@@ -96,7 +96,7 @@ def draw(model: torch.nn.Module, dataset, count: int, path: Path) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     figure.suptitle(
-        "Similarity of the [CLS] query with the patch keys, its mean (line), and the components above the mean",
+        "Similarity of the [CLS] query with the patch keys, its mean (line), and the parts above it",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
