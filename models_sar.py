@@ -1,8 +1,8 @@
 """ViT-T/S/B whose last block is the paper's, in timm's registry.
 
 ``import models_sar`` adds ``vit_tiny``, ``vit_small``, ``vit_base`` (the unchanged baselines) and their
-``*_sar`` forms to ``timm.create_model``. All are timm's ``VisionTransformer`` but for the last block, which can
-drop its skips (Eq. 10-11) and hand out S, the similarity of the [CLS] query with the patch keys (Eq. 4).
+``*_sar`` forms to ``timm.create_model``. All are timm's ``VisionTransformer`` but for the last block, which
+can drop its skips (Eq. 10-11) and hand out S, the similarity of the [CLS] query with the patch keys (Eq. 4).
 
 Letters of the axes in names: B images, N tokens, C channels, H heads, D channels of a head; h x w patches.
 """
@@ -17,6 +17,9 @@ from timm.layers import Attention, PatchDropout
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+
+# timm's decorator adds the models to it
+__all__ = ["LAST_BLOCKS", "SIMILARITIES", "LastBlock", "SARVisionTransformer", "similarity_map"]
 
 # Table 1(b): (skip around the attention, second LayerNorm, skip around the MLP)
 LAST_BLOCKS = {
@@ -41,11 +44,11 @@ def similarity_map(
 
     Args:
         q_BHD: the [CLS] query of each head, any floating type.
-        k_BHND: all keys; the last ``h * w`` are the patches, row by row, all prefix tokens stand before them.
+        k_BHND: all keys; the last ``h * w`` are the patches, row by row, after all prefix tokens.
         scale: factor of the attention scores, ``D ** -0.5`` in a ViT.
         grid: ``(h, w)`` of the keys.
         kind: ``"dot"``, the scores before the softmax (Eq. 4); ``"cosine"`` (Eq. 15); ``"softmax"``, the
-            attention row of [CLS], normalised over all keys, [CLS] included (the one that collapses, Section 4.3).
+            attention row of [CLS], normalised over all keys, [CLS] included (it collapses, Section 4.3).
 
     Returns:
         S of shape ``(B, H, h, w)``.
@@ -53,13 +56,13 @@ def similarity_map(
     check_choice("similarity", kind, SIMILARITIES)
     h, w = grid
     dtype = torch.promote_types(q_BHD.dtype, torch.float32)
-    with torch.autocast(q_BHD.device.type, enabled=False):
-        q, k = q_BHD.to(dtype), k_BHND.to(dtype)
-        if kind == "cosine":
-            q, k, scale = F.normalize(q, dim=-1), F.normalize(k, dim=-1), 1.0
-        scores_BHN = torch.einsum("bhd,bhnd->bhn", q * scale, k)
-        if kind == "softmax":
-            scores_BHN = scores_BHN.softmax(dim=-1)
+    q, k = q_BHD.to(dtype).unsqueeze(-2), k_BHND.to(dtype)
+    if kind == "cosine":
+        q, k, scale = F.normalize(q, dim=-1), F.normalize(k, dim=-1), 1.0
+    # a product and a sum, not a matmul: neither autocast nor TF32 can lower their precision
+    scores_BHN = (q * scale * k).sum(dim=-1)
+    if kind == "softmax":
+        scores_BHN = scores_BHN.softmax(dim=-1)
     return scores_BHN[..., -h * w :].unflatten(-1, (h, w))
 
 
@@ -102,8 +105,9 @@ class LastBlock(Block):
     ):
         """timm's ``Block.forward``: tokens ``(B, N, C)`` to tokens ``(B, N, C)``.
 
-        With ``one_query`` True or False (not under TorchScript, and without a mask) it returns ``(tokens, S)``:
-        the tokens are [CLS] alone, ``(B, 1, C)``, if True; S is ``(B, H, h, w)`` if ``grid=(h, w)``, else None.
+        With ``one_query`` True or False (not under TorchScript, and without a mask) it returns
+        ``(tokens, S)``: the tokens are [CLS] alone, ``(B, 1, C)``, if True; S is ``(B, H, h, w)`` for
+        ``grid=(h, w)``, None without.
         """
         if not torch.jit.is_scripting() and one_query is not None:
             q, k, v = self.project(self.norm1(x), one_query)
@@ -121,7 +125,7 @@ class LastBlock(Block):
         return x + y if self.mlp_skip else y
 
     def project(self, y_BNC: Tensor, one_query: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values ``(B, H, N, D)`` of normalised tokens; the query of [CLS] alone if ``one_query``."""
+        """Queries (of [CLS] alone if ``one_query``), keys, values ``(B, H, N, D)`` of normalised tokens."""
         attn = self.attn
         heads = (attn.num_heads, attn.head_dim)
         if one_query:
@@ -154,13 +158,13 @@ class SARVisionTransformer(VisionTransformer):
     """timm's ``VisionTransformer`` (every keyword of it) with a :class:`LastBlock`.
 
     Args:
-        last_block: ``"standard"`` (Eq. 1-2), ``"no_msa_skip"``, ``"sar"`` (Eq. 10-11), ``"no_skips"``: Table 1(b).
+        last_block: a row of `LAST_BLOCKS`, Table 1(b): ``"standard"`` is Eq. 1-2, ``"sar"`` Eq. 10-11.
         similarity: ``"dot"`` (Eq. 4), ``"cosine"`` (Eq. 15), ``"softmax"`` (Section 4.3): `similarity_map`.
 
-    A classifier with token pooling reads only [CLS], so its last block computes one query and one MLP token; a
-    hook on that block then sees ``((B, 1, C), S)``. Features, other poolings and ``return_tokens`` get all tokens.
-    Both ways draw the same random numbers for drop-path; for attention and projection dropout they draw different
-    ones of the same distribution.
+    A classifier with token pooling reads only [CLS], so its last block computes one query and one MLP token;
+    a hook on that block then sees ``((B, 1, C), S)``. Features, other poolings and ``return_tokens`` get all
+    tokens. Both ways draw the same random numbers for drop-path; for attention and projection dropout they
+    draw different ones of the same distribution.
     """
 
     def __init__(self, last_block: str = "standard", similarity: str = "dot", depth: int = 12, **kwargs):

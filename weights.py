@@ -1,7 +1,7 @@
-"""Reading checkpoints of any origin and fitting their weights to a model (the ``--finetune`` and ``--eval`` paths).
+"""Reading checkpoints of any origin and fitting their weights to a model.
 
-Three steps, each usable alone: `read_checkpoint` (a file, safely), `select_weights` (which of its state dicts),
-`load_weights` (into a model; another head or patch grid is adapted and said, anything else is an error).
+Three steps, each usable alone: `read_checkpoint` (a file, safely), `select_weights` (which of its state
+dicts), `load_weights` (into a model: another head or grid is adapted and said, anything else is an error).
 """
 
 import argparse
@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from utils import UserError
 
-# Ours, DeiT's and the released SAR code's name first, then timm's; EMA weights only when nothing else is there.
+# Ours, DeiT's and the released SAR code's first, then timm's; averaged weights only if nothing else is there.
 WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
 
-# All that old training scripts pickle beside tensors: their arguments, and NumPy numbers such as the best accuracy.
+# What training scripts pickle beside tensors: their arguments, and NumPy numbers such as the best accuracy.
+_numpy_scalar = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS = [
     argparse.Namespace,
     np.dtype,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
     *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
 ]
 
@@ -35,11 +36,11 @@ _SAFE_GLOBALS = [
 def read_checkpoint(path: str | Path) -> dict:
     """Everything a checkpoint file holds, on the CPU; no code stored in the file is ever run.
 
-    ``*.safetensors`` are read as such, every other file by ``torch.load(weights_only=True)`` with an allow-list for
-    what DeiT-era files pickle (an ``argparse.Namespace``, NumPy numbers).
+    ``*.safetensors`` are read as such, every other file by ``torch.load(weights_only=True)`` with an allow-
+    list for what DeiT-era files pickle (an ``argparse.Namespace``, NumPy numbers).
 
     Raises:
-        UserError: no such file, a folder, unreadable, truncated, no checkpoint, or one that wants to run code.
+        UserError: the file is missing, a folder, truncated, no checkpoint, or one that wants to run code.
     """
     path = Path(path)
     if path.is_dir():
@@ -76,7 +77,7 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
 
     Args:
         checkpoint: what `read_checkpoint` returned.
-        key: which entry; by default the first of `WEIGHT_KEYS`, else the checkpoint itself (a bare state dict).
+        key: which entry; by default the first of `WEIGHT_KEYS`, else the checkpoint is a bare state dict.
 
     Returns:
         ``(state_dict, key)``; the key is None for a bare state dict.
@@ -107,7 +108,9 @@ def _is_state_dict(value) -> bool:
     )
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping, key: str | None = None) -> list[str]:
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping, key: str | None = None, keep_head: bool = False
+) -> list[str]:
     """Load a checkpoint of timm, DeiT, the released SAR code or this program into ``model``.
 
     A head with another number of classes is dropped (the model keeps its own fresh one); in a ViT, position
@@ -117,18 +120,21 @@ def load_weights(model: nn.Module, source: str | Path | Mapping, key: str | None
         model: any of this program's models or timm's ViTs; changed in place.
         source: a file, or a checkpoint already read.
         key: see `select_weights`.
+        keep_head: a head that does not fit is an error (evaluation), not dropped (fine-tuning).
 
     Returns:
         One line for each adaptation, to be logged; empty if the weights fitted as they were.
 
     Raises:
-        UserError: the file cannot be used (`read_checkpoint`, `select_weights`), or keys are missing, unexpected
-            or of another shape; the model is unchanged then.
+        UserError: the file cannot be used (`read_checkpoint`, `select_weights`), or keys are missing,
+            unexpected or of another shape; the model is unchanged then.
     """
     checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
     state, _ = select_weights(checkpoint, key)
     state, grid_notes = _fit_grid(state, model)
-    state, head_notes = _fit_head(state, model)
+    head_notes = []
+    if not keep_head:
+        state, head_notes = _fit_head(state, model)
     _check_fit(state, model)
     model.load_state_dict(state)
     return grid_notes + head_notes
@@ -143,15 +149,16 @@ def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the checkpoint's position embedding {_shape(state.get('pos_embed'))} cannot be resampled to "
-            f"{_shape(model.pos_embed)}: only a square grid with the same prefix tokens can be; build the model as "
-            "the checkpoint's"
+            f"{_shape(model.pos_embed)}: only a square grid with the same prefix tokens can be; "
+            "build the model as the checkpoint's"
         ) from error
-    notes = [
-        f"{name}: {_shape(state[name])} -> {_shape(fitted[name])}, resampled"
-        for name in ("pos_embed", "patch_embed.proj.weight")
-        if name in fitted and name in state and fitted[name] is not state[name]
-    ]
-    return fitted, notes
+    notes = []
+    for name in {"pos_embed", "patch_embed.proj.weight"} & state.keys() & fitted.keys():
+        if state[name].shape == fitted[name].shape:
+            fitted[name] = state[name]  # timm may guess a square source grid where ours fits as it is
+        else:
+            notes.append(f"{name}: {_shape(state[name])} -> {_shape(fitted[name])}, resampled")
+    return fitted, sorted(notes)
 
 
 def _fit_head(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
