@@ -1,0 +1,242 @@
+"""Spatial entropy (Eq. 5-9), the connected components under it, and the losses it is compared with.
+
+All of them read ``similarity``, the (B, H, h, w) maps of Eq. 4: images, heads, rows and columns of the patch grid.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SAR_SCHEDULES = ("constant", "warmup-cosine")
+SAR_WARMUP_EPOCHS = 10
+
+# A map whose spread is below this many units of float rounding is taken as constant: what is left of it is noise.
+CONSTANT_ULPS = 16
+
+
+def label_components(mask: Tensor) -> Tensor:
+    """8-connected components of every map at once (Eq. 6), in tensor operations only.
+
+    Args:
+        mask: bool ``(..., h, w)``, any leading shape (also with no map in it), any grid from 1 x 1 up.
+
+    Returns:
+        int64 ``(..., h, w)``: 0 on the background; the pixels of one component share a label between 1 and
+        ``max_components(h, w)``, different from that of every other component of the same map. The label is the
+        number, counted row by row from 1, of the last 2 x 2 cell that the component reaches.
+
+    Raises:
+        ValueError: ``mask`` is not bool, or has no pixel grid.
+
+    Method. The grid is cut into 2 x 2 cells; pixels that share a cell always touch, so the cell is the node and there
+    are at most n = ceil(h/2) ceil(w/2) of them. Every tree of cells starts as one cell, named by its largest cell. In
+    a round, each tree hooks to the largest tree it touches, if that is larger than itself (one windowed maximum, one
+    scatter-maximum); then pointer jumping makes every cell point at its root again.
+
+    Bound. Let c(t) be the number of trees of one component after t rounds. A tree that survives round t + 1 was larger
+    than all its neighbours. Had it taken in no tree in round t, all its neighbours had hooked to still larger ones, and
+    it would have hooked to one of these in round t + 1. So the survivors number at most the trees that vanished in
+    round t: c(t+1) <= c(t-1) - c(t) as long as c(t) > 1. With the Fibonacci numbers F this gives c(t) <=
+    (n - F(t)) / F(t+1): about 1.44 log2(n) rounds reach one tree (7 for 14 x 14, 10 for 30 x 30). Hooking goes upwards
+    only, so no chain is longer than the trees before the round less one, and ceil(log2) of that many jumps flatten it.
+
+    Cost. 8 operations a round and one a jump, in all about 105 for 14 x 14 and 150 for 30 x 30, on quarter-size maps,
+    the same for every input: a GPU is never waited for. On a CPU the rounds stop as soon as nothing changes (3 or 4
+    rounds for attention maps).
+    """
+    # Asking whether anything changed costs a CPU nothing, but would stall a GPU and break a compiled graph.
+    return _label(mask, early_exit=mask.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def max_components(h: int, w: int) -> int:
+    """The largest number of 8-connected components on an h x w grid: one for each 2 x 2 cell."""
+    return ((h + 1) // 2) * ((w + 1) // 2)
+
+
+@torch.no_grad()
+def _label(mask: Tensor, early_exit: bool) -> Tensor:
+    """``label_components``, with the early exit on request."""
+    if mask.dtype != torch.bool or mask.ndim < 2 or 0 in mask.shape[-2:]:
+        raise ValueError(f"mask must be bool (..., h, w) with h, w >= 1, got {mask.dtype} {tuple(mask.shape)}")
+    h, w = mask.shape[-2:]
+    maps = mask.reshape(-1, h, w)
+    rows, columns = (h + 1) // 2, (w + 1) // 2
+    roots = _merge_cells(_links(maps), rows, columns, early_exit)
+    numbers = F.pad(torch.arange(1, rows * columns + 1, device=mask.device).view(rows, columns), (1, 0, 1, 0))
+    labels = numbers.view(1, -1).expand_as(roots).gather(1, roots).view(-1, rows + 1, columns + 1)[:, 1:, 1:]
+    pixels = labels[:, :, None, :, None].expand(-1, -1, 2, -1, 2).reshape(-1, 2 * rows, 2 * columns)[:, :h, :w]
+    return (pixels * maps).view(mask.shape)
+
+
+def _links(maps: Tensor) -> Tensor:
+    """Which of its 8 neighbours each 2 x 2 cell touches: bool (M, h, w) -> int32 (3, 3, cells of all maps).
+
+    The middle entry says whether the cell holds any pixel. Each map gets an empty row of cells above it and an empty
+    column left of it: with all cells in one line, the neighbours are then at the same eight distances everywhere.
+    """
+    h, w = maps.shape[-2:]
+    cells = F.pad(maps, (2, w % 2, 2, h % 2)).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    upper, lower = cells.permute(2, 4, 0, 1, 3).flatten(2)
+    sides = torch.stack([upper, upper | lower, lower])
+    left, right = sides.unbind(1)
+    # faces[i, j]: has the cell a pixel where it looks up, anywhere, down (i) and left, anywhere, right (j)?
+    faces = torch.stack([left, left | right, right], dim=1)
+    stride = (w + 1) // 2 + 1
+    facing = F.pad(faces, (stride + 1, stride + 1)).flip(0, 1)
+    row_step, column_step, _ = facing.stride()
+    # facing[i, j], read at the neighbour in direction (i, j): both walk in one strided view.
+    facing = facing.as_strided(faces.shape, (row_step + stride, column_step + 1, 1))
+    return (faces & facing).int()
+
+
+def _merge_cells(links: Tensor, rows: int, columns: int, early_exit: bool) -> Tensor:
+    """The root cell of every cell, int64 (M, (rows + 1) * (columns + 1)); empty cells point at cell 0, which is empty."""
+    stride = columns + 1
+    cells = (rows + 1) * stride
+    parent = links[1, 1].view(-1, cells) * torch.arange(cells, device=links.device)
+    trees, fibonacci, following = rows * columns, 0, 1
+    while trees > 1:
+        # int32 halves the memory traffic, and CPUs have no wide 64-bit multiply
+        line = F.pad(parent.flatten().int(), (stride + 1, stride + 1))
+        neighbours = line.as_strided(links.shape, (stride, 1, 1))
+        largest = (links * neighbours).amax((0, 1)).view_as(parent).long()
+        if early_exit and torch.equal(largest, parent):
+            break
+        parent = parent.scatter_reduce(1, parent, largest, "amax")
+        for _ in range((trees - 2).bit_length()):
+            parent = parent.gather(1, parent)
+        fibonacci, following = following, fibonacci + following
+        trees = (rows * columns - fibonacci) // following
+    return parent
+
+
+class _SpatialEntropy(torch.autograd.Function):
+    """Entropy and number of components of each map, with the gradient in closed form.
+
+    With B = relu(S - m), M_j the mass of component j, T = sum_j M_j and p_j = M_j / T, the gradient of
+    H = -sum_j p_j log p_j with respect to B at a pixel of component j is -(log p_j + H) / T, and 0 off the components;
+    B falls by the mean m, so the gradient with respect to S is that less its mean over the map. It is ready at the
+    end of the forward pass and is all that is saved: the backward pass is one multiplication.
+    """
+
+    @staticmethod
+    def forward(ctx, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        h, w = similarity.shape[-2:]
+        values = similarity.to(torch.promote_types(similarity.dtype, torch.float32)).flatten(-2)
+        lowest, highest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        # Entropy does not change by a shift: the mean of small numbers is exact where that of 10000 + x is not.
+        values = values - lowest
+        rounding = CONSTANT_ULPS * torch.finfo(values.dtype).eps * torch.maximum(lowest.abs(), highest.abs())
+        spread = highest - lowest
+        threshold = torch.where(spread <= rounding, spread, values.mean(-1, keepdim=True))
+        excess = F.relu(values - threshold)
+        labels = label_components((excess > 0).unflatten(-1, (h, w))).flatten(-2)
+
+        slots = excess.new_zeros(*excess.shape[:-1], 1 + max_components(h, w))
+        mass = slots.scatter_add(-1, labels, excess)
+        total = mass.sum(-1, keepdim=True)
+        total = torch.where(total == 0, 1, total)
+        p = mass / total
+        entropy = torch.special.entr(p).sum(-1, keepdim=True)
+        num_components = (mass > 0).sum(-1)
+
+        if ctx.needs_input_grad[0]:
+            log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log().gather(-1, labels)
+            gradient = torch.where(labels > 0, (log_p + entropy) / -total, 0)
+            gradient = gradient - gradient.mean(-1, keepdim=True)
+            ctx.save_for_backward(gradient.unflatten(-1, (h, w)))
+            ctx.dtype = similarity.dtype
+        ctx.mark_non_differentiable(num_components)
+        return entropy.squeeze(-1), num_components
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_entropy: Tensor, _) -> Tensor:
+        (gradient,) = ctx.saved_tensors
+        gradient = gradient * grad_entropy[..., None, None]
+        if ctx.dtype == torch.float16:
+            # The gradient grows as the map shrinks: of a map of size 1e-7 it leaves float16's range.
+            limit = torch.finfo(torch.float16).max
+            gradient = gradient.clamp(-limit, limit)
+        return gradient.to(ctx.dtype)
+
+
+def spatial_entropy(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Spatial entropy of each map (Eq. 5-8): the entropy of how its mass above the mean is shared by its components.
+
+    Args:
+        similarity: float ``(B, H, h, w)``, Eq. 4: [CLS] query against the patch keys, before the softmax.
+
+    Returns:
+        ``(entropy, num_components)``: ``entropy (B, H)`` in nats, float32 (float64 for a float64 map), also inside
+        autocast, differentiable once; ``num_components (B, H)``, int64.
+
+    Components are those of S > mean(S), strictly (8-connected, as in the released code), and no eps is added anywhere.
+    A map without any, i.e. one that is constant up to rounding (spread within 16 units of the last place of its
+    largest magnitude), has entropy 0, no component and gradient zero. Value and gradient are finite for all maps of
+    size 1e-20 to 1e20; a NaN or infinity in a map makes its entropy NaN.
+
+    Raises:
+        ValueError: ``similarity`` is not a floating-point (B, H, h, w) tensor.
+    """
+    if similarity.ndim != 4 or not similarity.is_floating_point():
+        raise ValueError(
+            f"similarity must be floating-point (B, H, h, w), got {similarity.dtype} {tuple(similarity.shape)}"
+        )
+    return _SpatialEntropy.apply(similarity)
+
+
+class SpatialEntropyLoss(nn.Module):
+    """The spatial-entropy loss (Eq. 9): ``spatial_entropy`` averaged over all images and heads.
+
+    ``forward(similarity (B, H, h, w))`` -> scalar. A map without a component counts in the mean with entropy 0, as in
+    the paper's Fig. 5 (division by B x H) and the released code. Being a plain mean, the average over data-parallel
+    processes of equal batch is the loss of the whole batch.
+    """
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        entropy, _ = spatial_entropy(similarity)
+        return entropy.mean()
+
+
+class TotalVariationLoss(nn.Module):
+    """Total variation of the maps (Eq. 14): the sum of absolute differences between adjacent patches.
+
+    ``forward(similarity (B, H, h, w))`` -> scalar, summed over the grid, averaged over images and heads, in float32
+    (float64 for a float64 map). ``squared=True`` gives the released code's form, half the squared differences.
+    """
+
+    def __init__(self, squared: bool = False):
+        super().__init__()
+        self.squared = squared
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        values = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+        total = sum(self._cost(values.diff(dim=axis)).sum((-2, -1)) for axis in (-2, -1))
+        return total.mean()
+
+    def _cost(self, difference: Tensor) -> Tensor:
+        return 0.5 * difference.square() if self.squared else difference.abs()
+
+
+def sar_weight_schedule(name: str, weight: float, epoch: float, epochs: int) -> float:
+    """The weight lambda of the spatial-entropy loss at ``epoch``, which may be fractional (epoch 3.5 of ``epochs``).
+
+    ``constant``: ``weight`` throughout (the paper). ``warmup-cosine``: the released code's; linear from 0 at epoch 0
+    to ``weight`` at epoch 9, ``weight`` until epoch 10, then half a cosine to 0 at ``epochs``. A run of ten epochs or
+    fewer consists of the start of the warm-up alone: the ramp is not squeezed.
+
+    Raises:
+        ValueError: ``name`` is not one of ``SAR_SCHEDULES``.
+    """
+    if name == "constant":
+        return weight
+    if name == "warmup-cosine":
+        if epoch < SAR_WARMUP_EPOCHS or epochs <= SAR_WARMUP_EPOCHS:
+            return weight * min(epoch / (SAR_WARMUP_EPOCHS - 1), 1.0)
+        progress = min((epoch - SAR_WARMUP_EPOCHS) / (epochs - SAR_WARMUP_EPOCHS), 1.0)
+        return weight * 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise ValueError(f"unknown schedule {name!r} of the SAR weight; known: {', '.join(SAR_SCHEDULES)}")
