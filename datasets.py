@@ -1,8 +1,8 @@
 """Every data set by name, its images' transforms, and the loader that feeds them to a model.
 
-A set is one entry of :data:`DATASETS`. Building it checks its files first (layout, classes, nothing empty), so
+A set is one entry of :data:`DATASETS`. Building it checks its files (layout, classes, nothing empty), so
 building both splits at start-up is the pre-flight check; what is wrong is one line in a ``UserError``.
-An image's augmentation depends on (seed, epoch, position) alone: not on workers, processes or what ran before.
+An image's augmentation depends on (seed, epoch, position) alone: not on workers or what ran before.
 """
 
 import difflib
@@ -44,7 +44,7 @@ class UnreadableImage(UserError):
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
-# -------------------------------------------------------------------------------- readers: files to (image, label)
+# ------------------------------------------------------------------ readers: files to (image, label)
 
 
 def read_image(path: str) -> Image.Image:
@@ -58,7 +58,8 @@ def read_image(path: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise a dozen types on broken files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(
-            f"cannot read the image {str(path)!r} ({reason}): mend or remove the file, or give --skip-unreadable"
+            f"cannot read the image {str(path)!r} ({reason}): "
+            "mend or remove the file, or give --skip-unreadable"
         ) from error
 
 
@@ -87,11 +88,12 @@ def read_folder(
 
     Args:
         num_classes: so many classes there must be.
-        class_list: file of :data:`CLASS_LISTS` with the classes to keep; without it all are kept, and the two splits
-            must have the same ones.
+        class_list: file of :data:`CLASS_LISTS` with the classes to keep; without it all are kept, and the two
+            splits must have the same ones.
 
     Raises:
-        UserError: split missing, flat or empty, class empty or missing, splits that differ, another number of classes.
+        UserError: a split is missing, flat or empty, a class empty or missing, the splits differ, or there is
+            another number of classes.
     """
     found = _class_folders(data_path, split)
     if class_list is not None:
@@ -99,8 +101,8 @@ def read_folder(
         missing = sorted(set(wanted) - set(found))
         if missing:
             raise UserError(
-                f"{data_path / split}: no folders for the classes {_some(missing)} of class_lists/{class_list}; "
-                "--data-path must hold all of them"
+                f"{data_path / split}: no folders for the classes {_some(missing)}; "
+                f"--data-path must hold all of class_lists/{class_list}"
             )
         return ClassFolders(data_path / split, wanted)
     if num_classes is not None and len(found) != num_classes:
@@ -129,7 +131,7 @@ def _class_folders(data_path: Path, split: str) -> list[str]:
 
 
 def _check_other_split(data_path: Path, split: str, classes: list[str]) -> None:
-    """Labels are positions among the class folders, so a class that one split lacks would shift all after it."""
+    """Labels are positions among the class folders: one that a split lacks would shift all after it."""
     other = "val" if split == "train" else "train"
     if not (data_path / other).is_dir():
         return  # evaluation needs no training images; a training run builds the other split, too
@@ -184,7 +186,10 @@ class ArrayImages(Dataset):
 
 
 def read_digits(data_path: Path | None, split: str) -> ArrayImages:
-    """scikit-learn's 1,797 scanned 8 x 8 digits: every fifth from the first on is ``val`` (360), the rest ``train``."""
+    """scikit-learn's 1,797 scanned 8 x 8 digits; numbers 0, 5, 10, ... (360) are ``val``, the rest ``train``.
+
+    Consecutive digits are one writer's, so ``val`` has the same writers: an easy set.
+    """
     from sklearn.datasets import load_digits  # a second to import, for this set only
 
     digits = load_digits()
@@ -194,13 +199,17 @@ def read_digits(data_path: Path | None, split: str) -> ArrayImages:
     return ArrayImages(images[chosen], digits.target[chosen], [str(name) for name in digits.target_names])
 
 
-# ------------------------------------------------------------------------------------------ the data sets by name
+# ---------------------------------------------------------------------------- the data sets by name
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """``read(data_path, split)`` gives a set of (RGB image, label) with ``classes``; ``layout`` says what
-    ``--data-path`` must hold (empty: the set needs none); ``defaults`` are arguments it brings for those not given."""
+    """How to read a set, and what to know of it.
+
+    ``read(data_path, split)`` gives a set of (RGB image, label) with ``classes``; ``about`` says what it is,
+    ``layout`` what ``--data-path`` must hold (empty: the set needs none); ``defaults`` are the values it
+    brings for arguments not given.
+    """
 
     read: Callable[[Path | None, str], Dataset]
     about: str
@@ -213,13 +222,24 @@ DATASETS: dict[str, DataSet] = {
     "digits": DataSet(
         read_digits,
         "1,797 scanned digits that come with scikit-learn",
-        defaults={
+        defaults={  # minutes on a laptop; digits are not mirrored, nor cropped to a part
             "input_size": 24,
             "patch_size": 4,
+            "batch_size": 32,
+            "total_batch": 32,
             "epochs": 4,
-            "batch_size": 64,
+            "warmup_epochs": 1,
+            "sched_on_updates": True,
+            "lr": 8e-3,
+            "model_ema": False,
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "aa": "none",
+            "scale": [0.7, 1.0],
             "hflip": 0.0,
+            "reprob": 0.0,
             "crop_pct": 1.0,
+            "num_workers": 0,
         },
     ),
     "folder": DataSet(read_folder, "your own images", FOLDER_LAYOUT),
@@ -284,13 +304,15 @@ def build_dataset(
     return AugmentedDataset(base, transform, seed, skip_unreadable), len(base.classes)
 
 
-# --------------------------------------------------------------------------------------- augmentation and loading
+# ------------------------------------------------------------------------- augmentation and loading
 
 
 @contextmanager
 def isolated_rng(seeds: np.random.SeedSequence) -> Iterator[None]:
-    """Within the block, the CPU's global generators (random, numpy, torch) start from ``seeds``; after it they go on
-    as if it had not been. CUDA's are not touched."""
+    """Let the CPU's global generators (random, numpy, torch) start from ``seeds`` within the block.
+
+    After it they go on as if it had not been; CUDA's are not touched.
+    """
     saved = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     for_random, for_torch, for_numpy = seeds.generate_state(3, np.uint64)
     random.seed(int(for_random))
@@ -307,9 +329,9 @@ def isolated_rng(seeds: np.random.SeedSequence) -> Iterator[None]:
 class AugmentedDataset(Dataset):
     """Draws of a sampler to ``(image, target, replaced)``.
 
-    ``image`` is ``transform``'s tensor ``(3, h, w)`` (without one, the RGB image itself), ``target`` its label,
-    ``replaced`` 1 if an unreadable image was replaced by this one, else 0. The transform's random numbers
-    depend on ``(seed, draw.epoch, draw.position)`` only, and the process's own generators do not notice them.
+    ``image`` is ``transform``'s tensor ``(3, h, w)`` (without one, the RGB image itself), ``target`` its
+    label and ``replaced`` 1 if this image stands in for an unreadable one, else 0. The transform's random
+    numbers depend on ``(seed, draw.epoch, draw.position)`` only; the process's own generators do not notice.
 
     Args:
         base: set of (RGB image, label).
@@ -357,13 +379,14 @@ class AugmentedDataset(Dataset):
 def build_transform(train: bool, args: Any) -> transforms.Compose:
     """DeiT's transforms through timm: an RGB image to a float32 tensor ``(3, input_size, input_size)``.
 
-    Training: random resized crop, flip, RandAugment (or colour jitter without it), random erasing; up to
-    :data:`SMALL_IMAGE` px a random crop of the image padded by 4. Evaluation: bicubic resize of the shorter side
-    to ``input_size / crop_pct``, centre crop. Both normalise by ImageNet's mean and deviation.
+    Training: random resized crop (up to :data:`SMALL_IMAGE` px: random crop of the image padded by 4), flip,
+    RandAugment (colour jitter without it), random erasing. Evaluation: bicubic resize of the shorter side to
+    ``input_size / crop_pct``, centre crop. Both normalise by ImageNet's mean and deviation.
 
     Args:
-        args: has DeiT's ``input_size, color_jitter, aa, train_interpolation, reprob, remode, recount, crop_pct,
-            hflip, scale``. ``aa`` "none" is no RandAugment; ``crop_pct`` None is DeiT's: 0.875, and small images whole.
+        args: has ``input_size, color_jitter, aa, train_interpolation, reprob, remode, recount, crop_pct,
+            hflip, scale``. ``aa`` "none" is no RandAugment; ``crop_pct`` None is DeiT's: 0.875, small images
+            whole.
 
     Raises:
         UserError: ``aa`` is not timm's language.
@@ -406,7 +429,7 @@ def build_loader(
 ) -> DataLoader:
     """Batches ``(images (B, 3, h, w), targets (B,), replaced (B,))`` in the sampler's order.
 
-    Workers live as long as the loader; each new iteration asks the sampler again, so ``sampler.set_epoch`` counts.
+    Workers live as long as the loader; each iteration asks the sampler anew, so ``sampler.set_epoch`` counts.
     """
     return DataLoader(
         dataset,
@@ -421,6 +444,9 @@ def build_loader(
 
 
 def _leave_process_group(worker_id: int) -> None:
-    """A signal to the whole group (Ctrl-C, timeout, a cluster's notice) is the main process's to answer: a worker that
-    died of it would break the loader while the run still saves. Workers end with the loader, or when orphaned."""
+    """Leave signals to the whole process group (Ctrl-C, timeout, a cluster's notice) to the main process.
+
+    A worker that died of one would break the loader while the run saves. Workers still end with the loader,
+    or when orphaned.
+    """
     os.setpgrp()

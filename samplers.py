@@ -1,4 +1,4 @@
-"""Which image when: the order of a training epoch over updates, micro-batches and processes, and exact evaluation.
+"""Which image when: a training epoch's order over updates, micro-batches and processes, and exact evaluation.
 
 An order is a pure function of (seed, epoch), so a sampler keeps no random state: a resumed run asks for the
 epoch and the update it stopped at and gets the rest, without reading the images before it.
@@ -36,12 +36,12 @@ def seed_sequence(purpose: str, *numbers: int) -> np.random.SeedSequence:
 class TrainSampler(Sampler[Draw]):
     """The draws of one process for one epoch, in the order of its micro-batches.
 
-    The global order of an epoch is a permutation of all images that depends on ``(seed, epoch)`` alone. With the
-    total batch ``T = batch_size * accumulation * world_size``, update ``u`` trains on the positions
-    ``[u * T, (u + 1) * T)``, and in its micro-step ``a`` the process ``rank`` takes the ``batch_size`` positions from
-    ``u * T + (a * world_size + rank) * batch_size`` on. So an update sees the same images at the same positions
-    however its total batch is split. The images left over at the end of the permutation (less than one total
-    batch) sit this epoch out.
+    The global order of an epoch is a permutation of all images that depends on ``(seed, epoch)`` alone. With
+    the total batch ``T = batch_size * accumulation * world_size``, update ``u`` trains on the positions
+    ``[u * T, (u + 1) * T)``; in its micro-step ``a`` the process ``rank`` takes the ``batch_size`` of them
+    from ``u * T + (a * world_size + rank) * batch_size`` on. So an update sees the same images at the same
+    positions however its total batch is split. The images left over at the end of the permutation (less than
+    one total batch) sit this epoch out.
 
     Args:
         num_images: size of the training set.
@@ -98,7 +98,7 @@ class TrainSampler(Sampler[Draw]):
 class EvalSampler(Sampler[Draw]):
     """Every image exactly once over all processes, none repeated to fill a batch.
 
-    Process ``rank`` takes the images ``rank, rank + world_size, ...``; sizes differ by at most one between processes.
+    Process ``rank`` takes the images ``rank, rank + world_size, ...``: the same number each, or one more.
 
     Raises:
         ValueError: a rank outside the world.

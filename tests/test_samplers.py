@@ -6,7 +6,14 @@ from torch.utils.data import BatchSampler
 from samplers import EvalSampler, TrainSampler, seed_sequence
 
 TOTAL_BATCH = 8
-SPLITS = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4), (2, 1, 4)]  # batch size, accumulation, processes
+SPLITS = [
+    (8, 1, 1),
+    (4, 2, 1),
+    (4, 1, 2),
+    (2, 2, 2),
+    (1, 2, 4),
+    (2, 1, 4),
+]  # batch size, accumulation, processes
 
 
 def draws_of_updates(batch_size, accumulation, world_size, num_images=50, epoch=3, seed=5):
