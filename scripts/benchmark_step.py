@@ -1,0 +1,144 @@
+"""Time a training step: (a) timm's plain ViT, (b) SAR as one would first write it, (c) this project's SAR.
+
+    python scripts/benchmark_step.py                                  # this CPU, both sizes, float32 and bf16
+    python scripts/benchmark_step.py --device cuda --batch-size 128   # a GPU
+
+A step is forward, loss, backward and AdamW at 224 px. (b) keeps the last block's attention scores, computes the
+attention from them, and runs OpenCV map by map. Expected: (c) faster than (a), for its last block computes the one
+query that the classifier reads. The three run in turn in every repeat; the table holds medians of images a second.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from benchmark_loss import milliseconds, opencv_loss
+from timm.models.vision_transformer import Block
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models_sar
+from losses import SpatialEntropyLoss
+
+TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NaiveLastBlock(Block):
+    """Eq. 10-11 with the whole attention matrix computed, and its scores kept for the loss."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        attn, (batch, tokens, channels) = self.attn, x.shape
+        qkv = attn.qkv(self.norm1(x)).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        self.scores = q @ k.transpose(-2, -1) * attn.scale
+        x = attn.proj((self.scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, tokens, channels))
+        return x + self.mlp(x)
+
+
+class Plain(nn.Module):
+    """(a): the baseline, with no loss but the cross-entropy."""
+
+    def __init__(self, size: str):
+        super().__init__()
+        self.model = timm.create_model(f"vit_{size}_patch16_224", drop_path_rate=0.1)
+
+    def forward(self, images):
+        return self.model(images), None
+
+
+class Naive(Plain):
+    """(b)"""
+
+    def __init__(self, size: str):
+        super().__init__(size)
+        sizes = models_sar.SIZES[size]
+        self.model.blocks[-1] = NaiveLastBlock(sizes["embed_dim"], sizes["num_heads"], qkv_bias=True)
+        self.model.blocks[-1].norm2 = nn.Identity()
+
+    def forward(self, images):
+        logits, scores = self.model(images), self.model.blocks[-1].scores
+        return logits, scores[:, :, 0, 1:].unflatten(-1, (14, 14)).float()
+
+
+class Ours(nn.Module):
+    """(c)"""
+
+    def __init__(self, size: str):
+        super().__init__()
+        self.model = timm.create_model(f"vit_{size}_sar", drop_path_rate=0.1)
+
+    def forward(self, images):
+        return self.model(images, return_similarity=True)
+
+
+def make_step(network: nn.Module, regulariser, images, targets, dtype):
+    """A function that does one whole training step."""
+    network = network.to(images.device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=dtype == torch.float16)
+
+    def step():
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            logits, similarity = network(images)
+            loss = nn.functional.cross_entropy(logits, targets)
+            if regulariser is not None:
+                loss = loss + 0.01 * regulariser(similarity)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def time_case(size: str, dtype, args) -> dict[str, float]:
+    """Median images a second of each of the three, run in turn."""
+    images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
+    targets = torch.randint(1000, (args.batch_size,), device=args.device)
+    kinds = {"plain": (Plain, None), "naive": (Naive, opencv_loss), "ours": (Ours, SpatialEntropyLoss())}
+    steps = {
+        name: make_step(kind(size), loss, images, targets, dtype) for name, (kind, loss) in kinds.items()
+    }
+    times = {name: [] for name in steps}
+    for repeat in range(args.repeats + args.warmup):
+        for name, step in steps.items():
+            elapsed = milliseconds(step, args.device)
+            if repeat >= args.warmup:
+                times[name].append(elapsed)
+    return {name: 1e3 * args.batch_size / statistics.median(values) for name, values in times.items()}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=list(models_sar.SIZES))
+    parser.add_argument("--types", nargs="+", default=["float32", "bf16"], choices=list(TYPES))
+    parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each case (default: 7)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: 1)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    on = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, timm {timm.__version__}, {on}, {args.threads} threads")
+    print(f"batch {args.batch_size}, images a second\n")
+    print("| model | type | (a) plain timm | (b) naive SAR | (c) ours | c / a | c / b |")
+    print("|---|---|---|---|---|---|---|")
+    for size in args.sizes:
+        for name in args.types:
+            rate = time_case(size, TYPES[name], args)
+            print(
+                f"| vit_{size} | {name} | {rate['plain']:.1f} | {rate['naive']:.1f} | {rate['ours']:.1f} "
+                f"| {rate['ours'] / rate['plain']:.3f} | {rate['ours'] / rate['naive']:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

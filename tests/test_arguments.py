@@ -1,0 +1,156 @@
+"""The command line: defaults, argument files, DeiT's spellings, and one clear line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from arguments import build_parser, differences, parse_arguments
+from utils import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_defaults_are_the_imagenet_recipe():
+    data = ["--data-path", "somewhere"]
+    for model in (["--model", "vit_small_sar"], ["--model", "vit_small"]):
+        by_default = vars(parse_arguments([*model, *data]))
+        by_recipe = vars(parse_arguments([f"@{ROOT / 'recipes/deit_in1k.args'}", *model, *data]))
+        assert by_default == by_recipe
+
+
+def test_the_recipe_names_every_number_of_the_protocol():
+    """An option that is left out of the recipe would follow a changed default unseen."""
+    words = (ROOT / "recipes/deit_in1k.args").read_text().split()
+    groups = {"batch and length", "optimiser and schedule", "augmentation"}
+    options = {
+        action.option_strings[0]
+        for group in build_parser()._action_groups
+        if group.title in groups
+        for action in group._group_actions
+    }
+    not_of_the_protocol = {
+        "--seed",
+        "--unscale-lr",
+        "--sched-on-updates",
+        "--clip-grad",
+        "--opt-betas",
+        "--decay-epochs",
+        "--decay-rate",
+    }
+    assert options - not_of_the_protocol <= set(words)
+
+
+def test_facts_of_the_protocol():
+    args = parse_arguments(["--data-path", "somewhere"])
+    assert (args.total_batch, args.batch_size, args.epochs, args.lr) == (1024, 128, 300, 5e-4)
+    assert (args.weight_decay, args.warmup_epochs, args.warmup_lr, args.min_lr) == (0.05, 5, 1e-6, 1e-5)
+    assert (args.drop_path, args.mixup, args.cutmix, args.smoothing, args.reprob) == (
+        0.1,
+        0.8,
+        1.0,
+        0.1,
+        0.25,
+    )
+    assert (args.clip_grad, args.model_ema_decay, args.crop_pct) == (None, 0.99996, 0.875)
+    assert (args.aa, args.color_jitter, args.train_interpolation) == ("rand-m9-mstd0.5-inc1", 0.4, "bicubic")
+
+
+@pytest.mark.parametrize(
+    ("model", "weight", "block"), [("vit_small_sar", 0.01, "sar"), ("vit_small", 0.0, "standard")]
+)
+def test_the_model_brings_lambda_and_last_block(model, weight, block):
+    args = parse_arguments(["--model", model, "--data-path", "x"])
+    assert (args.sar_weight, args.last_block) == (weight, block)
+    args = parse_arguments(
+        ["--model", model, "--data-path", "x", "--sar-weight", "0.5", "--last-block", "no_skips"]
+    )
+    assert (args.sar_weight, args.last_block) == (0.5, "no_skips")
+
+
+def test_the_data_set_brings_defaults_that_a_given_option_overrides():
+    args = parse_arguments([])
+    assert (args.data_set, args.crop_pct, args.hflip) == ("digits", 1.0, 0.0)
+    assert args.epochs < 300
+    assert parse_arguments(["--epochs", "300"]).epochs == 300
+    assert parse_arguments(["--data-path", "x"]).data_set == "imagenet"
+
+
+def test_deits_names(tmp_path):
+    args = parse_arguments(
+        ["--data_set", "IMNET", "--data_path=x_y", "--warmup_epochs", "3", "--no_model_ema"]
+    )
+    assert (args.data_set, args.data_path, args.warmup_epochs, args.model_ema) == (
+        "imagenet",
+        "x_y",
+        3,
+        False,
+    )
+    assert parse_arguments(["--data-set", "CIFAR", "--data-path", "x"]).data_set == "cifar100"
+
+
+def test_argument_files_are_split_like_a_shells_and_overridden(tmp_path):
+    first, second = tmp_path / "first.args", tmp_path / "second.args"
+    first.write_text("# a comment\n--epochs 7 --data-path 'a folder'  # with a space\n--lr 1e-3\n")
+    second.write_text("--lr 2e-3\n")
+    args = parse_arguments([f"@{first}", f"@{second}", "--epochs", "8"])
+    assert (args.epochs, args.data_path, args.lr) == (8, "a folder", 2e-3)
+
+
+def test_model_kwargs_are_python_values():
+    args = parse_arguments(["--model-kwargs", "embed_dim=48", "qkv_bias=False", "--epochs", "1"])
+    assert args.model_kwargs == {"embed_dim": 48, "qkv_bias": False}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model vit_smal_sar", "no model 'vit_smal_sar'; did you mean vit_small_sar"),
+        ("--epocs 3", "no option --epocs; did you mean --epochs"),
+        ("--epochs -3", "'-3' is not a whole number of at least 1"),
+        ("--epochs many", "'many' is not a whole number"),
+        ("--lr 0", "'0' is not a number above 0"),
+        ("--sar-weight -0.1", "'-0.1' is not a number of at least 0"),
+        ("--sar-weight nan", "'nan' is not a number of at least 0"),
+        ("--drop-path 1.5", "'1.5' is not a number of at least 0 and at most 1"),
+        ("--last-block none", "invalid choice: 'none'"),
+        ("--data-set imagnet --data-path x", "imagenet"),
+        ("--input-size 225 --patch-size 16", "--input-size 225 is not divisible by --patch-size 16"),
+        ("--batch-size 127", "--batch-size 127 is odd"),
+        ("--report ema --no-model-ema", "--report ema needs --model-ema"),
+        ("--resume nothing.pth", "--resume nothing.pth: no such file"),
+        ("--finetune nothing.pth", "--finetune nothing.pth: no such file"),
+        ("@nothing.args", "argument file nothing.args: No such file"),
+        ("--lr 1e-3 @recipes/deit_in1k.args", "must stand before all options"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_mend(words, message):
+    with pytest.raises(UserError) as error:
+        parse_arguments(words.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_resume_and_finetune_exclude_each_other(tmp_path):
+    file = tmp_path / "weights.pth"
+    file.touch()
+    with pytest.raises(UserError, match="give one of the two"):
+        parse_arguments(["--resume", str(file), "--finetune", str(file)])
+
+
+def test_an_odd_batch_is_fine_without_mixup():
+    assert parse_arguments("--batch-size 127 --mixup 0 --cutmix 0".split()).batch_size == 127
+
+
+def test_differences_leave_out_what_does_not_change_the_mathematics():
+    args = parse_arguments(["--epochs", "3"])
+    saved = {**vars(args), "num_workers": 99, "batch_size": 2, "output_dir": "elsewhere", "lr": 1.0}
+    assert differences(args, saved) == [f"--lr: 1.0 in the checkpoint, {args.lr} now"]
+
+
+def test_help_shows_every_option_once_with_its_group(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for group in ("model:", "data:", "spatial-attention-based regularisation:", "augmentation:", "run:"):
+        assert f"\n{group}\n" in text
+    assert text.count("\n  --sar-weight ") == 1
