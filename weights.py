@@ -50,7 +50,7 @@ def read_checkpoint(path: str | Path) -> dict:
             return safetensors.torch.load_file(path, device="cpu")
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # a damaged file can trip the readers anywhere
         raise UserError(_explain_unreadable(path, error)) from error
@@ -146,12 +146,8 @@ def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
         return state, []
     try:
         fitted = checkpoint_filter_fn(state, model)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the checkpoint's position embedding {_shape(state.get('pos_embed'))} cannot be resampled to "
-            f"{_shape(model.pos_embed)}: only a square grid with the same prefix tokens can be; "
-            "build the model as the checkpoint's"
-        ) from error
+    except (RuntimeError, ValueError):
+        return state, []  # not resampled, so `_check_fit` names what has another shape
     notes = []
     for name in {"pos_embed", "patch_embed.proj.weight"} & state.keys() & fitted.keys():
         if state[name].shape == fitted[name].shape:
@@ -194,17 +190,18 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
     listed = "; ".join(f"{what}: {_shorten(keys)}" for what, keys in problems.items() if keys)
     if listed:
         raise UserError(
-            f"the checkpoint's weights do not fit the model. {listed}{_hint(missing, unexpected, model)}"
+            f"the checkpoint's weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model)}"
         )
 
 
-def _hint(missing: list[str], unexpected: list[str], model: nn.Module) -> str:
-    """The mend for the one likely mistake: the last block of another kind (Eq. 1-2 against Eq. 10-11)."""
-    if not hasattr(model, "last_block"):
-        return ""
+def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model: nn.Module) -> str:
+    """The mend for the two likely mistakes: another kind of last block (Eq. 1-2, 10-11), an oblong grid."""
     for keys, kind in ((unexpected, "standard"), (missing, "sar")):
-        if len({k.rpartition(".")[0] for k in keys if ".norm2." in k}) == 1:
+        last_norms = {k.rpartition(".")[0] for k in keys if ".norm2." in k}
+        if len(last_norms) == 1 and hasattr(model, "last_block"):
             return f". The checkpoint's last block is of the {kind!r} kind: give --last-block {kind}"
+    if any(k.startswith("pos_embed ") for k in reshaped):
+        return ". Only a square grid is resampled: build the model with the checkpoint's image and patch size"
     return ""
 
 

@@ -630,6 +630,8 @@ def ddp_worker(rank, folder):
     (logits.square().mean() + similarity.square().mean()).backward()
     if rank == 0:
         torch.save(gradients(model), f"{folder}/gradients.pt")
+    del wrapped  # a wrapper that outlives its process group can spin for ever at exit
+    dist.barrier()
     dist.destroy_process_group()
 
 

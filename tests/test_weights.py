@@ -1,0 +1,288 @@
+"""Checkpoints of every origin: read safely, picked by name, fitted to a model, refused with a clear line."""
+
+import argparse
+import os
+import pickle
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import models_sar  # noqa: F401 - registers the models
+from utils import UserError
+from weights import load_weights, read_checkpoint, select_weights
+
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
+
+
+def make(name="vit_tiny", **kwargs):
+    return timm.create_model(name, **{**SMALL, **kwargs})
+
+
+def same_weights(model, state, but=()):
+    own = model.state_dict()
+    return all(torch.equal(own[k], v) for k, v in state.items() if not k.startswith(but))
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(1)
+    return make().state_dict()
+
+
+# -------------------------------------------------------------------------------------------- reading a file
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_deit_era_file_with_a_namespace_and_numpy_numbers(tmp_path, state, zipped):
+    content = {
+        "model": state,
+        "epoch": 299,
+        "args": argparse.Namespace(lr=1e-3, opt_betas=None, data_path="imagenet"),
+        "max_accuracy": np.float64(79.8),
+        "n_parameters": np.int64(22_050_664),
+    }
+    torch.save(content, tmp_path / "deit.pth", _use_new_zipfile_serialization=zipped)
+    checkpoint = read_checkpoint(tmp_path / "deit.pth")
+    assert (checkpoint["args"].lr, checkpoint["max_accuracy"]) == (1e-3, 79.8)
+    assert load_weights(make(), checkpoint) == []
+
+
+def test_numpy_1_spelling_of_a_number(tmp_path, state):
+    torch.save(
+        {"model": state, "best": np.float32(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False
+    )
+    content = (tmp_path / "old.pth").read_bytes()
+    assert b"numpy._core.multiarray" in content
+    (tmp_path / "old.pth").write_bytes(content.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
+    assert read_checkpoint(tmp_path / "old.pth")["best"] == 3
+
+
+def test_safetensors(tmp_path, state):
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    model = make()
+    assert load_weights(model, tmp_path / "model.safetensors") == []
+    assert same_weights(model, state)
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_pickle_is_refused_and_never_run(tmp_path, state, zipped):
+    marker, path = tmp_path / "owned", tmp_path / "hostile.pth"
+    torch.save({"model": state, "args": Hostile(marker)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        UserError, match=r"hostile.pth is refused: .* would call \w+.system, .* source you trust"
+    ):
+        read_checkpoint(path)
+    path.write_bytes(pickle.dumps(Hostile(marker)))
+    with pytest.raises(UserError, match=r"hostile.pth is"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_file(tmp_path, state, name, kept):
+    path = tmp_path / name
+    if path.suffix == ".pth":
+        torch.save({"model": state}, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(UserError, match=rf"{name} is truncated or no checkpoint; copy or download it again"):
+        read_checkpoint(path)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello, this is text")
+    (tmp_path / "folder").mkdir()
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    for name, message in {
+        "notes.txt": "notes.txt is truncated or no checkpoint",
+        "folder": "folder is a folder; name the checkpoint in it",
+        "missing.pth": "missing.pth cannot be read .No such file or directory.; check the path",
+        "missing.safetensors": "missing.safetensors cannot be read .*; check the path",
+        "tensor.pth": "tensor.pth holds a Tensor, not a dictionary",
+    }.items():
+        with pytest.raises(UserError, match=message) as raised:
+            read_checkpoint(tmp_path / name)
+        assert "\n" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------ which state dict
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "ema", "model_ema", "state_dict_ema"])
+def test_each_known_key_is_found(state, key):
+    found, used = select_weights({"epoch": 3, "optimizer": {"state": {}}, key: state, "args": {"lr": 1e-3}})
+    assert used == key
+    assert found.keys() == state.keys()
+
+
+def test_the_key_is_chosen_by_name(state):
+    averaged = {k: v + 1 for k, v in state.items()}
+    checkpoint = {"model": state, "ema": averaged, "teacher": averaged, "epoch": 1}
+    assert select_weights(checkpoint)[1] == "model"
+    for key in ("ema", "teacher"):
+        model = make()
+        load_weights(model, checkpoint, key=key)
+        assert same_weights(model, averaged)
+
+
+def test_a_bare_state_dict(state):
+    found, used = select_weights(state)
+    assert used is None
+    assert found.keys() == state.keys()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_prefixes_are_stripped(state, prefix):
+    model = make()
+    load_weights(model, {"model": {prefix + k: v for k, v in state.items()}})
+    assert same_weights(model, state)
+
+
+@pytest.mark.parametrize("key", ["ema", "epoch", "absent"])
+def test_a_key_without_weights_lists_those_that_have(state, key):
+    with pytest.raises(UserError, match=rf"no weights under '{key}'; keys that have: model, model_ema$"):
+        select_weights({"model": state, "model_ema": state, "ema": None, "epoch": 3}, key=key)
+
+
+def test_a_checkpoint_without_weights_lists_its_keys(state):
+    with pytest.raises(UserError, match=r"those with weights: student; all keys: student, epoch$"):
+        select_weights({"student": state, "epoch": 3})
+    with pytest.raises(UserError, match=r"those with weights: none"):
+        select_weights({})
+
+
+# ---------------------------------------------------------------------------------------------- fitting them
+
+
+def test_a_timm_checkpoint_gives_timms_logits():
+    theirs = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    ours = make().eval()
+    assert load_weights(ours, theirs.state_dict()) == []
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_any_timm_vit_can_be_the_model(state):
+    theirs = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 7})
+    assert load_weights(theirs, {"model": state}) == ["head: 5 -> 7 classes, dropped and re-initialised"]
+    assert same_weights(theirs, state, but="head.")
+
+
+@pytest.mark.parametrize(("kind", "last_block"), [("standard", "standard"), ("nosn", "sar")])
+def test_a_checkpoint_of_the_released_sar_code(golden, tmp_path, kind, last_block):
+    content = golden("sar_vit_p4_32.pt")
+    released = {"model": content[kind]["state_dict"], "args": argparse.Namespace(use_nosn=kind == "nosn")}
+    torch.save(released, tmp_path / "released.pth")
+    model = timm.create_model("vit_small", last_block=last_block, **content["config"]).eval()
+    assert load_weights(model, tmp_path / "released.pth") == []
+    torch.testing.assert_close(model(content["input"]), content[kind]["logits"], rtol=0, atol=1e-5)
+
+
+def test_another_number_of_classes_drops_the_head(state):
+    torch.manual_seed(2)
+    model = make(num_classes=3)
+    fresh = {k: v.clone() for k, v in model.state_dict().items() if k.startswith("head.")}
+    assert load_weights(model, state) == ["head: 5 -> 3 classes, dropped and re-initialised"]
+    assert same_weights(model, state, but="head.")
+    assert same_weights(model, fresh)
+
+
+def test_evaluation_never_drops_the_head(state):
+    assert load_weights(make(), state, keep_head=True) == []
+    with pytest.raises(UserError, match=r"of another shape: head.weight 5x24 for 3x24, head.bias 5 for 3$"):
+        load_weights(make(num_classes=3), state, keep_head=True)
+    headless = {k: v for k, v in state.items() if not k.startswith("head.")}
+    with pytest.raises(UserError, match=r"missing: head.weight, head.bias$"):
+        load_weights(make(), headless, keep_head=True)
+
+
+def test_a_head_on_one_side_only(state):
+    headless = {k: v for k, v in state.items() if not k.startswith("head.")}
+    assert load_weights(make(num_classes=0), state) == ["head: 5 classes, dropped, the model has none"]
+    assert load_weights(make(), headless) == [
+        "head: the checkpoint has none, the 5 classes start from scratch"
+    ]
+    assert load_weights(make(num_classes=0), headless) == []
+
+
+def test_position_embedding_of_another_image_size_is_resampled_as_timm_does(state):
+    model, expected = make(img_size=(48, 32)), make()
+    expected.load_state_dict(state)
+    expected.set_input_size((48, 32))
+    assert load_weights(model, state) == ["pos_embed: 1x17x24 -> 1x25x24, resampled"]
+    assert same_weights(model, expected.state_dict())
+
+
+def test_another_patch_size_is_resampled(state):
+    model, expected = make(patch_size=4), make()
+    expected.load_state_dict(state)
+    expected.set_input_size(patch_size=(4, 4))
+    assert load_weights(model, state) == [
+        "patch_embed.proj.weight: 24x3x8x8 -> 24x3x4x4, resampled",
+        "pos_embed: 1x17x24 -> 1x65x24, resampled",
+    ]
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+def test_same_shapes_are_never_resampled():
+    """7 x 28 patches are as many as 14 x 14: our own checkpoint must come back as it was."""
+    sizes = {"img_size": (112, 448), "patch_size": 16}
+    model, again = make(**sizes), make(**sizes)
+    assert load_weights(again, model.state_dict()) == []
+    assert same_weights(again, model.state_dict())
+
+
+@pytest.mark.parametrize("image", [(32, 48), (32, 56)])
+@pytest.mark.parametrize("target", [32, 64])
+def test_an_oblong_grid_cannot_be_resampled(image, target):
+    oblong = make(img_size=image).state_dict()
+    with pytest.raises(UserError, match=r"another shape: pos_embed .*\. Only a square grid is resampled"):
+        load_weights(make(img_size=target), oblong)
+
+
+def test_a_standard_checkpoint_in_a_sar_model_and_the_reverse(state):
+    sar = make("vit_tiny_sar").state_dict()
+    with pytest.raises(UserError, match=r"unexpected: blocks.1.norm2.weight, .* --last-block standard$"):
+        load_weights(make("vit_tiny_sar"), state)
+    with pytest.raises(UserError, match=r"missing: blocks.1.norm2.weight, .* --last-block sar$"):
+        load_weights(make(), sar)
+    assert load_weights(make(last_block="sar"), sar) == []
+
+
+def test_anything_else_is_listed_and_changes_nothing(state):
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    wrong = {k: v for k, v in state.items() if k != "norm.weight"} | {"dist_token": torch.zeros(1, 1, 24)}
+    wrong["blocks.0.mlp.fc1.bias"] = torch.zeros(7)
+    message = "missing: norm.weight; unexpected: dist_token; of another shape: blocks.0.mlp.fc1.bias 7 for 96"
+    with pytest.raises(UserError, match=message):
+        load_weights(model, wrong)
+    assert same_weights(model, before)
+
+
+def test_a_wholly_different_model_gives_a_short_line(state):
+    with pytest.raises(UserError, match=r"unexpected: .* and \d+ more") as raised:
+        load_weights(timm.create_model("resnet18", num_classes=5), state)
+    assert len(str(raised.value)) < 1500
+    with pytest.raises(UserError, match="do not fit"):
+        load_weights(make(depth=1), state)
+
+
+def test_half_precision_weights_are_cast(state):
+    model = make(img_size=64)
+    load_weights(model, {k: v.half() for k, v in state.items()})
+    assert all(p.dtype == torch.float32 for p in model.parameters())
