@@ -1,6 +1,7 @@
 """Spatial entropy (Eq. 5-9), the connected components under it, and the losses it is compared with.
 
-All of them read ``similarity``, the (B, H, h, w) maps of Eq. 4: images, heads, rows and columns of the patch grid.
+All of them read ``similarity``, the (B, H, h, w) maps of Eq. 4: images, heads, rows and columns of the
+patch grid.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 SAR_SCHEDULES = ("constant", "warmup-cosine")
 SAR_WARMUP_EPOCHS = 10
 
-# A map whose spread is below this many units of float rounding is taken as constant: what is left of it is noise.
+# A map whose spread is within this many units of float rounding counts as constant: the rest of it is noise.
 CONSTANT_ULPS = 16
 
 
@@ -25,27 +26,29 @@ def label_components(mask: Tensor) -> Tensor:
 
     Returns:
         int64 ``(..., h, w)``: 0 on the background; the pixels of one component share a label between 1 and
-        ``max_components(h, w)``, different from that of every other component of the same map. The label is the
-        number, counted row by row from 1, of the last 2 x 2 cell that the component reaches.
+        ``max_components(h, w)``, different from that of every other component of the same map. The label is
+        the number, counted row by row from 1, of the last 2 x 2 cell that the component reaches.
 
     Raises:
         ValueError: ``mask`` is not bool, or has no pixel grid.
 
-    Method. The grid is cut into 2 x 2 cells; pixels that share a cell always touch, so the cell is the node and there
-    are at most n = ceil(h/2) ceil(w/2) of them. Every tree of cells starts as one cell, named by its largest cell. In
-    a round, each tree hooks to the largest tree it touches, if that is larger than itself (one windowed maximum, one
-    scatter-maximum); then pointer jumping makes every cell point at its root again.
+    Method. The grid is cut into 2 x 2 cells; pixels that share a cell always touch, so the cell is the node
+    and there are at most n = ceil(h/2) ceil(w/2) of them. Every tree of cells starts as one cell, named by
+    its largest cell. In a round, each tree hooks to the largest tree it touches, if that is larger than
+    itself (one windowed maximum, one scatter-maximum); then pointer jumping makes every cell point at its
+    root again.
 
-    Bound. Let c(t) be the number of trees of one component after t rounds. A tree that survives round t + 1 was larger
-    than all its neighbours. Had it taken in no tree in round t, all its neighbours had hooked to still larger ones, and
-    it would have hooked to one of these in round t + 1. So the survivors number at most the trees that vanished in
-    round t: c(t+1) <= c(t-1) - c(t) as long as c(t) > 1. With the Fibonacci numbers F this gives c(t) <=
-    (n - F(t)) / F(t+1): about 1.44 log2(n) rounds reach one tree (7 for 14 x 14, 10 for 30 x 30). Hooking goes upwards
-    only, so no chain is longer than the trees before the round less one, and ceil(log2) of that many jumps flatten it.
+    Bound. Let c(t) be the number of trees of one component after t rounds. A tree that survives round t + 1
+    was larger than all its neighbours. Had it taken in no tree in round t, all its neighbours had hooked to
+    still larger ones, and it would have hooked to one of these in round t + 1. So the survivors number at
+    most the trees that vanished in round t: c(t+1) <= c(t-1) - c(t) as long as c(t) > 1. With the Fibonacci
+    numbers F this gives c(t) <= (n - F(t)) / F(t+1): about 1.44 log2(n) rounds reach one tree (7 for 14 x
+    14, 10 for 30 x 30). Hooking goes upwards only, so no cell is further from its root than there were
+    trees before the round, and ceil(log2) of that many jumps flatten the trees.
 
-    Cost. 8 operations a round and one a jump, in all about 105 for 14 x 14 and 150 for 30 x 30, on quarter-size maps,
-    the same for every input: a GPU is never waited for. On a CPU the rounds stop as soon as nothing changes (3 or 4
-    rounds for attention maps).
+    Cost. 8 kernels a round and one a jump, with the rest about 110 for 14 x 14 and 160 for 30 x 30, mostly
+    on one number a cell. They are the same for every input, so a GPU is never waited for. On a CPU the
+    rounds stop as soon as nothing changes: after 3 or 4 on noise as on attention maps.
     """
     # Asking whether anything changed costs a CPU nothing, but would stall a GPU and break a compiled graph.
     return _label(mask, early_exit=mask.device.type == "cpu" and not torch.compiler.is_compiling())
@@ -65,17 +68,21 @@ def _label(mask: Tensor, early_exit: bool) -> Tensor:
     maps = mask.reshape(-1, h, w)
     rows, columns = (h + 1) // 2, (w + 1) // 2
     roots = _merge_cells(_links(maps), rows, columns, early_exit)
-    numbers = F.pad(torch.arange(1, rows * columns + 1, device=mask.device).view(rows, columns), (1, 0, 1, 0))
-    labels = numbers.view(1, -1).expand_as(roots).gather(1, roots).view(-1, rows + 1, columns + 1)[:, 1:, 1:]
-    pixels = labels[:, :, None, :, None].expand(-1, -1, 2, -1, 2).reshape(-1, 2 * rows, 2 * columns)[:, :h, :w]
+    device = mask.device
+    numbers = F.pad(torch.arange(1, rows * columns + 1, device=device).view(rows, columns), (1, 0, 1, 0))
+    labels = numbers.view(1, -1).expand_as(roots).gather(1, roots)
+    row, column = torch.arange(2, h + 2, device=device) // 2, torch.arange(2, w + 2, device=device) // 2
+    cell_of_pixel = (row[:, None] * (columns + 1) + column).view(1, -1).expand(len(maps), -1)
+    pixels = labels.gather(1, cell_of_pixel).view_as(maps)
     return (pixels * maps).view(mask.shape)
 
 
 def _links(maps: Tensor) -> Tensor:
     """Which of its 8 neighbours each 2 x 2 cell touches: bool (M, h, w) -> int32 (3, 3, cells of all maps).
 
-    The middle entry says whether the cell holds any pixel. Each map gets an empty row of cells above it and an empty
-    column left of it: with all cells in one line, the neighbours are then at the same eight distances everywhere.
+    The middle entry says whether the cell holds any pixel. Each map gets an empty row of cells above it and
+    an empty column left of it: with all cells in one line, the neighbours are then at the same eight
+    distances everywhere.
     """
     h, w = maps.shape[-2:]
     cells = F.pad(maps, (2, w % 2, 2, h % 2)).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
@@ -93,7 +100,7 @@ def _links(maps: Tensor) -> Tensor:
 
 
 def _merge_cells(links: Tensor, rows: int, columns: int, early_exit: bool) -> Tensor:
-    """The root cell of every cell, int64 (M, (rows + 1) * (columns + 1)); empty cells point at cell 0, which is empty."""
+    """The root of every cell, int64 (M, (rows + 1) * (columns + 1)); empty cells point at cell 0, which is empty."""
     stride = columns + 1
     cells = (rows + 1) * stride
     parent = links[1, 1].view(-1, cells) * torch.arange(cells, device=links.device)
@@ -106,7 +113,7 @@ def _merge_cells(links: Tensor, rows: int, columns: int, early_exit: bool) -> Te
         if early_exit and torch.equal(largest, parent):
             break
         parent = parent.scatter_reduce(1, parent, largest, "amax")
-        for _ in range((trees - 2).bit_length()):
+        for _ in range((trees - 1).bit_length()):
             parent = parent.gather(1, parent)
         fibonacci, following = following, fibonacci + following
         trees = (rows * columns - fibonacci) // following
@@ -116,10 +123,11 @@ def _merge_cells(links: Tensor, rows: int, columns: int, early_exit: bool) -> Te
 class _SpatialEntropy(torch.autograd.Function):
     """Entropy and number of components of each map, with the gradient in closed form.
 
-    With B = relu(S - m), M_j the mass of component j, T = sum_j M_j and p_j = M_j / T, the gradient of
-    H = -sum_j p_j log p_j with respect to B at a pixel of component j is -(log p_j + H) / T, and 0 off the components;
-    B falls by the mean m, so the gradient with respect to S is that less its mean over the map. It is ready at the
-    end of the forward pass and is all that is saved: the backward pass is one multiplication.
+    With B = relu(S - m), M_j the mass of component j, T = sum_j M_j and p_j = M_j / T, the gradient of H =
+    -sum_j p_j log p_j with respect to B at a pixel of component j is -(log p_j + H) / T, and 0 off the
+    components; B falls by the mean m, so the gradient with respect to S is that less its mean over the map.
+    It is ready at the end of the forward pass and is all that is saved: the backward pass is one
+    multiplication.
     """
 
     @staticmethod
@@ -127,7 +135,7 @@ class _SpatialEntropy(torch.autograd.Function):
         h, w = similarity.shape[-2:]
         values = similarity.to(torch.promote_types(similarity.dtype, torch.float32)).flatten(-2)
         lowest, highest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        # Entropy does not change by a shift: the mean of small numbers is exact where that of 10000 + x is not.
+        # A shift does not change the entropy, but the mean of 10000 + x is rounded more than that of x.
         values = values - lowest
         rounding = CONSTANT_ULPS * torch.finfo(values.dtype).eps * torch.maximum(lowest.abs(), highest.abs())
         spread = highest - lowest
@@ -138,14 +146,15 @@ class _SpatialEntropy(torch.autograd.Function):
         slots = excess.new_zeros(*excess.shape[:-1], 1 + max_components(h, w))
         mass = slots.scatter_add(-1, labels, excess)
         total = mass.sum(-1, keepdim=True)
-        total = torch.where(total == 0, 1, total)
+        total = total + (total == 0)
         p = mass / total
-        entropy = torch.special.entr(p).sum(-1, keepdim=True)
+        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+        entropy = -(p * log_p).sum(-1, keepdim=True)
         num_components = (mass > 0).sum(-1)
 
         if ctx.needs_input_grad[0]:
-            log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log().gather(-1, labels)
-            gradient = torch.where(labels > 0, (log_p + entropy) / -total, 0)
+            slope = (log_p + entropy) / -total * (mass > 0)  # one for each component, read by all its pixels
+            gradient = slope.gather(-1, labels)
             gradient = gradient - gradient.mean(-1, keepdim=True)
             ctx.save_for_backward(gradient.unflatten(-1, (h, w)))
             ctx.dtype = similarity.dtype
@@ -165,19 +174,21 @@ class _SpatialEntropy(torch.autograd.Function):
 
 
 def spatial_entropy(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """Spatial entropy of each map (Eq. 5-8): the entropy of how its mass above the mean is shared by its components.
+    """Spatial entropy of each map (Eq. 5-8): how evenly its components share its mass above the mean.
 
     Args:
         similarity: float ``(B, H, h, w)``, Eq. 4: [CLS] query against the patch keys, before the softmax.
 
     Returns:
-        ``(entropy, num_components)``: ``entropy (B, H)`` in nats, float32 (float64 for a float64 map), also inside
-        autocast, differentiable once; ``num_components (B, H)``, int64.
+        ``(entropy, num_components)``: ``entropy (B, H)`` in nats, float32 (float64 for a float64 map), also
+        inside autocast, differentiable (once: its gradient is a constant for autograd); ``num_components
+        (B, H)``, int64.
 
-    Components are those of S > mean(S), strictly (8-connected, as in the released code), and no eps is added anywhere.
-    A map without any, i.e. one that is constant up to rounding (spread within 16 units of the last place of its
-    largest magnitude), has entropy 0, no component and gradient zero. Value and gradient are finite for all maps of
-    size 1e-20 to 1e20; a NaN or infinity in a map makes its entropy NaN.
+    Components are those of S > mean(S), strictly (8-connected, as in the released code), and no eps is
+    added anywhere. A map without any, i.e. one that is constant up to rounding (spread within 16 units of
+    the last place of its largest magnitude), has entropy 0, no component and gradient zero. Value and
+    gradient are finite for all maps of size 1e-20 to 1e20; a NaN or infinity in a map makes its entropy
+    NaN.
 
     Raises:
         ValueError: ``similarity`` is not a floating-point (B, H, h, w) tensor.
@@ -192,9 +203,9 @@ def spatial_entropy(similarity: Tensor) -> tuple[Tensor, Tensor]:
 class SpatialEntropyLoss(nn.Module):
     """The spatial-entropy loss (Eq. 9): ``spatial_entropy`` averaged over all images and heads.
 
-    ``forward(similarity (B, H, h, w))`` -> scalar. A map without a component counts in the mean with entropy 0, as in
-    the paper's Fig. 5 (division by B x H) and the released code. Being a plain mean, the average over data-parallel
-    processes of equal batch is the loss of the whole batch.
+    ``forward(similarity (B, H, h, w))`` -> scalar. A map without a component counts in the mean with
+    entropy 0, as in the paper's Fig. 5 (division by B x H) and the released code. Being a plain mean, the
+    average over data-parallel processes of equal batch is the loss of the whole batch.
     """
 
     def forward(self, similarity: Tensor) -> Tensor:
@@ -205,8 +216,9 @@ class SpatialEntropyLoss(nn.Module):
 class TotalVariationLoss(nn.Module):
     """Total variation of the maps (Eq. 14): the sum of absolute differences between adjacent patches.
 
-    ``forward(similarity (B, H, h, w))`` -> scalar, summed over the grid, averaged over images and heads, in float32
-    (float64 for a float64 map). ``squared=True`` gives the released code's form, half the squared differences.
+    ``forward(similarity (B, H, h, w))`` -> scalar, summed over the grid, averaged over images and heads, in
+    float32 (float64 for a float64 map). ``squared=True`` gives the released code's form, half the squared
+    differences.
     """
 
     def __init__(self, squared: bool = False):
@@ -223,11 +235,11 @@ class TotalVariationLoss(nn.Module):
 
 
 def sar_weight_schedule(name: str, weight: float, epoch: float, epochs: int) -> float:
-    """The weight lambda of the spatial-entropy loss at ``epoch``, which may be fractional (epoch 3.5 of ``epochs``).
+    """The weight lambda of the spatial-entropy loss at ``epoch``, which may be fractional.
 
-    ``constant``: ``weight`` throughout (the paper). ``warmup-cosine``: the released code's; linear from 0 at epoch 0
-    to ``weight`` at epoch 9, ``weight`` until epoch 10, then half a cosine to 0 at ``epochs``. A run of ten epochs or
-    fewer consists of the start of the warm-up alone: the ramp is not squeezed.
+    ``constant``: ``weight`` throughout (the paper). ``warmup-cosine``: the released code's; linear from 0
+    at epoch 0 to ``weight`` at epoch 9, ``weight`` until epoch 10, then half a cosine to 0 at ``epochs``. A
+    run of ten epochs or fewer consists of the start of the warm-up alone: the ramp is not squeezed.
 
     Raises:
         ValueError: ``name`` is not one of ``SAR_SCHEDULES``.
