@@ -6,16 +6,17 @@ number). A data set or a model may bring defaults of its own for options that we
 
 import argparse
 import difflib
+import os
 import shlex
 import sys
 from pathlib import Path
 
 import timm
-from losses import SAR_SCHEDULES
 from timm.utils import ParseKwargs
 
 import models_sar  # noqa: F401 - registers the models
 from datasets import DATASETS, canonical_name
+from losses import SAR_SCHEDULES
 from utils import UserError
 
 MODEL_MODULES = ("models_sar",)
@@ -85,9 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All options, grouped as ``--help`` shows them; names are DeiT's where DeiT has the option."""
     parser = Parser(
         prog="main.py",
-        description=(
-            "Train or evaluate a Vision Transformer with SAR, spatial-attention-based regularisation."
-        ),
+        description=("Train or evaluate a Vision Transformer with SAR, spatial-attention-based regularisation."),
         usage="main.py [@recipe.args ...] [options]",
         epilog="An argument file (@recipes/deit_in1k.args) stands before all options; options after it win. "
         "DeiT's spellings with underscores are understood.",
@@ -129,7 +128,8 @@ def _add_data(parser):
         help=f"{', '.join(DATASETS)}; without --data-path the embedded digits",
     )
     add("--data-path", default=None, metavar="DIR", help="where the data set lies")
-    add("--num-workers", type=_index, default=8, help="loading processes per training process")
+    workers = min(8, os.cpu_count() or 1)
+    add("--num-workers", type=_index, default=workers, help="loading processes of each training process")
     add("--skip-unreadable", action="store_true", help="replace an unreadable image by another and count it")
 
 
@@ -179,9 +179,7 @@ def _add_optimiser(parser):
     add("--lr", type=_positive, default=5e-4, help="for a total batch of 512; scaled linearly with it")
     add("--unscale-lr", action="store_true", help="take --lr as it stands")
     add("--sched", choices=("cosine", "tanh", "step", "poly", "constant"), default="cosine")
-    add(
-        "--sched-on-updates", action="store_true", help="change the learning rate each update, not each epoch"
-    )
+    add("--sched-on-updates", action="store_true", help="change the learning rate each update, not each epoch")
     add("--warmup-epochs", type=_index, default=5)
     add("--warmup-lr", type=_size, default=1e-6)
     add("--min-lr", type=_size, default=1e-5)
@@ -206,7 +204,12 @@ def _add_augmentation(parser):
     add("--mixup-prob", type=_fraction, default=1.0)
     add("--mixup-switch-prob", type=_fraction, default=0.5, help="of CutMix where both are on")
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
-    add("--crop-pct", type=_at_least(float, 0, 1, open_low=True), default=0.875, help="in evaluation")
+    add(
+        "--crop-pct",
+        type=_at_least(float, 0, 1, open_low=True),
+        default=None,
+        help="in evaluation: 0.875 (256 -> 224), all of small images",
+    )
 
 
 def _add_run(parser):
@@ -308,8 +311,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise UserError(
-            f"--batch-size {args.batch_size} is odd and Mixup pairs images; use an even one, "
-            "or --mixup 0 --cutmix 0"
+            f"--batch-size {args.batch_size} is odd and Mixup pairs images; use an even one, or --mixup 0 --cutmix 0"
         )
     if args.report == "ema" and not args.model_ema:
         raise UserError("--report ema needs --model-ema")
@@ -335,8 +337,4 @@ def differences(args: argparse.Namespace, saved: dict) -> list[str]:
 def brought_defaults(args: argparse.Namespace) -> dict:
     """The data set's own defaults that are in force, by option."""
     brought = DATASETS[args.data_set].defaults
-    return {
-        f"--{name.replace('_', '-')}": value
-        for name, value in brought.items()
-        if getattr(args, name) == value
-    }
+    return {f"--{name.replace('_', '-')}": value for name, value in brought.items() if getattr(args, name) == value}

@@ -58,8 +58,7 @@ def read_image(path: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise a dozen types on broken files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(
-            f"cannot read the image {str(path)!r} ({reason}): "
-            "mend or remove the file, or give --skip-unreadable"
+            f"cannot read the image {str(path)!r} ({reason}): mend or remove the file, or give --skip-unreadable"
         ) from error
 
 
@@ -411,9 +410,7 @@ def build_transform(train: bool, args: Any) -> transforms.Compose:
             re_count=args.recount,
         )
     except (AssertionError, ValueError) as error:
-        raise UserError(
-            f"--aa {args.aa}: not understood by timm ({error}); e.g. rand-m9-mstd0.5-inc1"
-        ) from error
+        raise UserError(f"--aa {args.aa}: not understood by timm ({error}); e.g. rand-m9-mstd0.5-inc1") from error
     if small:
         resize = transforms.Resize(args.input_size, transforms.InterpolationMode.BICUBIC)
         transform.transforms[0:1] = [resize, transforms.RandomCrop(args.input_size, padding=4)]

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from losses import SpatialEntropyLoss, sar_weight_schedule, spatial_entropy
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
+from losses import SpatialEntropyLoss, sar_weight_schedule, spatial_entropy
 from utils import Processes, RunError, StopSignal, progress, seed_step
 
 

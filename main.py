@@ -13,6 +13,7 @@ Where a run begins (``begin`` below), the first that applies:
 
 import math
 import sys
+import traceback
 from pathlib import Path
 
 import timm
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         start_logging(processes.rank)
         return evaluate_only(argv, args, processes) if args.eval else train(args, processes)
     except (UserError, RunError) as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the loader, whose workers would end one by one
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
@@ -216,9 +218,7 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
 def build_eval_loader(args, processes: Processes, dataset):
     """This rank's share of a validation set; larger batches, as nothing is kept for a backward pass."""
     sampler = EvalSampler(len(dataset), processes.rank, processes.world_size)
-    return build_loader(
-        dataset, sampler, 2 * args.batch_size, args.num_workers, processes.device.type == "cuda"
-    )
+    return build_loader(dataset, sampler, 2 * args.batch_size, args.num_workers, processes.device.type == "cuda")
 
 
 def build_split(args, split: str):

@@ -69,8 +69,7 @@ def start_processes(device_name: str) -> Processes:
         UserError: no such device here, or a GPU that this torch has no kernels for.
     """
     rank, world_size, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     device = _pick_device(device_name, local_rank)
     if world_size > 1:
@@ -237,9 +236,7 @@ def environment() -> dict:
 
     def git(*command: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10
-            )
+            done = subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

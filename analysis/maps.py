@@ -15,9 +15,9 @@ matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from losses import label_components, spatial_entropy
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from losses import label_components, spatial_entropy
 from main import build_model, build_split
 from samplers import Draw
 from utils import UserError
@@ -41,9 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Draw the validation images of a checkpoint's own data set; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="one that main.py wrote")
-    parser.add_argument(
-        "--out", default="maps.png", metavar="FILE", help="the picture (default: %(default)s)"
-    )
+    parser.add_argument("--out", default="maps.png", metavar="FILE", help="the picture (default: %(default)s)")
     parser.add_argument("--data-path", default=None, metavar="DIR", help="if the data set has moved")
     parser.add_argument("--images", type=int, default=6, help="default: %(default)s")
     arguments = parser.parse_args(argv)

@@ -100,9 +100,7 @@ def time_case(size: str, dtype, args) -> dict[str, float]:
     images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
     targets = torch.randint(1000, (args.batch_size,), device=args.device)
     kinds = {"plain": (Plain, None), "naive": (Naive, opencv_loss), "ours": (Ours, SpatialEntropyLoss())}
-    steps = {
-        name: make_step(kind(size), loss, images, targets, dtype) for name, (kind, loss) in kinds.items()
-    }
+    steps = {name: make_step(kind(size), loss, images, targets, dtype) for name, (kind, loss) in kinds.items()}
     times = {name: [] for name in steps}
     for repeat in range(args.repeats + args.warmup):
         for name, step in steps.items():

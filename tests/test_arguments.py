@@ -32,6 +32,7 @@ def test_the_recipe_names_every_number_of_the_protocol():
         "--seed",
         "--unscale-lr",
         "--sched-on-updates",
+        "--crop-pct",
         "--clip-grad",
         "--opt-betas",
         "--decay-epochs",
@@ -51,19 +52,15 @@ def test_facts_of_the_protocol():
         0.1,
         0.25,
     )
-    assert (args.clip_grad, args.model_ema_decay, args.crop_pct) == (None, 0.99996, 0.875)
+    assert (args.clip_grad, args.model_ema_decay, args.crop_pct) == (None, 0.99996, None)
     assert (args.aa, args.color_jitter, args.train_interpolation) == ("rand-m9-mstd0.5-inc1", 0.4, "bicubic")
 
 
-@pytest.mark.parametrize(
-    ("model", "weight", "block"), [("vit_small_sar", 0.01, "sar"), ("vit_small", 0.0, "standard")]
-)
+@pytest.mark.parametrize(("model", "weight", "block"), [("vit_small_sar", 0.01, "sar"), ("vit_small", 0.0, "standard")])
 def test_the_model_brings_lambda_and_last_block(model, weight, block):
     args = parse_arguments(["--model", model, "--data-path", "x"])
     assert (args.sar_weight, args.last_block) == (weight, block)
-    args = parse_arguments(
-        ["--model", model, "--data-path", "x", "--sar-weight", "0.5", "--last-block", "no_skips"]
-    )
+    args = parse_arguments(["--model", model, "--data-path", "x", "--sar-weight", "0.5", "--last-block", "no_skips"])
     assert (args.sar_weight, args.last_block) == (0.5, "no_skips")
 
 
@@ -76,9 +73,7 @@ def test_the_data_set_brings_defaults_that_a_given_option_overrides():
 
 
 def test_deits_names(tmp_path):
-    args = parse_arguments(
-        ["--data_set", "IMNET", "--data_path=x_y", "--warmup_epochs", "3", "--no_model_ema"]
-    )
+    args = parse_arguments(["--data_set", "IMNET", "--data_path=x_y", "--warmup_epochs", "3", "--no_model_ema"])
     assert (args.data_set, args.data_path, args.warmup_epochs, args.model_ema) == (
         "imagenet",
         "x_y",

@@ -33,9 +33,7 @@ from samplers import Draw, EvalSampler, TrainSampler, seed_sequence
 from utils import UserError
 
 IMAGENET100 = sorted(
-    line
-    for line in (CLASS_LISTS / "imagenet100.txt").read_text().splitlines()
-    if line and not line.startswith("#")
+    line for line in (CLASS_LISTS / "imagenet100.txt").read_text().splitlines() if line and not line.startswith("#")
 )
 
 
@@ -285,9 +283,7 @@ def test_cifar100_takes_the_fine_labels(monkeypatch, tmp_path):
 
 
 def test_missing_or_damaged_cifar_files_are_named(monkeypatch, tmp_path):
-    with pytest.raises(
-        UserError, match=r"cifar-100-python: files missing or damaged; extract cifar-100-python.tar.gz"
-    ):
+    with pytest.raises(UserError, match=r"cifar-100-python: files missing or damaged; extract cifar-100-python.tar.gz"):
         build_dataset("cifar100", "train", tmp_path)
     write_cifar10(monkeypatch, tmp_path)
     truncate(tmp_path / "cifar-10-batches-py" / "data_batch_3")
@@ -440,9 +436,7 @@ def test_small_images_are_shifted_by_up_to_four_pixels_in_training():
 def difference_from_bare(**changed):
     """How many of 30 draws an option changes, with the same random crop."""
     image = picture(size=(60, 60))
-    plain, other = (
-        build_transform(True, args) for args in (bare(), SimpleNamespace(**{**vars(bare()), **changed}))
-    )
+    plain, other = (build_transform(True, args) for args in (bare(), SimpleNamespace(**{**vars(bare()), **changed})))
     different = 0
     for number in range(30):
         results = []
@@ -575,9 +569,7 @@ def test_one_loader_serves_many_epochs_with_the_same_workers(folder):
 
 
 def test_batches_are_tensors_of_images_labels_and_replacements():
-    dataset, _ = build_dataset(
-        "digits", "val", transform=build_transform(False, transform_args(input_size=24))
-    )
+    dataset, _ = build_dataset("digits", "val", transform=build_transform(False, transform_args(input_size=24)))
     images, targets, replaced = next(iter(build_loader(dataset, EvalSampler(len(dataset)), 5, num_workers=0)))
     assert images.shape == (5, 3, 24, 24)
     assert targets.tolist() == [0, 5, 0, 5, 0]

@@ -70,18 +70,14 @@ def test_killed_on_both_sides_of_each_replacement(run, number, after, tmp_path, 
 @pytest.mark.parametrize(
     ("stop", "epoch", "step"),
     [
-        pytest.param(
-            runs.killed_at_update(runs.UPDATES + 2, by=signal.SIGTERM), 1, 2, id="SIGTERM in training"
-        ),
+        pytest.param(runs.killed_at_update(runs.UPDATES + 2, by=signal.SIGTERM), 1, 2, id="SIGTERM in training"),
         pytest.param(
             runs.killed_at_update(2 * runs.UPDATES, by=signal.SIGUSR1),
             1,
             runs.UPDATES,
             id="at an epoch's end",
         ),
-        pytest.param(
-            runs.killed_at_evaluation_batch(1, by=signal.SIGUSR1), 0, runs.UPDATES, id="in evaluation"
-        ),
+        pytest.param(runs.killed_at_evaluation_batch(1, by=signal.SIGUSR1), 0, runs.UPDATES, id="in evaluation"),
     ],
 )
 def test_signal_saves_within_the_epoch(run, stop, epoch, step, tmp_path, uninterrupted):
