@@ -37,9 +37,7 @@ def check_choice(name: str, value: str, choices) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
-def similarity_map(
-    q_BHD: Tensor, k_BHND: Tensor, scale: float, grid: tuple[int, int], kind: str = "dot"
-) -> Tensor:
+def similarity_map(q_BHD: Tensor, k_BHND: Tensor, scale: float, grid: tuple[int, int], kind: str = "dot") -> Tensor:
     """Similarity S of the [CLS] query with the patch keys, computed in float32 (float64 for float64 inputs).
 
     Args:

@@ -56,9 +56,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(_explain_unreadable(path, error)) from error
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
-        raise UserError(
-            f"{path} holds a {kind}, not a dictionary of weights; give a file written as a checkpoint"
-        )
+        raise UserError(f"{path} holds a {kind}, not a dictionary of weights; give a file written as a checkpoint")
     return checkpoint
 
 
@@ -103,9 +101,7 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
 
 
 def _is_state_dict(value) -> bool:
-    return (
-        isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
-    )
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
 
 
 def load_weights(
@@ -182,9 +178,7 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     reshaped = [
-        f"{k} {_shape(state[k])} for {_shape(v)}"
-        for k, v in own.items()
-        if k in state and state[k].shape != v.shape
+        f"{k} {_shape(state[k])} for {_shape(v)}" for k, v in own.items() if k in state and state[k].shape != v.shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     listed = "; ".join(f"{what}: {_shorten(keys)}" for what, keys in problems.items() if keys)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_sar
+from losses import SpatialEntropyLoss
 from models_sar import LAST_BLOCKS, SIMILARITIES, LastBlock, similarity_map
 
 NAMES = ["vit_base", "vit_base_sar", "vit_small", "vit_small_sar", "vit_tiny", "vit_tiny_sar"]
@@ -133,13 +134,12 @@ class TestReleasedCode:
         torch.testing.assert_close(similarity.flatten(2), patches, rtol=0, atol=1e-10)
 
     def test_gradients_of_cross_entropy_and_spatial_entropy(self, golden, file, kind, last_block):
-        losses = pytest.importorskip("losses")
         model, x, target, expected = self.load(golden, file, kind, last_block)
         logits, similarity = model.train()(x, return_similarity=True)
         loss = F.cross_entropy(logits, target)
         tolerance = 1e-10
         if "blob" in expected:  # their eps in the blob loss moves it by about 1e-7
-            loss = loss + 0.01 * losses.SpatialEntropyLoss()(similarity)
+            loss = loss + 0.01 * SpatialEntropyLoss()(similarity)
             tolerance = 1e-6
         torch.testing.assert_close(loss, expected["total"], rtol=tolerance, atol=0)
         loss.backward()
@@ -309,9 +309,7 @@ def test_similarity_of_a_block_alone():
     model = make()
     tokens = torch.randn(2, 17, 24)
     _, expected = model.blocks[-1](tokens, one_query=False, grid=(4, 4))
-    torch.testing.assert_close(
-        model.blocks[-1].cls_similarity(model.blocks[-1].norm1(tokens), (4, 4)), expected
-    )
+    torch.testing.assert_close(model.blocks[-1].cls_similarity(model.blocks[-1].norm1(tokens), (4, 4)), expected)
 
 
 @pytest.mark.parametrize("kind", SIMILARITIES)
@@ -448,9 +446,7 @@ def test_set_input_size():
 
 def test_dynamic_image_size():
     model, fixed = make(dynamic_img_size=True), make()
-    torch.testing.assert_close(
-        model(images(), return_similarity=True), fixed(images(), return_similarity=True)
-    )
+    torch.testing.assert_close(model(images(), return_similarity=True), fixed(images(), return_similarity=True))
     assert model(images(size=(40, 64)), return_similarity=True)[1].shape == (2, 3, 5, 8)
     padded = make(dynamic_img_size=True, dynamic_img_pad=True)
     assert padded(images(size=(41, 62)), return_similarity=True)[1].shape == (2, 3, 6, 8)
@@ -529,9 +525,7 @@ def test_gradient_checkpointing_keeps_less():
         model = make().train()
         model.set_grad_checkpointing(enable)
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             model(images(), return_similarity=True)
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 2

@@ -51,9 +51,7 @@ def test_a_deit_era_file_with_a_namespace_and_numpy_numbers(tmp_path, state, zip
 
 
 def test_numpy_1_spelling_of_a_number(tmp_path, state):
-    torch.save(
-        {"model": state, "best": np.float32(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False
-    )
+    torch.save({"model": state, "best": np.float32(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "old.pth").read_bytes()
     assert b"numpy._core.multiarray" in content
     (tmp_path / "old.pth").write_bytes(content.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
@@ -79,9 +77,7 @@ class Hostile:
 def test_a_hostile_pickle_is_refused_and_never_run(tmp_path, state, zipped):
     marker, path = tmp_path / "owned", tmp_path / "hostile.pth"
     torch.save({"model": state, "args": Hostile(marker)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        UserError, match=r"hostile.pth is refused: .* would call \w+.system, .* source you trust"
-    ):
+    with pytest.raises(UserError, match=r"hostile.pth is refused: .* would call \w+.system, .* source you trust"):
         read_checkpoint(path)
     path.write_bytes(pickle.dumps(Hostile(marker)))
     with pytest.raises(UserError, match=r"hostile.pth is"):
@@ -213,9 +209,7 @@ def test_evaluation_never_drops_the_head(state):
 def test_a_head_on_one_side_only(state):
     headless = {k: v for k, v in state.items() if not k.startswith("head.")}
     assert load_weights(make(num_classes=0), state) == ["head: 5 classes, dropped, the model has none"]
-    assert load_weights(make(), headless) == [
-        "head: the checkpoint has none, the 5 classes start from scratch"
-    ]
+    assert load_weights(make(), headless) == ["head: the checkpoint has none, the 5 classes start from scratch"]
     assert load_weights(make(num_classes=0), headless) == []
 
 
