@@ -58,14 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"maps of {arguments.images} images: {arguments.out}")
+    print(f"similarity maps drawn: {arguments.out}")
     return 0
 
 
 def draw(model: torch.nn.Module, dataset, count: int, path: Path) -> None:
     """One row an image: the image, then for each head its map (threshold as a line) and its components."""
-    spread = np.linspace(0, len(dataset) - 1, num=min(count, len(dataset)), dtype=int).tolist()
-    samples = [dataset[Draw(index, 0, index)] for index in spread]
+    samples = choose(dataset, count)
     images = torch.stack([image for image, _, _ in samples])
     with torch.inference_mode():
         logits, similarity = model.eval()(images, return_similarity=True)
@@ -82,7 +81,7 @@ def draw(model: torch.nn.Module, dataset, count: int, path: Path) -> None:
         picture = _as_picture(images[row])
         guess = int(logits[row].argmax())
         axes[row, 0].imshow(picture)
-        axes[row, 0].set_title(f"{dataset.classes[target]}, seen as {dataset.classes[guess]}", fontsize=8)
+        axes[row, 0].set_title(f"{dataset.classes[target]}, predicted {dataset.classes[guess]}", fontsize=8)
         for head in range(heads):
             values = similarity[row, head]
             _draw_map(axes[row, 1 + 2 * head], values)
@@ -90,7 +89,7 @@ def draw(model: torch.nn.Module, dataset, count: int, path: Path) -> None:
             number = int(components[row, head])
             noun = "component" if number == 1 else "components"
             axes[row, 1 + 2 * head].set_title(f"head {head + 1}", fontsize=8)
-            axes[row, 2 + 2 * head].set_title(f"{number} {noun}, H = {entropy[row, head]:.2f}", fontsize=8)
+            axes[row, 2 + 2 * head].set_title(f"{number} {noun}, H = {entropy[row, head].abs():.2f}", fontsize=8)
     for axis in axes.flat:
         axis.set_axis_off()
     figure.suptitle(
@@ -99,6 +98,17 @@ def draw(model: torch.nn.Module, dataset, count: int, path: Path) -> None:
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def choose(dataset, count: int) -> list:
+    """Up to ``count`` samples of different classes, spread evenly over the set."""
+    chosen = {}
+    for index in np.linspace(0, len(dataset) - 1, num=min(10 * count, len(dataset)), dtype=int).tolist():
+        sample = dataset[Draw(index, 0, index)]
+        chosen.setdefault(sample[1], sample)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
 
 
 def _as_picture(image: torch.Tensor) -> np.ndarray:

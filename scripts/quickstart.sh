@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained SAR ViT and a picture of its attention, with no data to fetch.
+#
+#   bash scripts/quickstart.sh
+#
+# Hardware: anything with Python 3.11 or 3.12; a GPU is used if there is one.
+# Time: the installation once (a few minutes), then under four minutes on two cores.
+# Expected: at least 95 % of 360 test digits, and output/quickstart/maps.png.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VENV=${VENV:-.venv}
+OUT=${OUT:-output/quickstart}
+bash scripts/install.sh
+"$VENV/bin/python" main.py @recipes/quickstart.args --output-dir "$OUT" "$@"
+echo
+"$VENV/bin/python" main.py --eval --resume "$OUT/best.pth"
+"$VENV/bin/python" -m analysis.maps --checkpoint "$OUT/best.pth" --out "$OUT/maps.png"
