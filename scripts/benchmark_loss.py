@@ -10,6 +10,8 @@ The ways run in turn in every repeat, so that a machine that changes its speed c
 holds medians.
 
 Expected: at batch 128, 14 x 14, on two cores, ours at least 12 times faster than map by map.
+On a machine that is busy with other things too, set OMP_WAIT_POLICY=passive: else the threads of each
+operation spin for a core that somebody else has, and the many short operations of ours suffer most.
 Needs opencv-python-headless.
 """
 
