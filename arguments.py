@@ -54,6 +54,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows the default of every option that has one, and N for a value where nothing says more."""
+
+    def _get_help_string(self, action):
+        shown = repr(action.default) not in ("None", "False", "''", "{}", repr(argparse.SUPPRESS))
+        text = action.help or ""
+        return f"{text} (default: %(default)s)".strip() if shown else text
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N"
+
+
 def _nearest(name: str, known) -> str:
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""
@@ -90,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="main.py [@recipe.args ...] [options]",
         epilog="An argument file (@recipes/deit_in1k.args) stands before all options; options after it win. "
         "DeiT's spellings with underscores are understood.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     for add in (_add_model, _add_data, _add_sar, _add_batch, _add_optimiser, _add_augmentation, _add_run):
@@ -100,16 +112,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_model(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="vit_small_sar", help="a name registered by this project")
-    add("--input-size", type=_count, default=224, help="image side in pixels")
-    add("--patch-size", type=_count, default=16, help="patch side in pixels")
+    add("--model", default="vit_small_sar", metavar="NAME", help="vit_tiny, vit_small, vit_base, each also with _sar")
+    add("--input-size", type=_count, default=224, metavar="PX", help="image side")
+    add("--patch-size", type=_count, default=16, metavar="PX", help="patch side")
     add(
         "--model-kwargs",
         nargs="*",
         default={},
         action=ParseKwargs,
         metavar="KEY=VALUE",
-        help="any other size",
+        help="other sizes: embed_dim=96 depth=4 ...",
     )
     add("--drop", type=_fraction, default=0.0, help="dropout of the tokens' projections")
     add("--drop-path", type=_fraction, default=0.1, help="stochastic depth, linear over the blocks")
@@ -124,6 +136,7 @@ def _add_data(parser):
     add = parser.add_argument_group("data").add_argument
     add(
         "--data-set",
+        metavar="NAME",
         default="imagenet",
         help=f"{', '.join(DATASETS)}; without --data-path the embedded digits",
     )
@@ -165,24 +178,24 @@ def _add_batch(parser):
     add = parser.add_argument_group("batch and length").add_argument
     add("--batch-size", type=_count, default=128, help="images a process computes at once")
     add("--total-batch", type=_count, default=1024, help="images an update; accumulation follows from it")
-    add("--epochs", type=_count, default=300)
-    add("--seed", type=_index, default=0)
+    add("--epochs", type=_count, default=300, help="each sees every image once")
+    add("--seed", type=_index, default=0, help="of weights, order, augmentation, dropout")
 
 
 def _add_optimiser(parser):
     add = parser.add_argument_group("optimiser and schedule").add_argument
-    add("--opt", default="adamw", help="an optimiser of timm")
-    add("--opt-eps", type=_positive, default=1e-8)
+    add("--opt", default="adamw", metavar="NAME", help="an optimiser of timm")
+    add("--opt-eps", type=_positive, default=1e-8, help="its epsilon")
     add("--opt-betas", type=_fraction, nargs=2, default=None, help="the optimiser's own if not given")
-    add("--weight-decay", type=_size, default=0.05)
+    add("--weight-decay", type=_size, default=0.05, help="not of biases, norms, tokens and positions")
     add("--clip-grad", type=_positive, default=None, help="largest gradient norm")
     add("--lr", type=_positive, default=5e-4, help="for a total batch of 512; scaled linearly with it")
     add("--unscale-lr", action="store_true", help="take --lr as it stands")
-    add("--sched", choices=("cosine", "tanh", "step", "poly", "constant"), default="cosine")
-    add("--sched-on-updates", action="store_true", help="change the learning rate each update, not each epoch")
-    add("--warmup-epochs", type=_index, default=5)
-    add("--warmup-lr", type=_size, default=1e-6)
-    add("--min-lr", type=_size, default=1e-5)
+    add("--sched", choices=("cosine", "tanh", "step", "poly", "constant"), default="cosine", help="timm's schedule")
+    add("--sched-on-updates", action=argparse.BooleanOptionalAction, default=False, help="not once an epoch")
+    add("--warmup-epochs", type=_index, default=5, help="linear, from --warmup-lr")
+    add("--warmup-lr", type=_size, default=1e-6, help="not scaled")
+    add("--min-lr", type=_size, default=1e-5, help="not scaled")
     add("--cooldown-epochs", type=_index, default=0, help="epochs at the lowest rate, after --epochs")
     add("--decay-epochs", type=_count, default=30, help="between two steps of --sched step")
     add("--decay-rate", type=_fraction, default=0.1, help="of --sched step; the power of poly")
@@ -191,19 +204,19 @@ def _add_optimiser(parser):
 def _add_augmentation(parser):
     add = parser.add_argument_group("augmentation").add_argument
     add("--color-jitter", type=_size, default=0.4, help="only where --aa is none, as in timm")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an augmentation policy, or none")
-    add("--train-interpolation", choices=("bicubic", "bilinear", "random"), default="bicubic")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of an augmentation policy, or none")
+    add("--train-interpolation", choices=("bicubic", "bilinear", "random"), default="bicubic", help="of the crop")
     add("--scale", type=_fraction, nargs=2, default=[0.08, 1.0], help="area of the random crop")
-    add("--hflip", type=_fraction, default=0.5)
+    add("--hflip", type=_fraction, default=0.5, help="probability of a mirror image")
     add("--reprob", type=_fraction, default=0.25, help="probability of random erasing")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel")
-    add("--recount", type=_count, default=1)
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what erased parts become")
+    add("--recount", type=_count, default=1, help="erased parts of an image")
     add("--smoothing", type=_fraction, default=0.1, help="label smoothing")
     add("--mixup", type=_size, default=0.8, help="alpha of Mixup; 0 turns it off")
     add("--cutmix", type=_size, default=1.0, help="alpha of CutMix; 0 turns it off")
-    add("--mixup-prob", type=_fraction, default=1.0)
+    add("--mixup-prob", type=_fraction, default=1.0, help="of mixing at all")
     add("--mixup-switch-prob", type=_fraction, default=0.5, help="of CutMix where both are on")
-    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
+    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a draw")
     add(
         "--crop-pct",
         type=_at_least(float, 0, 1, open_low=True),
@@ -217,10 +230,10 @@ def _add_run(parser):
     add("--output-dir", default=None, metavar="DIR", help="default: output/ + model + data set + seed")
     add("--resume", default="", metavar="FILE", help="go on from another run's checkpoint")
     add("--eval", action="store_true", help="evaluate --resume, --finetune or the output folder's best.pth")
-    add("--eval-every", type=_count, default=1, metavar="EPOCHS")
-    add("--save-every", type=_count, default=1, metavar="EPOCHS")
-    add("--print-every", type=_count, default=50, metavar="UPDATES", help="also TensorBoard's interval")
-    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--eval-every", type=_count, default=1, metavar="EPOCHS", help="evaluate so often, and at the end")
+    add("--save-every", type=_count, default=1, metavar="EPOCHS", help="write checkpoint.pth so often, and at the end")
+    add("--print-every", type=_count, default=50, metavar="UPDATES", help="print and tell TensorBoard so often")
+    add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu or cuda")
     add(
         "--amp",
         choices=("auto", "bf16", "fp16", "off"),

@@ -1,5 +1,6 @@
 """What every process of a run needs: errors for users, the processes, seeds, signals, safe files, the log."""
 
+import gc
 import json
 import logging
 import os
@@ -81,6 +82,7 @@ def start_processes(device_name: str) -> Processes:
 def end_processes() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
+        gc.collect()  # a DistributedDataParallel that outlives its group can spin at exit
         dist.destroy_process_group()
 
 
@@ -194,7 +196,7 @@ def write_atomically(path: Path, write) -> None:
     path = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
             temporary = file.name
             write(file)
             file.flush()
@@ -222,7 +224,7 @@ def prepare_output_dir(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for leftover in path.glob(".*.pth.*"):
+        for leftover in path.glob(".*.tmp"):
             leftover.unlink()
         with tempfile.TemporaryFile(dir=path):
             pass

@@ -1,10 +1,12 @@
 """Small training runs for the tests: their command line, a child process to kill, and how to compare two."""
 
+import functools
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import engine
 import main
-import utils
+
+ROOT = Path(__file__).parents[1]
 
 # A three-head, two-block ViT on scanned digits, every regulariser on: a second for three epochs.
 SMALL = (
@@ -44,55 +46,78 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
     return [*SMALL, "--data-path", str(data), "--output-dir", str(output), *more]
 
 
-def main_in_child(argv: list[str], before=lambda: None) -> int:
-    """Run ``main.py`` in a forked process, after ``before()`` there; returns its exit code (-9: killed)."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            before()
-            os._exit(main.main(argv))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(70)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+class Child:
+    """A small run in a process of its own, to be killed; forked from a clean server that has all imports done."""
+
+    context = multiprocessing.get_context("forkserver")
+
+    def __init__(self, data: Path, log: Path):
+        self.data, self.log = data, log
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+        self.context.set_forkserver_preload(["runs"])
+
+    def __call__(self, output: Path, *more: str, before=None) -> int:
+        """Run ``main.py`` after ``before()``; returns its exit code (-9: killed); the text is in ``text()``."""
+        child = self.context.Process(target=_main, args=(command(self.data, output, *more), self.log, before))
+        child.start()
+        child.join()
+        return child.exitcode
+
+    def text(self) -> str:
+        """What the last run printed, errors included."""
+        return self.log.read_text()
 
 
-def at_call(module, name: str, number: int, action, after: bool = False):
+def _main(argv: list[str], log: Path, before) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    sys.exit(main.main(argv))
+
+
+def at_call(module: str, name: str, number: int, action, after: bool = False):
     """For ``before``: make the ``number``-th call of ``module.name`` do ``action()`` first, or after it."""
+    return functools.partial(_install, module, name, number, action, after)
 
-    def install():
-        original, calls = getattr(module, name), [0]
 
-        def counted(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == number and not after:
-                action()
-            result = original(*args, **kwargs)
-            if calls[0] == number and after:
-                action()
-            return result
+def _install(module: str, name: str, number: int, action, after: bool) -> None:
+    owner = functools.reduce(getattr, module.split(".")[1:], importlib.import_module(module.split(".")[0]))
+    original, calls = getattr(owner, name), [0]
 
-        setattr(module, name, counted)
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == number and not after:
+            action()
+        result = original(*args, **kwargs)
+        if calls[0] == number and after:
+            action()
+        return result
 
-    return install
+    setattr(owner, name, counted)
+
+
+def _send(number: int) -> None:
+    os.kill(os.getpid(), number)
 
 
 def send(number: int):
     """An action that sends this process a signal."""
-    return lambda: os.kill(os.getpid(), number)
+    return functools.partial(_send, number)
 
 
 def killed_at_update(number: int, by=signal.SIGKILL):
-    return at_call(engine, "update_weights", number, send(by))
+    return at_call("engine", "update_weights", number, send(by))
 
 
 def killed_at_evaluation_batch(number: int, by=signal.SIGKILL):
-    return at_call(engine, "_batch_sums", number, send(by))
+    return at_call("engine", "_batch_sums", number, send(by))
 
 
 def killed_at_replace(number: int, after: bool):
-    return at_call(utils.os, "replace", number, send(signal.SIGKILL), after)
+    return at_call("os", "replace", number, send(signal.SIGKILL), after)
 
 
 def content(output: Path) -> dict:

@@ -110,7 +110,7 @@ def test_model_kwargs_are_python_values():
         ("--last-block none", "invalid choice: 'none'"),
         ("--data-set imagnet --data-path x", "imagenet"),
         ("--input-size 225 --patch-size 16", "--input-size 225 is not divisible by --patch-size 16"),
-        ("--batch-size 127", "--batch-size 127 is odd"),
+        ("--data-path x --batch-size 127", "--batch-size 127 is odd"),
         ("--report ema --no-model-ema", "--report ema needs --model-ema"),
         ("--resume nothing.pth", "--resume nothing.pth: no such file"),
         ("--finetune nothing.pth", "--finetune nothing.pth: no such file"),

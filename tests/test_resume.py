@@ -1,5 +1,7 @@
 """A run that is killed or stopped anywhere, and given again, ends as if nothing had happened: bit for bit."""
 
+import errno
+import functools
 import json
 import os
 import random
@@ -13,19 +15,14 @@ import pytest
 import runs
 import torch
 
-ROOT = Path(__file__).parents[1]
+import datasets
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Train the small run into a folder, in a child process; returns its exit code."""
-    data = runs.write_digits(tmp_path_factory.mktemp("digits"))
-
-    def run(output, *more, before=lambda: None):
-        return runs.main_in_child(runs.command(data, output, *more), before)
-
-    run.data = data
-    return run
+    folder = tmp_path_factory.mktemp("child")
+    return runs.Child(runs.write_digits(folder / "digits"), folder / "text")
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +96,12 @@ def test_many_stops_are_one_run(run, tmp_path, uninterrupted):
     finish_and_compare(run, tmp_path, uninterrupted)
 
 
-def test_a_finished_run_is_left_alone(run, tmp_path, uninterrupted, capfd):
+def test_a_finished_run_is_left_alone(run, tmp_path, uninterrupted):
     assert run(tmp_path) == 0
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert run(tmp_path) == 0
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    assert "already trained for 3 epochs" in capfd.readouterr().out
+    assert "already trained for 3 epochs" in run.text()
 
 
 def test_save_every_and_eval_every_keep_one_line_an_epoch(run, tmp_path):
@@ -120,25 +117,26 @@ def test_save_every_and_eval_every_keep_one_line_an_epoch(run, tmp_path):
     assert ["test_acc1" in line for line in whole["log.txt"]] == [False, True, True]
 
 
+def note_positions(path: Path) -> None:
+    """Write down the position of each image of epoch 1 that is decoded."""
+    original = datasets.AugmentedDataset.__getitem__
+
+    def noted(self, draw):
+        if draw.epoch == 1:
+            with open(path, "a") as log:
+                print(draw.position, file=log)
+        return original(self, draw)
+
+    datasets.AugmentedDataset.__getitem__ = noted
+
+
 def test_workers_change_nothing_and_resuming_decodes_nothing_twice(run, tmp_path, uninterrupted):
     """The sampler skips: after a stop at step 2 the loader hands out the remaining micro-batches only."""
     stop = runs.killed_at_update(runs.UPDATES + 2, by=signal.SIGTERM)
     assert run(tmp_path, "--num-workers", "2", before=stop) == 0
 
-    def count_images():
-        import datasets
-
-        original = datasets.AugmentedDataset.__getitem__
-
-        def counted(self, draw):
-            if draw.epoch == 1:
-                with open(tmp_path / "drawn", "a") as log:
-                    print(draw.position, file=log)
-            return original(self, draw)
-
-        datasets.AugmentedDataset.__getitem__ = counted
-
-    assert run(tmp_path, "--num-workers", "0", before=count_images) == 0
+    note = functools.partial(note_positions, tmp_path / "drawn")
+    assert run(tmp_path, "--num-workers", "0", before=note) == 0
     positions = [int(line) for line in (tmp_path / "drawn").read_text().split()]
     assert positions == list(range(2 * 48, runs.UPDATES * 48))
     runs.assert_identical(runs.content(tmp_path), uninterrupted)
@@ -153,7 +151,7 @@ def test_twenty_random_sigkills_and_five_signals(run, tmp_path, uninterrupted):
     chance.shuffle(numbers)
     hits = 0
     for number in numbers:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:  # begin to count when training does
             if line.startswith("        output"):
                 break
@@ -168,44 +166,41 @@ def test_twenty_random_sigkills_and_five_signals(run, tmp_path, uninterrupted):
                 for path in tmp_path.iterdir():
                     path.unlink()
     assert hits >= 15, "too few signals found a living process for this test to mean anything"
-    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run(command, cwd=runs.ROOT, stdout=subprocess.DEVNULL).returncode == 0
     runs.assert_identical(runs.content(tmp_path), uninterrupted)
 
 
-def test_other_mathematics_are_refused_and_listed(run, tmp_path, uninterrupted, capfd):
+def test_other_mathematics_are_refused_and_listed(run, tmp_path, uninterrupted):
     assert run(tmp_path, before=runs.killed_at_update(3, by=signal.SIGTERM)) == 0
     assert run(tmp_path, "--lr", "1e-3", "--sar-weight", "0.2") == 2
-    error = capfd.readouterr().err
+    error = run.text()
     assert "--lr: 0.004 in the checkpoint, 0.001 now" in error
     assert "--sar-weight: 0.1 in the checkpoint, 0.2 now" in error
-    assert len(error.strip().splitlines()) == 1
+    assert error.splitlines()[-1].startswith("error: ")
 
 
-def test_resume_goes_on_in_another_folder_and_own_checkpoint_comes_first(run, tmp_path, uninterrupted, capfd):
+def test_resume_goes_on_in_another_folder_and_own_checkpoint_comes_first(run, tmp_path, uninterrupted):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(first, before=runs.killed_at_update(runs.UPDATES + 3, by=signal.SIGTERM)) == 0
     resume = ("--resume", str(first / "checkpoint.pth"))
     assert run(second, *resume, before=runs.killed_at_update(1, by=signal.SIGTERM)) == 0
     assert torch.load(second / "checkpoint.pth", weights_only=True)["step"] == 4
     assert run(second, *resume) == 0
-    assert f"going on from {second / 'checkpoint.pth'}" in capfd.readouterr().out
+    assert f"going on from {second / 'checkpoint.pth'}" in run.text()
     content = runs.content(second)
     assert [line["epoch"] for line in content["log.txt"]] == [1, 2]  # epoch 0 is in the first folder's log
     weights = content["checkpoint.pth"]["model"]
     runs.assert_identical(weights, uninterrupted["checkpoint.pth"]["model"])
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, uninterrupted, capfd):
-    def disk_fills():
-        import utils
+def disk_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def full(number):
-            raise OSError(28, os.strerror(28))
 
-        runs.at_call(utils.os, "fsync", 7, lambda: full(0))()
-
-    assert run(tmp_path, before=disk_fills) == 1
-    error = capfd.readouterr().err
+def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, uninterrupted):
+    # fsyncs: args.json, environment.json, then best.pth, log.txt, checkpoint.pth of epoch 0, best.pth of epoch 1
+    assert run(tmp_path, before=runs.at_call("os", "fsync", 7, disk_full)) == 1
+    error = run.text()
     assert "No space left on device" in error
     assert "Traceback" not in error
     assert not list(tmp_path.glob(".*")), "the unfinished file was left behind"
@@ -215,7 +210,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(run, tmp_path, uninterrupted
 
 def test_leftovers_of_a_killed_writer_are_cleared_away(run, tmp_path, uninterrupted):
     assert run(tmp_path, before=runs.killed_at_replace(5, after=False)) == -signal.SIGKILL
-    assert list(tmp_path.glob(".*.pth.*")), "the test did not leave what it is about"
+    assert list(tmp_path.glob(".*.pth.*.tmp")), "the test did not leave what it is about"
     finish_and_compare(run, tmp_path, uninterrupted)
     assert not list(tmp_path.glob(".*"))
 
