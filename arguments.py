@@ -273,7 +273,8 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
 
     Args:
         argv: the words after the program's name; ``sys.argv``'s if None.
-        saved: arguments of a checkpoint that is only evaluated: defaults for what is not given.
+        saved: ``args`` of a checkpoint that is only evaluated: its model and data are the defaults, if this
+            program wrote it.
     Raises:
         UserError: an unknown option or name, a value out of range, or values that exclude each other.
     """
@@ -281,7 +282,7 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     parser = build_parser()
     first = parser.parse_args(words)
     given = {action.dest for action in parser._actions if _was_given(action, words)}
-    parser.set_defaults(**(saved or _context_defaults(first, given)))
+    parser.set_defaults(**(_saved_defaults(saved) or _context_defaults(first, given)))
     args = parser.parse_args(words)
     args.data_set = canonical_name(args.data_set)
     if args.output_dir is None:
@@ -292,6 +293,12 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
 
 def _was_given(action, words) -> bool:
     return any(word.partition("=")[0] in action.option_strings for word in words)
+
+
+def _saved_defaults(saved) -> dict:
+    if not isinstance(saved, dict) or "sar_weight" not in saved:
+        return {}
+    return {name: value for name, value in saved.items() if name not in NOT_MATHEMATICAL - {"data_path"}}
 
 
 def _context_defaults(args, given: set[str]) -> dict:

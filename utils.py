@@ -277,22 +277,3 @@ def progress(iterable, what: str):
     """``iterable``, with a bar where rank 0 has a terminal."""
     hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: shown in a terminal only
     return tqdm(iterable, desc=what, leave=False, disable=hidden)
-
-
-class EpochLog:
-    """``log.txt``: one JSON object an epoch, one line an epoch after any number of kills."""
-
-    def __init__(self, path: Path, first_epoch: int):
-        """Keep the lines of epochs before ``first_epoch``: later ones are about to be done again."""
-        self.path = Path(path)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.lines = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
-
-    def write(self, record: dict) -> None:
-        """Add the record of one epoch."""
-        self.lines.append(json.dumps(record))
-        write_atomically(self.path, lambda file: file.write(("\n".join(self.lines) + "\n").encode()))
-
-    def last(self) -> dict:
-        """The latest epoch's record; empty before the first."""
-        return json.loads(self.lines[-1]) if self.lines else {}

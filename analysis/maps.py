@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from build import build_model, build_split
+from checkpoints import load_weights, read_checkpoint
 from losses import label_components, spatial_entropy
-from main import build_model, build_split
 from samplers import Draw
 from utils import UserError
-from weights import load_weights, read_checkpoint
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the heaviest component gets the first.
 COLOURS = np.array(

@@ -11,8 +11,11 @@ import runs
 import torch
 from PIL import Image
 
+import build
 import engine
 import main
+import records
+import utils
 from arguments import parse_arguments
 from engine import Plan
 
@@ -192,7 +195,7 @@ def test_eval_takes_model_and_sizes_from_the_checkpoint(data, trained, tmp_path,
 
 
 def engine_line(record: dict, prefix: str) -> str:
-    return main.describe(record, prefix)
+    return records.describe(record, prefix)
 
 
 def test_eval_needs_something_to_evaluate(data, tmp_path, capsys):
@@ -254,10 +257,10 @@ def test_a_truncated_own_checkpoint_is_refused_by_name(data, tmp_path, capsys):
 def make_run(words: str, data=None, num_images: int = 1000):
     """A run put together but not begun, on scanned digits."""
     args = parse_arguments(words.split())
-    processes = main.Processes(0, 1, 0, torch.device("cpu"))
-    train_set, num_classes = main.build_split(args, "train")
-    plan = main.build_plan(args, processes, len(train_set))
-    return main.build_run(args, plan, processes, main.StopSignal(processes), train_set, num_classes)
+    processes = utils.Processes(0, 1, 0, torch.device("cpu"))
+    train_set, num_classes = build.build_split(args, "train")
+    plan = build.build_plan(args, processes, len(train_set))
+    return build.build_run(args, plan, processes, utils.StopSignal(processes), train_set, num_classes)
 
 
 DIGITS = (
@@ -381,9 +384,9 @@ def test_plan_says_why_mixed_precision(monkeypatch):
     cuda = torch.device("cuda", 0)
     for capability, dtype in (((7, 0), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert main.choose_amp("auto", cuda)[0] is dtype
-    assert main.choose_amp("auto", torch.device("cpu"))[0] is None
-    assert main.choose_amp("off", cuda) == (None, "--amp off")
+        assert build.choose_amp("auto", cuda)[0] is dtype
+    assert build.choose_amp("auto", torch.device("cpu"))[0] is None
+    assert build.choose_amp("off", cuda) == (None, "--amp off")
 
 
 def test_augmentation_does_not_disturb_the_models_own_randomness(data, tmp_path):

@@ -1,0 +1,103 @@
+"""Where a run tells how it goes: ``log.txt``, TensorBoard and the terminal."""
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from engine import Run
+from utils import environment, logger, write_atomically, write_json
+
+
+class EpochLog:
+    """``log.txt``: one JSON object an epoch, one line an epoch after any number of kills."""
+
+    def __init__(self, path: Path, first_epoch: int):
+        """Keep the lines of epochs before ``first_epoch``: later ones are about to be done again."""
+        self.path = Path(path)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.lines = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
+
+    def write(self, record: dict) -> None:
+        """Add the record of one epoch."""
+        self.lines.append(json.dumps(record))
+        write_atomically(self.path, lambda file: file.write(("\n".join(self.lines) + "\n").encode()))
+
+    def last(self) -> dict:
+        """The latest epoch's record; empty before the first."""
+        return json.loads(self.lines[-1]) if self.lines else {}
+
+
+class Records:
+    """Where a run tells how it goes: log.txt, TensorBoard, and the terminal. Silent on ranks other than 0."""
+
+    def __init__(self, run: Run):
+        self.run, self.bar, self.log, self.board = run, None, None, None
+        if not run.processes.is_main:
+            return
+        output = Path(run.args.output_dir)
+        write_json(output / "args.json", vars(run.args))
+        write_json(output / "environment.json", environment())
+        self.log = EpochLog(output / "log.txt", run.epoch)
+        self.board = SummaryWriter(str(output), purge_step=self._global_step())
+
+    def _global_step(self) -> int:
+        return self.run.epoch * self.run.plan.updates_per_epoch + self.run.step
+
+    def step(self, means: dict) -> None:
+        """Tell the means since the last logging step."""
+        if not self.run.processes.is_main:
+            return
+        for name, value in means.items():
+            self.board.add_scalar(f"train/{name}", value, self._global_step())
+        position = f"epoch {self.run.epoch} [{self.run.step}/{self.run.plan.updates_per_epoch}]"
+        logger.info(f"{position}  " + "  ".join(f"{name} {value:.4g}" for name, value in means.items()))
+
+    def epoch(self, record: dict) -> None:
+        """Tell an epoch's results."""
+        if not self.run.processes.is_main:
+            return
+        for name, value in record.items():
+            if name.startswith("test"):
+                self.board.add_scalar(name.replace("_", "/", 1), value, self._global_step())
+        self.board.flush()
+        self.log.write(record)
+        logger.info(f"epoch {record['epoch']}: " + describe(record, "test_"))
+        if "test_ema_acc1" in record:
+            logger.info(f"epoch {record['epoch']}, averaged weights: " + describe(record, "test_ema_"))
+
+    def close(self) -> None:
+        """Write what is still in buffers."""
+        if self.board is not None:
+            self.board.close()
+
+
+def epoch_record(run: Run, results: dict) -> dict:
+    """The epoch's line of log.txt, under DeiT's names where DeiT has the value."""
+    totals = dict(run.totals)
+    updates, seconds, data_time = (totals.pop(name) for name in ("updates", "seconds", "data_time"))
+    unreadable = totals.pop("unreadable")
+    micro_steps = updates * run.plan.accumulation
+    return {
+        "epoch": run.epoch,
+        **{f"train_{name}": total / micro_steps for name, total in totals.items()},
+        "train_unreadable": unreadable,
+        **results,
+        "reported": run.args.report,
+        "n_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "images_per_second": run.plan.total_batch * updates / seconds,
+        "data_time": data_time / updates,
+        "step_time": seconds / updates,
+    }
+
+
+def describe(results: dict, prefix: str = "") -> str:
+    """One line of an evaluation's results."""
+    if f"{prefix}acc1" not in results:
+        return "not evaluated (--eval-every)"
+    value = {name.removeprefix(prefix): number for name, number in results.items()}
+    return (
+        f"* Acc@1 {value['acc1']:.3f} Acc@5 {value['acc5']:.3f} loss {value['loss']:.4f} "
+        f"spatial entropy {value['spatial_entropy']:.3f} components {value['components']:.2f} "
+        f"({value['images']} images)"
+    )
