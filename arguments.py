@@ -6,6 +6,7 @@ number). A data set or a model may bring defaults of its own for options that we
 
 import argparse
 import difflib
+import math
 import os
 import shlex
 import sys
@@ -22,24 +23,35 @@ from utils import UserError
 MODEL_MODULES = ("models_sar",)
 
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes the mathematics.
-# The split of a total batch into processes and accumulation changes only rounding and who draws what.
-NOT_MATHEMATICAL = {
-    "data_path",
-    "output_dir",
-    "resume",
-    "finetune",
-    "checkpoint_key",
-    "eval",
-    "eval_every",
-    "save_every",
-    "print_every",
-    "num_workers",
-    "device",
-    "batch_size",
-    "compile",
-    "grad_checkpointing",
-    "skip_unreadable",
-    "report",
+# The split of a total batch into processes and accumulation changes only rounding and who draws what; --amp is
+# compared by the data type that it came to.
+NOT_MATHEMATICAL = set(
+    "data_path output_dir resume eval eval_every save_every print_every num_workers device amp batch_size "
+    "compile grad_checkpointing skip_unreadable".split()
+)
+
+# Options of DeiT that this program has no use for, and why.
+NOT_NEEDED = {
+    "--dist-eval": "evaluation is always distributed, and counts every image once",
+    "--pin-mem": "memory is pinned wherever there is a GPU",
+    "--no-pin-mem": "memory is pinned wherever there is a GPU",
+    "--no-repeated-aug": "there is no repeated augmentation",
+    "--start-epoch": "a checkpoint knows its epoch",
+    "--dist-url": "torchrun's environment says where the other processes are",
+    "--world-size": "torchrun's environment says how many processes there are",
+}
+
+# Arguments of a model that have options of their own.
+MODEL_OPTIONS = {
+    "img_size": "--input-size",
+    "patch_size": "--patch-size",
+    "last_block": "--last-block",
+    "similarity": "--sar-similarity",
+    "proj_drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+    "num_classes": "--data-set",
+    "checkpoint_path": "--finetune",
+    "pretrained": "--finetune",
 }
 
 
@@ -47,11 +59,23 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and name the nearest option to a mistyped one."""
 
     def error(self, message: str):
-        unknown = message.removeprefix("unrecognized arguments: ").split()
-        if message.startswith("unrecognized") and unknown[0].startswith("--"):
+        unknown = message.removeprefix("unrecognized arguments:").split()
+        if message.startswith("unrecognized") and unknown and unknown[0].startswith("--"):
             name = unknown[0].partition("=")[0]
+            if name in NOT_NEEDED:
+                raise UserError(f"leave {name} out: {NOT_NEEDED[name]}")
             message = f"no option {name}" + _nearest(name, self._option_string_actions)
         raise UserError(message)
+
+
+class ModelKwargs(ParseKwargs):
+    """timm's KEY=VALUE pairs as a dict of Python values, refusing a word without ``=``."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for word in values:
+            if "=" not in word:
+                parser.error(f"{option_string}: {word!r} is not KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -71,18 +95,18 @@ def _nearest(name: str, known) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _at_least(convert, low, high=float("inf"), open_low=False):
+def _at_least(convert, low, high=math.inf, open_low=False):
     """A type for argparse: ``convert(text)`` within bounds, or an error that states them."""
     kind = "a whole number" if convert is int else "a number"
     bounds = f"{'above' if open_low else 'of at least'} {low}"
-    bounds += f" and at most {high}" if high != float("inf") else ""
+    bounds += f" and at most {high}" if high < math.inf else ""
 
     def parse(text: str):
         try:
             value = convert(text)
         except ValueError:
-            value = float("nan")
-        if not (low < value <= high if open_low else low <= value <= high):
+            value = math.nan
+        if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bounds}")
         return value
 
@@ -119,7 +143,7 @@ def _add_model(parser):
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=ModelKwargs,
         metavar="KEY=VALUE",
         help="other sizes: embed_dim=96 depth=4 ...",
     )
@@ -141,7 +165,8 @@ def _add_data(parser):
         help=f"{', '.join(DATASETS)}; without --data-path the embedded digits",
     )
     add("--data-path", default=None, metavar="DIR", help="where the data set lies")
-    workers = min(8, os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     add("--num-workers", type=_index, default=workers, help="loading processes of each training process")
     add("--skip-unreadable", action="store_true", help="replace an unreadable image by another and count it")
 
@@ -179,7 +204,7 @@ def _add_batch(parser):
     add("--batch-size", type=_count, default=128, help="images a process computes at once")
     add("--total-batch", type=_count, default=1024, help="images an update; accumulation follows from it")
     add("--epochs", type=_count, default=300, help="each sees every image once")
-    add("--seed", type=_index, default=0, help="of weights, order, augmentation, dropout")
+    add("--seed", type=_at_least(int, 0, 2**63 - 1), default=0, help="of weights, order, augmentation, dropout")
 
 
 def _add_optimiser(parser):
@@ -219,6 +244,8 @@ def _add_augmentation(parser):
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a draw")
     add(
         "--crop-pct",
+        "--eval-crop-ratio",
+        "--eval-crop-ratio",
         type=_at_least(float, 0, 1, open_low=True),
         default=None,
         help="in evaluation: 0.875 (256 -> 224), all of small images",
@@ -273,8 +300,8 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
 
     Args:
         argv: the words after the program's name; ``sys.argv``'s if None.
-        saved: ``args`` of a checkpoint that is only evaluated: its model and data are the defaults, if this
-            program wrote it.
+        saved: for ``--eval``, ``args`` of the checkpoint: its model and data are the defaults, if this program
+            wrote it. Without it, ``--eval``'s arguments are not checked yet.
     Raises:
         UserError: an unknown option or name, a value out of range, or values that exclude each other.
     """
@@ -287,7 +314,8 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     args.data_set = canonical_name(args.data_set)
     if args.output_dir is None:
         args.output_dir = f"output/{args.model}_{args.data_set}_seed{args.seed}"
-    check_arguments(args)
+    if saved is not None or not args.eval:
+        check_arguments(args)
     return args
 
 
@@ -304,7 +332,7 @@ def _saved_defaults(saved) -> dict:
 def _context_defaults(args, given: set[str]) -> dict:
     """Defaults that depend on the data set and the model, for options that were not given."""
     data_set = args.data_set
-    if "data_set" not in given and args.data_path is None and not args.eval:
+    if "data_set" not in given and args.data_path is None:
         data_set = "digits"
     regularised = args.model.endswith("_sar")
     return {
@@ -324,12 +352,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     known = [name for module in MODEL_MODULES for name in timm.list_models(module=module)]
     if args.model not in known:
         raise UserError(f"no model {args.model!r}{_nearest(args.model, known)} Known: {', '.join(known)}")
+    for name in args.model_kwargs.keys() & MODEL_OPTIONS.keys():
+        raise UserError(f"--model-kwargs {name}: say it with {MODEL_OPTIONS[name]}")
     if args.input_size % args.patch_size:
         raise UserError(
             f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}; "
             f"the nearest that is: {max(1, round(args.input_size / args.patch_size)) * args.patch_size}"
         )
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
+    if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
         raise UserError(
             f"--batch-size {args.batch_size} is odd and Mixup pairs images; use an even one, or --mixup 0 --cutmix 0"
         )
@@ -337,10 +367,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--report ema needs --model-ema")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
-        if path and not Path(path).is_file():
+        if path and not Path(path).exists():
             raise UserError(f"--{option} {path}: no such file")
-    if args.resume and args.finetune:
-        raise UserError("--resume goes on with a run, --finetune begins one: give one of the two")
 
 
 def differences(args: argparse.Namespace, saved: dict) -> list[str]:

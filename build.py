@@ -35,12 +35,13 @@ def build_eval_loader(args, processes: Processes, dataset):
     return build_loader(dataset, sampler, 2 * args.batch_size, args.num_workers, processes.device.type == "cuda")
 
 
-def build_plan(args, processes: Processes, num_images: int) -> Plan:
+def build_plan(args, processes: Processes, train_set) -> Plan:
     """Work out what follows from arguments, data and processes.
 
     Raises:
         UserError: a total batch that these processes cannot make up, or that the data cannot fill.
     """
+    num_images = len(train_set)
     at_once = args.batch_size * processes.world_size
     if args.total_batch % at_once:
         fitting = [
@@ -65,6 +66,8 @@ def build_plan(args, processes: Processes, num_images: int) -> Plan:
         updates_per_epoch=num_images // args.total_batch,
         epochs=args.epochs + args.cooldown_epochs,
         lr=args.lr if args.unscale_lr else args.lr * args.total_batch / 512,
+        num_images=num_images,
+        classes=list(train_set.classes),
         amp_dtype=dtype,
         amp_reason=reason,
     )
@@ -87,7 +90,11 @@ def choose_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, s
 
 
 def build_model(args, num_classes: int, device: torch.device) -> nn.Module:
-    """The model that the arguments describe, on ``device``."""
+    """The model that the arguments describe, on ``device``; it has been tried on two black images.
+
+    Raises:
+        UserError: sizes that make no model, or none that gives similarity maps.
+    """
     sizes = {"img_size": args.input_size, "patch_size": args.patch_size} | args.model_kwargs
     torch.manual_seed(args.seed)
     try:
@@ -100,11 +107,15 @@ def build_model(args, num_classes: int, device: torch.device) -> nn.Module:
             drop_path_rate=args.drop_path,
             **sizes,
         )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"--model {args.model} with {sizes}: {error}") from None
+        model.to(device)
+        with torch.inference_mode():
+            model.eval()(torch.zeros(2, 3, args.input_size, args.input_size, device=device), return_similarity=True)
+    except Exception as error:  # whatever a size that makes no sense trips over
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {args.model} with {sizes}: {reason}") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    return model.to(device)
+    return model
 
 
 def build_mixup(args, num_classes: int) -> Mixup | None:
@@ -135,10 +146,10 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         raise UserError(f"--opt {args.opt}: {error}") from None
 
 
-def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set, num_classes: int) -> Run:
+def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set) -> Run:
     """Put the parts of a training run together."""
     device = processes.device
-    model = build_model(args, num_classes, device)
+    model = build_model(args, len(plan.classes), device)
     network = torch.compile(model) if args.compile else model
     if processes.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -157,9 +168,9 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
         step_on_epochs=not args.sched_on_updates,
         updates_per_epoch=plan.updates_per_epoch,
     )
-    mixup = build_mixup(args, num_classes)
+    mixup = build_mixup(args, len(plan.classes))
     sampler = TrainSampler(
-        len(train_set), args.batch_size, plan.accumulation, processes.rank, processes.world_size, args.seed
+        plan.num_images, args.batch_size, plan.accumulation, processes.rank, processes.world_size, args.seed
     )
     return Run(
         args=args,
@@ -179,7 +190,7 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
     )
 
 
-def banner(run: Run, num_images: int) -> None:
+def banner(run: Run) -> None:
     """Say what is about to happen, derived values included."""
     args, plan, processes = run.args, run.plan, run.processes
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -188,7 +199,7 @@ def banner(run: Run, num_images: int) -> None:
     lr = f"{plan.lr:g}" if args.unscale_lr else f"{args.lr:g} x {plan.total_batch}/512 = {plan.lr:g}"
     lines = {
         "model": f"{args.model}, {parameters:,} parameters, last block {args.last_block}",
-        "data": f"{args.data_set}, {num_images:,} images, {args.input_size} px, patches of {args.patch_size}",
+        "data": f"{args.data_set}, {plan.num_images:,} images, {args.input_size} px, patches of {args.patch_size}",
         "loss": f"cross-entropy + lambda x spatial entropy, lambda {args.sar_weight:g} {args.sar_schedule}",
         "batch": f"{batch} = {plan.total_batch}; {plan.updates_per_epoch} updates an epoch",
         "length": f"{plan.epochs} epochs",
@@ -202,3 +213,7 @@ def banner(run: Run, num_images: int) -> None:
         lines[f"{args.data_set} brings"] = ", ".join(f"{name} {value}" for name, value in brought.items())
     for name, text in lines.items():
         logger.info(f"{name:>14}  {text}")
+    if args.warmup_epochs >= plan.epochs:
+        logger.warning(
+            f"--warmup-epochs {args.warmup_epochs} never end in {plan.epochs} epochs: lr stays below {plan.lr:g}"
+        )

@@ -17,9 +17,7 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from arguments import differences
-from engine import Run
-from utils import UserError, write_atomically
+from utils import UserError
 
 # Ours, DeiT's and the released SAR code's first, then timm's; averaged weights only if nothing else is there.
 WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
@@ -77,7 +75,8 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
 
     Args:
         checkpoint: what `read_checkpoint` returned.
-        key: which entry; by default the first of `WEIGHT_KEYS`, else the checkpoint is a bare state dict.
+        key: which entry; by default the one whose accuracy this program reported, else the first of
+            `WEIGHT_KEYS`, else the checkpoint is a bare state dict.
 
     Returns:
         ``(state_dict, key)``; the key is None for a bare state dict.
@@ -87,6 +86,9 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     """
     holders = [name for name, value in checkpoint.items() if _is_state_dict(value)]
     there = ", ".join(map(str, holders)) or "none"
+    best = checkpoint.get("best")
+    if key is None and isinstance(best, Mapping):
+        key = best.get("weights")
     if key is not None:
         if key not in holders:
             raise UserError(f"the checkpoint has no weights under {key!r}; keys that have: {there}")
@@ -208,60 +210,3 @@ def _shape(tensor: Tensor | None) -> str:
 def _shorten(names, limit: int = 12) -> str:
     names = list(map(str, names))
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-# --- a run's own checkpoints
-
-
-def snapshot(run: Run) -> dict:
-    """Everything a run needs to go on, as tensors and plain values (no random state: there is none)."""
-    return {
-        "model": run.model.state_dict(),
-        "ema": run.ema.module.state_dict() if run.ema else None,
-        "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "epoch": run.epoch,
-        "step": run.step,
-        "best": run.best,
-        "totals": run.totals,
-        "args": vars(run.args),
-    }
-
-
-def save(run: Run, *names: str) -> None:
-    """Write the run to files of these names in its output folder, in this order."""
-    if not run.processes.is_main:
-        return
-    content = snapshot(run)
-    for name in names:
-        write_atomically(Path(run.args.output_dir, name), lambda file: torch.save(content, file))
-
-
-def restore(run: Run, checkpoint: dict, source: Path) -> None:
-    """Set the run to where the checkpoint was written.
-
-    Raises:
-        UserError: the checkpoint belongs to a run with other mathematics, or to none of this program.
-    """
-    missing = [key for key in ("model", "optimizer", "epoch", "step", "args") if key not in checkpoint]
-    if missing:
-        raise UserError(
-            f"{source} has no {', '.join(missing)}: not a checkpoint of this program; "
-            "to start from its weights use --finetune"
-        )
-    different = differences(run.args, checkpoint["args"])
-    if different:
-        raise UserError(
-            f"{source} was written with other arguments; give those, or another --output-dir ("
-            + "; ".join(different)
-            + ")"
-        )
-    run.model.load_state_dict(checkpoint["model"])
-    if run.ema is not None:
-        run.ema.module.load_state_dict(checkpoint["ema"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.scheduler.load_state_dict(checkpoint["scheduler"])
-    run.scaler.load_state_dict(checkpoint["scaler"])
-    run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
-    run.best, run.totals = checkpoint["best"], checkpoint["totals"]

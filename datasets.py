@@ -234,7 +234,6 @@ DATASETS: dict[str, DataSet] = {
             "mixup": 0.0,
             "cutmix": 0.0,
             "aa": "none",
-            "scale": [0.7, 1.0],
             "hflip": 0.0,
             "reprob": 0.0,
             "crop_pct": 1.0,
@@ -299,7 +298,10 @@ def build_dataset(
             raise UserError(f"data set {name} needs --data-path, a folder with {entry.layout}")
         if not data_path.is_dir():
             raise UserError(f"--data-path {data_path}: no such folder; {name} needs one with {entry.layout}")
-    base = entry.read(data_path, split)
+    try:
+        base = entry.read(data_path, split)
+    except OSError as error:  # no permission, a broken disk
+        raise UserError(f"{error.filename or data_path}: {error.strerror}; {name} must be readable") from error
     return AugmentedDataset(base, transform, seed, skip_unreadable), len(base.classes)
 
 

@@ -1,6 +1,8 @@
 """One training epoch, one evaluation pass: the same loop for a CPU, one GPU and many."""
 
 import contextlib
+import itertools
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -31,6 +33,8 @@ class Plan:
     """Including the cool-down."""
     lr: float
     """The peak learning rate, scaled by the total batch."""
+    num_images: int
+    classes: list[str]
     amp_dtype: torch.dtype | None
     amp_reason: str
 
@@ -78,7 +82,7 @@ class Window:
 
     def __init__(self, run: Run):
         self.run, self.begin, self.rows, self.names = run, run.step, [], ()
-        self.data_time = 0.0
+        self.data_time, self.unreadable = 0.0, 0
         self.start = time.perf_counter()
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
@@ -108,9 +112,10 @@ class Window:
             )
         seconds = time.perf_counter() - self.start
         updates = run.step - self.begin
-        for row in values.mean(dim=0).tolist():  # one by one: sums do not depend on where windows end
+        for row in (values.mean(dim=0) / run.plan.accumulation).tolist():  # one by one: where windows end is all one
             run.add_totals(**dict(zip(self.names, row, strict=True)))
-        run.add_totals(seconds=seconds, data_time=self.data_time, updates=updates)
+        unreadable = run.processes.gather(torch.tensor(self.unreadable, device=run.processes.device)).sum()
+        run.add_totals(seconds=seconds, data_time=self.data_time, updates=updates, unreadable=int(unreadable))
         means = dict(zip(self.names, values.mean(dim=(0, 1)).tolist(), strict=True))
         return means | {
             "images_per_second": run.plan.total_batch * updates / seconds,
@@ -141,7 +146,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
             waiting = time.perf_counter()
             images, targets, replaced = next(batches)
             window.data_time += time.perf_counter() - waiting
-            run.add_totals(unreadable=int(replaced.sum()), lr=lr, sar_weight=sar_weight)
+            window.unreadable += int(replaced.sum())
             images = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
             seed_step(args.seed, run.processes.rank, _micro_step(run, micro))
@@ -161,6 +166,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
                 run.scaler.scale(loss / plan.accumulation).backward()
             window.add({"loss": loss} | terms)
         update_weights(run)
+        run.add_totals(lr=lr, sar_weight=sar_weight)
         run.step += 1
         going = not run.stop.poll()
         if run.step % args.print_every == 0 or run.step == plan.updates_per_epoch or not going:
@@ -212,7 +218,7 @@ def evaluate(
         model: the bare model, so that processes may hold different numbers of batches.
         loader: this rank's share, from ``EvalSampler``; batches of (images, targets, replaced). An image
             that could not be read is left out and counted.
-        interrupted: asked before each batch; a true answer ends the pass.
+        interrupted: asked before each batch, equally often on all ranks; a true answer on all ends the pass.
     Returns:
         ``acc1`` and ``acc5`` (percent), ``loss``, ``spatial_entropy`` (nats, Eq. 7) and ``components`` (a
         map) as means over the images (and heads), ``images`` and ``unreadable`` as counts; None if
@@ -221,9 +227,14 @@ def evaluate(
     model.eval()
     device = processes.device
     sums = [torch.zeros(len(METRICS) + 1, device=device)]
-    for images, targets, replaced in progress(loader, "evaluation"):
+    longest = math.ceil(math.ceil(len(loader.dataset) / processes.world_size) / loader.batch_size)
+    nothing_left = [None] * (longest - len(loader))  # ranks differ by one batch at most
+    for batch in itertools.chain(progress(loader, "evaluation"), nothing_left):
         if interrupted():
             return None
+        if batch is None:
+            continue
+        images, targets, replaced = batch
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         replaced = replaced.to(device, non_blocking=True)
@@ -253,4 +264,4 @@ def _batch_sums(logits, targets, similarity, replaced) -> torch.Tensor:
         ]
     )
     readable = replaced == 0
-    return torch.cat([columns[:, :].where(readable, 0).sum(dim=1), (~readable).sum()[None]])
+    return torch.cat([columns.where(readable, 0).sum(dim=1), (~readable).sum()[None]])

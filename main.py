@@ -12,15 +12,17 @@ Where a run begins (``begin`` below), the first that applies:
 """
 
 import math
+import os
 import sys
 import traceback
 from pathlib import Path
 
+import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from arguments import parse_arguments
+from arguments import differences, parse_arguments
 from build import banner, build_eval_loader, build_model, build_plan, build_run, build_split, choose_amp
-from checkpoints import load_weights, read_checkpoint, restore, save
+from checkpoints import load_weights, read_checkpoint
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, describe, epoch_record
 from utils import (
@@ -33,6 +35,7 @@ from utils import (
     prepare_output_dir,
     start_logging,
     start_processes,
+    write_atomically,
 )
 
 
@@ -40,45 +43,132 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code.
 
     0: done, or ended by SIGTERM or SIGUSR1 with everything saved. 1: the run failed. 2: the command cannot
-    be carried out as it stands. 130: ended by Ctrl-C with everything saved.
+    be carried out as it stands. 130: ended by Ctrl-C (training has saved everything).
     """
     try:
         args = parse_arguments(argv)
         processes = start_processes(args.device)
         start_logging(processes.rank)
-        return evaluate_only(argv, args, processes) if args.eval else train(args, processes)
-    except (UserError, RunError) as error:
+        code = evaluate_only(argv, args, processes) if args.eval else train(args, processes)
+    except (UserError, RunError, OSError) as error:
         traceback.clear_frames(error.__traceback__)  # they hold the loader, whose workers would end one by one
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    finally:
-        end_processes()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, UserError) else 1
+        if torch.distributed.is_initialized():
+            os._exit(code)  # the other ranks wait for this one, and a clean farewell would wait for them
+    except KeyboardInterrupt:
+        code = 130
+    end_processes()
+    return code
+
+
+# --------------------------------------------------------------------------------------- saving and going on
+
+
+def snapshot(run: Run) -> dict:
+    """Everything a run needs to go on, as tensors and plain values (no random state: there is none)."""
+    return {
+        "model": run.model.state_dict(),
+        "ema": run.ema.module.state_dict() if run.ema else None,
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "epoch": run.epoch,
+        "step": run.step,
+        "best": run.best,
+        "totals": run.totals,
+        "args": vars(run.args),
+        "data": {"training images": run.plan.num_images, "classes": run.plan.classes},
+        "precision": str(run.plan.amp_dtype or torch.float32),
+    }
+
+
+def save(run: Run, name: str) -> None:
+    """Write the run to this file of its output folder.
+
+    Raises:
+        NonFiniteLoss: the weights are not finite; the file is left as it is.
+        RunError: see ``write_atomically``.
+    """
+    if not run.processes.is_main:
+        return
+    if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():
+        raise NonFiniteLoss(f"weights are not finite after epoch {run.epoch}, step {run.step}; not saved")
+    write_atomically(Path(run.args.output_dir, name), lambda file: torch.save(snapshot(run), file))
+
+
+def restore(run: Run, checkpoint: dict, source: Path) -> None:
+    """Set the run to where the checkpoint was written.
+
+    Raises:
+        UserError: the checkpoint belongs to a run with other mathematics or data, or to none of this program.
+    """
+    own = snapshot(run)
+    missing = [key for key in own if key not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{source} has no {', '.join(missing)}: not a checkpoint of this program; "
+            "to start from its weights use --finetune"
+        )
+    different = differences(run.args, checkpoint["args"])
+    for name in ("training images", "classes"):
+        if own["data"][name] != checkpoint["data"][name]:
+            different.append(f"{name} are others than the checkpoint's")
+    if own["precision"] != checkpoint["precision"]:
+        different.append(f"{checkpoint['precision']} in the checkpoint, {own['precision']} now: see --amp")
+    if different:
+        raise UserError(
+            f"{source} was written with other arguments or data; give those, or another --output-dir ("
+            + "; ".join(different)
+            + ")"
+        )
+    run.model.load_state_dict(checkpoint["model"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(checkpoint["ema"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.scheduler.load_state_dict(checkpoint["scheduler"])
+    run.scaler.load_state_dict(checkpoint["scaler"])
+    run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
+    run.best, run.totals = checkpoint["best"], checkpoint["totals"]
 
 
 def begin(run: Run) -> None:
-    """Own checkpoint > ``--resume`` > ``--finetune`` > scratch (see the top of this file)."""
+    """Own checkpoint > ``--resume`` > ``--finetune`` > scratch (see the top of this file).
+
+    Raises:
+        UserError: a file that cannot be used, or processes that would begin at different places.
+    """
     own = Path(run.args.output_dir, "checkpoint.pth")
-    resume = own if own.exists() else Path(run.args.resume) if run.args.resume else None
-    if resume is not None:
-        restore(run, read_checkpoint(resume), resume)
-        logger.info(f"going on from {resume}: epoch {run.epoch}, step {run.step}")
+    if own.exists():
+        restore(run, read_checkpoint(own), own)
+        logger.info(f"going on from {own}: epoch {run.epoch}, step {run.step}")
+    elif run.args.resume:
+        restore(run, read_checkpoint(run.args.resume), run.args.resume)
+        run.best = {}  # best.pth stayed in the other folder
+        logger.info(f"going on from {run.args.resume}: epoch {run.epoch}, step {run.step}")
     elif run.args.finetune:
         for note in load_weights(run.model, run.args.finetune, run.args.checkpoint_key):
             logger.info(f"{run.args.finetune}: {note}")
         if run.ema is not None:
             run.ema.set(run.model)
+    places = run.processes.gather(torch.tensor([run.epoch, run.step], device=run.processes.device))
+    if (places != places[0]).any():
+        raise UserError(f"--output-dir {own.parent}: not every process sees its checkpoint; name a shared folder")
+
+
+# ------------------------------------------------------------------------------------------------- the run
 
 
 def train(args, processes: Processes) -> int:
     """Train to the end, or to a signal; returns the exit code."""
-    train_set, num_classes = build_split(args, "train")
+    train_set, _ = build_split(args, "train")
     val_set, _ = build_split(args, "val")
-    plan = build_plan(args, processes, len(train_set))
+    plan = build_plan(args, processes, train_set)
     if processes.is_main:
         prepare_output_dir(Path(args.output_dir))
     with StopSignal(processes) as stop, logging_redirect_tqdm([logger]):
-        run = build_run(args, plan, processes, stop, train_set, num_classes)
-        banner(run, len(train_set))
+        run = build_run(args, plan, processes, stop, train_set)
+        banner(run)
         begin(run)
         return train_epochs(run, build_eval_loader(args, processes, val_set))
 
@@ -89,13 +179,12 @@ def train_epochs(run: Run, val_loader) -> int:
     if run.epoch == plan.epochs:
         logger.info(f"already trained for {plan.epochs} epochs; best: {run.best}")
         return 0
-    records = Records(run)
-    while run.epoch < plan.epochs:
-        if not one_epoch(run, val_loader, records):
-            save(run, "checkpoint.pth")
-            logger.info(f"saved at epoch {run.epoch}, step {run.step}; the same command goes on from there")
-            return run.stop.exit_code
-    records.close()
+    with Records(run) as records:
+        while run.epoch < plan.epochs:
+            if not one_epoch(run, val_loader, records):
+                save(run, "checkpoint.pth")
+                logger.info(f"saved at epoch {run.epoch}, step {run.step}; the same command goes on from there")
+                return run.stop.exit_code
     logger.info(f"done; best: {run.best} in {output / 'best.pth'}")
     return 0
 
@@ -132,12 +221,10 @@ def evaluate_run(run: Run, loader) -> dict:
     Raises:
         NonFiniteLoss: the weights give no finite loss, so they are not saved.
     """
-    alone = run.processes.world_size == 1
-    interrupted = (lambda: run.stop.received is not None) if alone else (lambda: False)
     results = {}
     models = {"test": run.model} | ({"test_ema": run.ema.module} if run.ema else {})
     for name, model in models.items():
-        means = evaluate(model, loader, run.processes, run.plan.amp_dtype, interrupted)
+        means = evaluate(model, loader, run.processes, run.plan.amp_dtype, run.stop.poll)
         if means is None:
             return {}
         if not math.isfinite(means["loss"]):
@@ -162,7 +249,7 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     if not path.exists():
         raise UserError(f"--eval: nothing to evaluate; give --resume FILE (there is no {own})")
     checkpoint = read_checkpoint(path)
-    args = parse_arguments(argv, saved=checkpoint.get("args"))
+    args = parse_arguments(argv, saved=checkpoint.get("args") or {})
     dataset, num_classes = build_split(args, "val")
     model = build_model(args, num_classes, processes.device)
     for note in load_weights(model, checkpoint, args.checkpoint_key, keep_head=True):

@@ -146,11 +146,6 @@ class LastBlock(Block):
         x = x.transpose(1, 2).flatten(2)
         return attn.proj_drop(attn.proj(attn.norm(x)))
 
-    def cls_similarity(self, y_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
-        """S ``(B, H, h, w)`` of tokens that passed ``norm1``, for whoever wants the map without the block."""
-        q, k, _ = self.project(y_BNC, one_query=True)
-        return similarity_map(q[:, :, 0], k, self.attn.scale, grid, self.similarity)
-
 
 class SARVisionTransformer(VisionTransformer):
     """timm's ``VisionTransformer`` (every keyword of it) with a :class:`LastBlock`.

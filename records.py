@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import Run
-from utils import environment, logger, write_atomically, write_json
+from utils import UserError, environment, logger, write_atomically, write_json
 
 
 class EpochLog:
@@ -16,30 +16,29 @@ class EpochLog:
         """Keep the lines of epochs before ``first_epoch``: later ones are about to be done again."""
         self.path = Path(path)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.lines = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
+        try:
+            self.lines = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a log of this program; name another --output-dir") from None
 
     def write(self, record: dict) -> None:
         """Add the record of one epoch."""
         self.lines.append(json.dumps(record))
         write_atomically(self.path, lambda file: file.write(("\n".join(self.lines) + "\n").encode()))
 
-    def last(self) -> dict:
-        """The latest epoch's record; empty before the first."""
-        return json.loads(self.lines[-1]) if self.lines else {}
-
 
 class Records:
     """Where a run tells how it goes: log.txt, TensorBoard, and the terminal. Silent on ranks other than 0."""
 
     def __init__(self, run: Run):
-        self.run, self.bar, self.log, self.board = run, None, None, None
+        self.run, self.log, self.board = run, None, None
         if not run.processes.is_main:
             return
         output = Path(run.args.output_dir)
+        self.log = EpochLog(output / "log.txt", run.epoch)
         write_json(output / "args.json", vars(run.args))
         write_json(output / "environment.json", environment())
-        self.log = EpochLog(output / "log.txt", run.epoch)
-        self.board = SummaryWriter(str(output), purge_step=self._global_step())
+        self.board = SummaryWriter(str(output), purge_step=self._global_step() + 1)
 
     def _global_step(self) -> int:
         return self.run.epoch * self.run.plan.updates_per_epoch + self.run.step
@@ -66,8 +65,10 @@ class Records:
         if "test_ema_acc1" in record:
             logger.info(f"epoch {record['epoch']}, averaged weights: " + describe(record, "test_ema_"))
 
-    def close(self) -> None:
-        """Write what is still in buffers."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         if self.board is not None:
             self.board.close()
 
@@ -77,10 +78,9 @@ def epoch_record(run: Run, results: dict) -> dict:
     totals = dict(run.totals)
     updates, seconds, data_time = (totals.pop(name) for name in ("updates", "seconds", "data_time"))
     unreadable = totals.pop("unreadable")
-    micro_steps = updates * run.plan.accumulation
     return {
         "epoch": run.epoch,
-        **{f"train_{name}": total / micro_steps for name, total in totals.items()},
+        **{f"train_{name}": total / updates for name, total in totals.items()},
         "train_unreadable": unreadable,
         **results,
         "reported": run.args.report,

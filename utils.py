@@ -45,7 +45,6 @@ class Processes:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -76,7 +75,7 @@ def start_processes(device_name: str) -> Processes:
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return Processes(rank, world_size, local_rank, device)
+    return Processes(rank, world_size, device)
 
 
 def end_processes() -> None:
@@ -89,15 +88,17 @@ def end_processes() -> None:
 def _pick_device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: unknown; use auto, cpu or cuda") from None
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu")
-    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdigit() or name == kind):
+        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:0")
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(index or local_rank))
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
+            "start no more processes than that, or use --device cpu"
+        )
     torch.cuda.set_device(device)
     major, minor = torch.cuda.get_device_capability(device)
     if not has_kernels(torch.cuda.get_arch_list(), major, minor):
@@ -116,6 +117,8 @@ def has_kernels(arch_list: list[str], major: int, minor: int) -> bool:
     """
     for arch in arch_list:
         kind, _, digits = arch.rstrip("af").partition("_")
+        if not digits.isdigit():  # not one of NVIDIA's
+            return True
         built = (int(digits[:-1]), int(digits[-1]))
         if kind == "sm" and built[0] == major and built[1] <= minor:
             return True
@@ -232,6 +235,15 @@ def prepare_output_dir(path: Path) -> None:
         raise UserError(f"--output-dir {path}: {error.strerror}; name a folder that can be written") from None
 
 
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def environment() -> dict:
     """What a result depends on beside the arguments: commit, versions, hardware, command."""
     here = Path(__file__).parent
@@ -254,7 +266,7 @@ def environment() -> dict:
         "timm": timm.__version__,
         "numpy": np.__version__,
         "host": platform.node(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,

@@ -118,7 +118,7 @@ def _as_picture(image: torch.Tensor) -> np.ndarray:
 
 
 def _draw_map(axis, values: torch.Tensor) -> None:
-    axis.imshow(values, cmap="viridis")
+    axis.imshow(values.numpy(), cmap="viridis")
     mask = np.kron((values > values.mean()).numpy(), np.ones((16, 16)))  # the line follows the patches
     h, w = values.shape
     axis.contour(

@@ -19,14 +19,20 @@ if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (
     exit 2
 fi
 
-wanted=$(cat "${files[@]}")
-if [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ]; then
+done_with() { cmp -s "$1" "$VENV/installed/$(basename "$1")"; }
+missing=()
+for file in "${files[@]}"; do
+    done_with "$file" || missing+=("$file")
+done
+if [ ${#missing[@]} = 0 ]; then
     exit 0
 fi
 echo "Installing ${files[*]} into $VENV (several GB with the CUDA libraries; a few minutes) ..."
-"$PYTHON" -m venv --clear "$VENV" || {
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || {
     echo "$PYTHON -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
     exit 2
 }
+rm -rf "$VENV/installed" # what is recorded there may be about to be replaced
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${files[@]/#/-r}"
-printf '%s\n' "$wanted" > "$VENV/installed"
+mkdir "$VENV/installed"
+cp "${files[@]}" "$VENV/installed"

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -56,19 +57,42 @@ class Child:
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         self.context.set_forkserver_preload(["runs"])
 
-    def __call__(self, output: Path, *more: str, before=None) -> int:
-        """Run ``main.py`` after ``before()``; returns its exit code (-9: killed); the text is in ``text()``."""
-        child = self.context.Process(target=_main, args=(command(self.data, output, *more), self.log, before))
-        child.start()
-        child.join()
-        return child.exitcode
+    def __call__(self, output: Path, *more: str, before=None, ranks: int = 1) -> int:
+        """Run ``main.py`` after ``before()`` (on the last of ``ranks`` processes); its text is in ``text()``.
+
+        Returns:
+            Rank 0's exit code; -9 if it was killed.
+        """
+        argv, environment = command(self.data, output, *more), {}
+        if ranks > 1:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        children = [
+            self.context.Process(
+                target=_main,
+                args=(
+                    argv,
+                    self.log if rank == 0 else Path(f"{self.log}{rank}"),
+                    before if rank == ranks - 1 else None,
+                    environment | {"RANK": str(rank)},
+                ),
+            )
+            for rank in range(ranks)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        return children[0].exitcode
 
     def text(self) -> str:
         """What the last run printed, errors included."""
         return self.log.read_text()
 
 
-def _main(argv: list[str], log: Path, before) -> None:
+def _main(argv: list[str], log: Path, before, environment: dict) -> None:
+    os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,5 +1,6 @@
 """The command line: defaults, argument files, DeiT's spellings, and one clear line for each mistake."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,8 @@ def test_model_kwargs_are_python_values():
         ("--model vit_smal_sar", "no model 'vit_smal_sar'; did you mean vit_small_sar"),
         ("--epocs 3", "no option --epocs; did you mean --epochs"),
         ("--epochs -3", "'-3' is not a whole number of at least 1"),
+        ("--lr inf", "'inf' is not a number above 0"),
+        ("--dist-eval", "leave --dist-eval out: evaluation is always distributed"),
         ("--epochs many", "'many' is not a whole number"),
         ("--lr 0", "'0' is not a number above 0"),
         ("--sar-weight -0.1", "'-0.1' is not a number of at least 0"),
@@ -125,13 +128,6 @@ def test_mistakes_are_one_line_that_names_the_mend(words, message):
     assert "\n" not in str(error.value)
 
 
-def test_resume_and_finetune_exclude_each_other(tmp_path):
-    file = tmp_path / "weights.pth"
-    file.touch()
-    with pytest.raises(UserError, match="give one of the two"):
-        parse_arguments(["--resume", str(file), "--finetune", str(file)])
-
-
 def test_an_odd_batch_is_fine_without_mixup():
     assert parse_arguments("--batch-size 127 --mixup 0 --cutmix 0".split()).batch_size == 127
 
@@ -149,3 +145,16 @@ def test_help_shows_every_option_once_with_its_group(capsys):
     for group in ("model:", "data:", "spatial-attention-based regularisation:", "augmentation:", "run:"):
         assert f"\n{group}\n" in text
     assert text.count("\n  --sar-weight ") == 1
+
+
+def test_nothing_on_the_command_line_is_one_word():
+    with pytest.raises(UserError, match="unrecognized arguments"):
+        parse_arguments([""])
+
+
+def test_every_option_trains_something_in_a_test():
+    """By name, in the files whose tests train; what only asks (--help) and the negations are in this file."""
+    files = ("test_main.py", "test_engine.py", "test_resume.py", "runs.py")
+    words = set(re.findall(r"--[a-z][a-z0-9-]*", "".join((ROOT / "tests" / name).read_text() for name in files)))
+    for action in build_parser()._actions:
+        assert words & {*action.option_strings, "--help"} - {"--help"} or action.dest == "help", action.option_strings

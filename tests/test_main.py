@@ -17,7 +17,6 @@ import main
 import records
 import utils
 from arguments import parse_arguments
-from engine import Plan
 
 ROOT = Path(__file__).parents[1]
 ONE_EPOCH = ("--epochs", "1", "--warmup-epochs", "0")
@@ -46,8 +45,15 @@ def last_record(output) -> dict:
         (("--total-batch", "30"), "--batch-size 24 x 1 processes does not divide --total-batch 30"),
         (("--model-kwargs", "embed_dim=24", "num_heads=5"), "divisible by num_heads"),
         (("--model-kwargs", "embed_dims=24"), "embed_dims"),
+        (("--model-kwargs", "embed_dim=24", "num_heads=0"), "num_heads"),
+        (("--model-kwargs", "embed_dim=24", "num_heads=3", "depth=0"), "--model vit_tiny_sar with"),
+        (("--model-kwargs", "embed_dim"), "'embed_dim' is not KEY=VALUE"),
+        (("--model-kwargs", "img_size=28"), "say it with --input-size"),
+        (("--model-kwargs", "class_token=False", "global_pool=avg"), "class_token=True"),
         (("--opt", "adamww"), "--opt adamww"),
         (("--device", "toaster"), "--device toaster"),
+        (("--device", "cuda:99"), "sees"),
+        (("--resume", str(ROOT)), "is a folder"),
         (("--amp", "fp16", "--device", "cpu"), "--amp fp16 needs a GPU"),
         (("--aa", "rnd-m9"), "--aa rnd-m9"),
         (("--output-dir", "/dev/null/run"), "--output-dir /dev/null/run"),
@@ -186,16 +192,11 @@ def trained(data, tmp_path_factory):
 
 
 def test_eval_takes_model_and_sizes_from_the_checkpoint(data, trained, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
     for key, prefix in (("model", "test_"), ("ema", "test_ema_")):
         words = ["--eval", "--resume", str(trained / "checkpoint.pth"), "--data-path", str(data)]
         assert main.main([*words, "--checkpoint-key", key, "--num-workers", "0"]) == 0
         line = capsys.readouterr().out.splitlines()[-1]
-        assert line == engine_line(last_record(trained), prefix)
-
-
-def engine_line(record: dict, prefix: str) -> str:
-    return records.describe(record, prefix)
+        assert line == records.describe(last_record(trained), prefix)
 
 
 def test_eval_needs_something_to_evaluate(data, tmp_path, capsys):
@@ -238,6 +239,50 @@ def test_resume_of_another_model_is_refused(trained, data, tmp_path, capsys):
     assert "--model: vit_tiny_sar in the checkpoint, vit_tiny now" in capsys.readouterr().err
 
 
+def test_a_changed_data_set_is_refused(trained, tmp_path, capsys):
+    fewer = runs.write_digits(tmp_path / "fewer", train=23)
+    assert train(fewer, tmp_path / "a", "--resume", str(trained / "best.pth")) == 2
+    assert "training images are others" in capsys.readouterr().err
+    renamed = runs.write_digits(tmp_path / "renamed")
+    for split in ("train", "val"):
+        (renamed / split / "9").rename(renamed / split / "nine")
+    assert train(renamed, tmp_path / "b", "--resume", str(trained / "best.pth")) == 2
+    assert "classes are others" in capsys.readouterr().err
+
+
+def test_another_precision_is_refused_though_auto_chose_it(trained, data, tmp_path, capsys):
+    assert train(data, tmp_path, "--resume", str(trained / "best.pth"), "--amp", "bf16") == 2
+    assert "torch.float32 in the checkpoint, torch.bfloat16 now: see --amp" in capsys.readouterr().err
+
+
+def test_eval_evaluates_the_weights_that_were_reported(data, tmp_path, capsys):
+    assert train(data, tmp_path, "--report", "ema") == 0
+    best = torch.load(tmp_path / "best.pth", weights_only=True)["best"]
+    capsys.readouterr()
+    assert main.main(["--eval", "--resume", str(tmp_path / "best.pth"), "--num-workers", "0"]) == 0
+    assert f"Acc@1 {best['acc1']:.3f} " in capsys.readouterr().out
+
+
+def test_a_foreign_log_is_not_overwritten(data, tmp_path, capsys):
+    (tmp_path / "log.txt").write_text("my notes\n")
+    assert train(data, tmp_path) == 2
+    assert "not a log of this program" in capsys.readouterr().err
+    assert (tmp_path / "log.txt").read_text() == "my notes\n"
+
+
+def test_tensorboard_shows_every_point_once_after_a_resume(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(data, tmp_path, "--epochs", "2", "--cooldown-epochs", "1", "--save-every", "2") == 0
+    for name in ("checkpoint.pth", "best.pth"):
+        (tmp_path / name).unlink()
+    assert train(data, tmp_path, "--epochs", "2", "--cooldown-epochs", "1", "--save-every", "2") == 0
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("test/acc1")] == [5, 10, 15]
+    assert [event.step for event in events.Scalars("train/loss")] == [3, 5, 8, 10, 13, 15]
+
+
 def test_resume_of_foreign_weights_points_to_finetune(trained, data, tmp_path, capsys):
     weights = torch.load(trained / "best.pth", weights_only=True)["model"]
     torch.save({"model": weights}, tmp_path / "deit.pth")
@@ -254,13 +299,13 @@ def test_a_truncated_own_checkpoint_is_refused_by_name(data, tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------- the maths
 
 
-def make_run(words: str, data=None, num_images: int = 1000):
+def make_run(words: str):
     """A run put together but not begun, on scanned digits."""
     args = parse_arguments(words.split())
-    processes = utils.Processes(0, 1, 0, torch.device("cpu"))
-    train_set, num_classes = build.build_split(args, "train")
-    plan = build.build_plan(args, processes, len(train_set))
-    return build.build_run(args, plan, processes, utils.StopSignal(processes), train_set, num_classes)
+    processes = utils.Processes(0, 1, torch.device("cpu"))
+    train_set, _ = build.build_split(args, "train")
+    plan = build.build_plan(args, processes, train_set)
+    return build.build_run(args, plan, processes, utils.StopSignal(processes), train_set)
 
 
 DIGITS = (
@@ -403,4 +448,3 @@ def test_plan_is_not_written_into_the_arguments(data, tmp_path):
     given = vars(parse_arguments(runs.command(data, tmp_path)))
     assert train(data, tmp_path) == 0
     assert json.loads((tmp_path / "args.json").read_text()) == given
-    assert isinstance(Plan(1, 1, 1, 1, 1.0, None, ""), Plan)

@@ -305,13 +305,6 @@ def test_similarity_is_the_row_of_cls_over_the_patch_keys(kwargs):
     torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-12)
 
 
-def test_similarity_of_a_block_alone():
-    model = make()
-    tokens = torch.randn(2, 17, 24)
-    _, expected = model.blocks[-1](tokens, one_query=False, grid=(4, 4))
-    torch.testing.assert_close(model.blocks[-1].cls_similarity(model.blocks[-1].norm1(tokens), (4, 4)), expected)
-
-
 @pytest.mark.parametrize("kind", SIMILARITIES)
 def test_kinds_of_similarity(kind):
     model = make(similarity=kind).double()

@@ -142,6 +142,36 @@ def test_workers_change_nothing_and_resuming_decodes_nothing_twice(run, tmp_path
     runs.assert_identical(runs.content(tmp_path), uninterrupted)
 
 
+def test_two_processes_stop_together_and_go_on(run, tmp_path):
+    """Only one of them gets the signal; in training it stops both at the same step, in evaluation too."""
+    options = ("--batch-size", "12")
+    assert run(tmp_path / "whole", *options, ranks=2) == 0
+    stops = (runs.killed_at_update(3, by=signal.SIGTERM), runs.killed_at_evaluation_batch(1, by=signal.SIGUSR1))
+    for stop, step in zip(stops, (4, runs.UPDATES), strict=True):  # the flags are read one step later
+        assert run(tmp_path / "stopped", *options, before=stop, ranks=2) == 0
+        assert torch.load(tmp_path / "stopped" / "checkpoint.pth", weights_only=True)["step"] == step
+    assert run(tmp_path / "stopped", *options, ranks=2) == 0
+    runs.assert_identical(runs.content(tmp_path / "stopped"), runs.content(tmp_path / "whole"))
+
+
+def infinite_loss(number: int) -> None:
+    """Make the ``number``-th cross-entropy of this process infinite."""
+    original, calls = torch.nn.CrossEntropyLoss.forward, [0]
+
+    def forward(self, logits, targets):
+        calls[0] += 1
+        return original(self, logits, targets) * (float("inf") if calls[0] == number else 1)
+
+    torch.nn.CrossEntropyLoss.forward = forward
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_all(run, tmp_path):
+    bad = functools.partial(infinite_loss, 2 * runs.UPDATES + 3)  # two micro-steps an update: update 1 of epoch 1
+    assert run(tmp_path, "--batch-size", "12", before=bad, ranks=2) == 1
+    assert "not finite at epoch 1, step 1, rank 1" in run.text()
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
 @pytest.mark.slow
 def test_twenty_random_sigkills_and_five_signals(run, tmp_path, uninterrupted):
     """From outside, at random moments, with loader workers: whatever the process happens to do."""
