@@ -9,13 +9,15 @@ cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 files=("${@:-requirements.txt}")
 
-if [ -z "${PYTHON:-}" ]; then
-    for PYTHON in python3.12 python3.11 python3; do
-        command -v "$PYTHON" >/dev/null && break
-    done
-fi
-if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
-    echo "Python 3.11 or 3.12 is needed and $PYTHON is not; name one: PYTHON=/path/to/python3.12 bash $0" >&2
+usable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+for python in ${PYTHON:-python3.12 python3.11 python3}; do
+    if usable "$python"; then
+        PYTHON=$python
+        break
+    fi
+done
+if ! usable "${PYTHON:-python3}"; then
+    echo "Python 3.11 or 3.12 is needed; name one: PYTHON=/path/to/python3.12 bash $0" >&2
     exit 2
 fi
 
