@@ -175,9 +175,9 @@ def train(args, processes: Processes) -> int:
 
 def train_epochs(run: Run, val_loader) -> int:
     """Train from where the run stands to the end, or to a signal; returns the exit code."""
-    plan, output = run.plan, Path(run.args.output_dir)
+    plan = run.plan
     if run.epoch == plan.epochs:
-        logger.info(f"already trained for {plan.epochs} epochs; best: {run.best}")
+        logger.info(f"already trained for {plan.epochs} epochs; {best_so_far(run)}")
         return 0
     with Records(run) as records:
         while run.epoch < plan.epochs:
@@ -185,8 +185,16 @@ def train_epochs(run: Run, val_loader) -> int:
                 save(run, "checkpoint.pth")
                 logger.info(f"saved at epoch {run.epoch}, step {run.step}; the same command goes on from there")
                 return run.stop.exit_code
-    logger.info(f"done; best: {run.best} in {output / 'best.pth'}")
+    logger.info(f"done; {best_so_far(run)}")
     return 0
+
+
+def best_so_far(run: Run) -> str:
+    """The best evaluation in words."""
+    if not run.best:
+        return "nothing was evaluated"
+    place = f"epoch {run.best['epoch']}, weights: {run.best['weights']}"
+    return f"best Acc@1 {run.best['acc1']:.3f} ({place}) in {Path(run.args.output_dir, 'best.pth')}"
 
 
 def one_epoch(run: Run, val_loader, records: Records) -> bool:

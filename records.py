@@ -8,6 +8,8 @@ from torch.utils.tensorboard import SummaryWriter
 from engine import Run
 from utils import UserError, environment, logger, write_atomically, write_json
 
+SHORT = {"images_per_second": "images/s", "data_time": "data s", "step_time": "step s", "sar_weight": "lambda"}
+
 
 class EpochLog:
     """``log.txt``: one JSON object an epoch, one line an epoch after any number of kills."""
@@ -50,7 +52,8 @@ class Records:
         for name, value in means.items():
             self.board.add_scalar(f"train/{name}", value, self._global_step())
         position = f"epoch {self.run.epoch} [{self.run.step}/{self.run.plan.updates_per_epoch}]"
-        logger.info(f"{position}  " + "  ".join(f"{name} {value:.4g}" for name, value in means.items()))
+        words = [f"{SHORT.get(name, name)} {value:.4g}" for name, value in means.items()]
+        logger.info("  ".join([position, *words]))
 
     def epoch(self, record: dict) -> None:
         """Tell an epoch's results."""
