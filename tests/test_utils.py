@@ -1,0 +1,56 @@
+"""Files that are whole or untouched, a bar only in a terminal, and the environment of a run."""
+
+import io
+import os
+
+import pytest
+
+import utils
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "rank", "shown"), [(Terminal, 0, True), (Terminal, 1, False), (io.StringIO, 0, False)]
+)
+def test_a_bar_is_shown_to_rank_0_in_a_terminal_only(stream, rank, shown, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream())
+    utils.start_logging(rank)
+    assert list(utils.progress(range(3), "epoch 7")) == [0, 1, 2]
+    assert ("epoch 7" in utils.sys.stderr.getvalue()) == shown
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    utils.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fails(file):
+        file.write(b"half of the n")
+        raise OSError(28, os.strerror(28))
+
+    with pytest.raises(utils.RunError, match="No space left on device; what was there before is untouched"):
+        utils.write_atomically(path, fails)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    utils.write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+
+
+def test_seeds_of_a_step_depend_on_seed_rank_and_step_alone():
+    def draw(*numbers):
+        utils.seed_step(*numbers)
+        return utils.torch.rand(1).item(), utils.np.random.rand()
+
+    draws = {numbers: draw(*numbers) for numbers in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}
+    assert len(set(draws.values())) == 4
+    for numbers in reversed(draws):
+        assert draw(*numbers) == draws[numbers]
+
+
+def test_environment_says_what_a_result_depends_on():
+    environment = utils.environment()
+    assert environment["cpu"]
+    assert {"commit", "uncommitted_changes", "torch", "timm", "gpus", "command", "threads"} <= environment.keys()
