@@ -222,11 +222,11 @@ DATASETS: dict[str, DataSet] = {
         read_digits,
         "1,797 scanned digits that come with scikit-learn",
         defaults={  # minutes on a laptop; digits are not mirrored, nor cropped to a part
-            "input_size": 24,
+            "input_size": 20,
             "patch_size": 4,
             "batch_size": 32,
             "total_batch": 32,
-            "epochs": 4,
+            "epochs": 5,
             "warmup_epochs": 1,
             "sched_on_updates": True,
             "lr": 8e-3,
