@@ -241,7 +241,12 @@ def _add_augmentation(parser):
     add("--cutmix", type=_size, default=1.0, help="alpha of CutMix; 0 turns it off")
     add("--mixup-prob", type=_fraction, default=1.0, help="of mixing at all")
     add("--mixup-switch-prob", type=_fraction, default=0.5, help="of CutMix where both are on")
-    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a draw")
+    add(
+        "--mixup-mode",
+        choices=("batch", "pair", "elem"),
+        default="batch",
+        help="what shares a draw; all but batch make a GPU wait",
+    )
     add(
         "--crop-pct",
         "--eval-crop-ratio",

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from arguments import brought_defaults
-from datasets import build_dataset, build_loader, build_transform
+from datasets import DATASETS, build_dataset, build_loader, build_transform
 from engine import Plan, Run
 from samplers import EvalSampler, TrainSampler
 from utils import Processes, StopSignal, UserError, logger
@@ -199,7 +199,8 @@ def banner(run: Run) -> None:
     lr = f"{plan.lr:g}" if args.unscale_lr else f"{args.lr:g} x {plan.total_batch}/512 = {plan.lr:g}"
     lines = {
         "model": f"{args.model}, {parameters:,} parameters, last block {args.last_block}",
-        "data": f"{args.data_set}, {plan.num_images:,} images, {args.input_size} px, patches of {args.patch_size}",
+        "data": f"{args.data_set} ({DATASETS[args.data_set].about}): {plan.num_images:,} training images",
+        "input": f"{args.input_size} px in patches of {args.patch_size}",
         "loss": f"cross-entropy + lambda x spatial entropy, lambda {args.sar_weight:g} {args.sar_schedule}",
         "batch": f"{batch} = {plan.total_batch}; {plan.updates_per_epoch} updates an epoch",
         "length": f"{plan.epochs} epochs",

@@ -177,7 +177,7 @@ def test_digits_need_nothing_and_stay_in_the_default_folder(tmp_path, monkeypatc
     assert folder.name == "vit_tiny_sar_digits_seed0"
     out = capsys.readouterr().out
     assert "digits brings" in out
-    assert "1,437 images" in out
+    assert "1,437 training images" in out
     assert last_record(folder)["test_images"] == 360
 
 

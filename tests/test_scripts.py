@@ -1,6 +1,7 @@
 """The scripts run, the pictures have something on them, and what is written twice says the same."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 
 import main
 from analysis import maps
+from arguments import parse_arguments
+from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,3 +104,29 @@ def test_the_step_benchmark_prints_its_table():
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\| vit_tiny \| float32( \| [\d.]+){5} \|", done.stdout.splitlines()[-1])
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_readmes_python_runs():
+    (block,) = readme_blocks("python")
+    names = {}
+    exec(block, names)
+    assert names["similarity"].shape == (8, 6, 14, 14)
+    assert names["model"].patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+def test_readmes_commands_are_understood():
+    """Every option of every main.py command there exists; only the files it names are not here."""
+    commands = [line for block in readme_blocks("bash") for line in block.splitlines() if "main.py" in line]
+    commands = [line for line in commands if not line.startswith("#")]
+    assert len(commands) >= 7
+    for line in commands:
+        words = shlex.split(line.partition("main.py")[2], comments=True)
+        try:
+            parse_arguments(words)
+        except UserError as error:
+            if "no such file" not in str(error):
+                raise
