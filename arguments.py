@@ -250,7 +250,6 @@ def _add_augmentation(parser):
     add(
         "--crop-pct",
         "--eval-crop-ratio",
-        "--eval-crop-ratio",
         type=_at_least(float, 0, 1, open_low=True),
         default=None,
         help="in evaluation: 0.875 (256 -> 224), all of small images",
