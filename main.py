@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         code = evaluate_only(argv, args, processes) if args.eval else train(args, processes)
     except (UserError, RunError, OSError) as error:
         traceback.clear_frames(error.__traceback__)  # they hold the loader, whose workers would end one by one
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
         code = 2 if isinstance(error, UserError) else 1
         if torch.distributed.is_initialized():
             os._exit(code)  # the other ranks wait for this one, and a clean farewell would wait for them
