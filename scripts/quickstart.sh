@@ -2,6 +2,7 @@
 # From a fresh clone to a trained SAR ViT and a picture of its attention, with no data to fetch.
 #
 #   bash scripts/quickstart.sh
+#   REQUIREMENTS=requirements-v100.txt bash scripts/quickstart.sh     # V100 GPUs
 #
 # Hardware: anything with Python 3.11 or 3.12; a GPU is used if there is one.
 # Time: the installation once (a few minutes), then under four minutes on two cores.
@@ -10,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 OUT=${OUT:-output/quickstart}
-bash scripts/install.sh
+bash scripts/install.sh "${REQUIREMENTS:-requirements.txt}"
 "$VENV/bin/python" main.py @recipes/quickstart.args --output-dir "$OUT" "$@"
 echo
 "$VENV/bin/python" main.py --eval --resume "$OUT/best.pth"
