@@ -161,8 +161,8 @@ def _add_data(parser):
     add(
         "--data-set",
         metavar="NAME",
-        default="imagenet",
-        help=f"{', '.join(DATASETS)}; without --data-path the embedded digits",
+        default=None,
+        help=f"{', '.join(DATASETS)} (default: imagenet with --data-path, the embedded digits without)",
     )
     add("--data-path", default=None, metavar="DIR", help="where the data set lies")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -312,8 +312,7 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     words = expand_arguments(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     first = parser.parse_args(words)
-    given = {action.dest for action in parser._actions if _was_given(action, words)}
-    parser.set_defaults(**(_saved_defaults(saved) or _context_defaults(first, given)))
+    parser.set_defaults(**(_saved_defaults(saved) or _context_defaults(first)))
     args = parser.parse_args(words)
     args.data_set = canonical_name(args.data_set)
     if args.output_dir is None:
@@ -323,21 +322,15 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     return args
 
 
-def _was_given(action, words) -> bool:
-    return any(word.partition("=")[0] in action.option_strings for word in words)
-
-
 def _saved_defaults(saved) -> dict:
     if not isinstance(saved, dict) or "sar_weight" not in saved:
         return {}
     return {name: value for name, value in saved.items() if name not in NOT_MATHEMATICAL - {"data_path"}}
 
 
-def _context_defaults(args, given: set[str]) -> dict:
+def _context_defaults(args) -> dict:
     """Defaults that depend on the data set and the model, for options that were not given."""
-    data_set = args.data_set
-    if "data_set" not in given and args.data_path is None:
-        data_set = "digits"
+    data_set = args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
     return {
         "data_set": data_set,

@@ -425,6 +425,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(bad_step, dat
         assert (checkpoint["epoch"], checkpoint["step"]) == (epoch, 0)
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """The loss of the last step may still be finite when its update is not."""
+    run = make_run(DIGITS + f"--output-dir {tmp_path}")
+    main.save(run, "checkpoint.pth")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    run.model.head.weight.data[0, 0] = math.nan
+    with pytest.raises(engine.NonFiniteLoss, match="weights are not finite"):
+        main.save(run, "checkpoint.pth")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_processes_that_would_begin_at_different_places_are_refused(tmp_path, monkeypatch):
+    """As with an output folder that each node has for itself."""
+    run = make_run(DIGITS + f"--output-dir {tmp_path}")
+    monkeypatch.setattr(utils.Processes, "gather", lambda self, place: torch.stack([place, place + 1]))
+    with pytest.raises(utils.UserError, match="name a shared folder"):
+        main.begin(run)
+
+
 def test_plan_says_why_mixed_precision(monkeypatch):
     cuda = torch.device("cuda", 0)
     for capability, dtype in (((7, 0), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
