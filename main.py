@@ -253,10 +253,9 @@ def note_best(run: Run, results: dict) -> bool:
 
 def evaluate_only(argv, args, processes: Processes) -> int:
     """Evaluate one file; what its run was told and is not given here (model, sizes) is taken from it."""
-    own = Path(args.output_dir, "best.pth")
-    path = Path(args.resume or args.finetune or own)
+    path = Path(args.resume or args.finetune or Path(args.output_dir, "best.pth"))
     if not path.exists():
-        raise UserError(f"--eval: nothing to evaluate; give --resume FILE (there is no {own})")
+        raise UserError(f"--eval: nothing to evaluate at {path}; name a checkpoint with --resume FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
     dataset, num_classes = build_split(args, "val")

@@ -201,7 +201,9 @@ def test_eval_takes_model_and_sizes_from_the_checkpoint(data, trained, tmp_path,
 
 def test_eval_needs_something_to_evaluate(data, tmp_path, capsys):
     assert main.main(["--eval", "--data-path", str(data), "--output-dir", str(tmp_path / "none")]) == 2
-    assert "nothing to evaluate" in capsys.readouterr().err
+    assert f"nothing to evaluate at {tmp_path / 'none/best.pth'}" in capsys.readouterr().err
+    assert main.main(["--eval", "--resume", "gone.pth"]) == 2
+    assert "nothing to evaluate at gone.pth" in capsys.readouterr().err
 
 
 def test_eval_refuses_a_head_of_other_classes(trained, tmp_path, capsys):
