@@ -16,8 +16,9 @@ import timm
 from timm.utils import ParseKwargs
 
 import models_sar  # noqa: F401 - registers the models
+from checkpoints import last_block_of, read_checkpoint
 from datasets import DATASETS, canonical_name
-from losses import SAR_SCHEDULES
+from losses import SAR_LOSSES, SAR_SCHEDULES
 from utils import UserError
 
 MODEL_MODULES = ("models_sar",)
@@ -27,7 +28,7 @@ MODEL_MODULES = ("models_sar",)
 # compared by the data type that it came to.
 NOT_MATHEMATICAL = set(
     "data_path output_dir resume eval eval_every save_every print_every num_workers device amp batch_size "
-    "compile grad_checkpointing skip_unreadable".split()
+    "compile grad_checkpointing skip_unreadable download cache_images".split()
 )
 
 # Options of DeiT that this program has no use for, and why.
@@ -169,6 +170,15 @@ def _add_data(parser):
     workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     add("--num-workers", type=_index, default=workers, help="loading processes of each training process")
     add("--skip-unreadable", action="store_true", help="replace an unreadable image by another and count it")
+    add("--download", action="store_true", help="fetch the set into --data-path, where torchvision can")
+    add("--cache-images", action="store_true", help="keep decoded images in memory, one copy a machine")
+    add(
+        "--sampling-ratio",
+        type=_at_least(float, 0, 1, open_low=True),
+        default=1.0,
+        help="train on this share of each class's images (Table 3)",
+    )
+    add("--sampling-seed", type=_index, default=0, help="of that choice; smaller shares lie inside larger ones")
 
 
 def _add_sar(parser):
@@ -192,10 +202,22 @@ def _add_sar(parser):
         help="Eq. 4, Eq. 15, sec. 4.3",
     )
     add(
+        "--sar-loss",
+        choices=SAR_LOSSES,
+        default="spatial-entropy",
+        help="of the similarity maps: Eq. 9, or total variation, Eq. 14",
+    )
+    add(
         "--last-block",
         choices=("standard", "no_msa_skip", "sar", "no_skips"),
         default="sar",
-        help="rows A/E, B, C/F, D of Table 1(b); standard for models without _sar",
+        help="rows A/E, B, C/F, D of Table 1(b); standard for models without _sar; that of --finetune's weights",
+    )
+    add(
+        "--drloc-weight",
+        type=_size,
+        default=0.0,
+        help="of dense relative localisation (Table 4) at its peak, epoch 20; 0 turns it off",
     )
 
 
@@ -278,20 +300,30 @@ def _add_run(parser):
 def expand_arguments(argv: list[str]) -> list[str]:
     """Put the content of leading ``@file`` arguments in their place and turn DeiT's underscores to hyphens.
 
+    A file may begin with ``@file`` itself, named as seen from its own folder.
+
     Raises:
-        UserError: a file that cannot be read, or one that stands after an option.
+        UserError: a file that cannot be read, that includes itself, or that stands after an option.
     """
-    words, rest = [], list(argv)
-    while rest and rest[0].startswith("@"):
-        path = Path(rest.pop(0)[1:])
+    return [_with_hyphens(word) for word in _expand(list(argv), Path(), ())]
+
+
+def _expand(words: list[str], folder: Path, inside: tuple[Path, ...]) -> list[str]:
+    """``words`` with its leading files, which lie in ``folder``; ``inside`` are the files being read."""
+    expanded = []
+    while words and words[0].startswith("@"):
+        path = folder / words.pop(0)[1:]
+        if path.resolve() in inside:
+            raise UserError(f"argument file {path} includes itself")
         try:
-            words += shlex.split(path.read_text(), comments=True)
+            content = shlex.split(path.read_text(), comments=True)
         except (OSError, ValueError) as error:
             raise UserError(f"argument file {path}: {getattr(error, 'strerror', None) or error}") from None
-    late = [word for word in rest if word.startswith("@")]
+        expanded += _expand(content, path.parent, (*inside, path.resolve()))
+    late = [word for word in words if word.startswith("@")]
     if late:
         raise UserError(f"{late[0]} must stand before all options (what comes later wins)")
-    return [_with_hyphens(word) for word in words + rest]
+    return expanded + words
 
 
 def _with_hyphens(word: str) -> str:
@@ -329,13 +361,16 @@ def _saved_defaults(saved) -> dict:
 
 
 def _context_defaults(args) -> dict:
-    """Defaults that depend on the data set and the model, for options that were not given."""
+    """Defaults that depend on the data set, the model and the weights, for options that were not given."""
     data_set = args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
+    last_block = "sar" if regularised else "standard"
+    if Path(args.finetune).is_file():  # fine-tuning keeps the pre-training's architecture (appendix E.4)
+        last_block = last_block_of(read_checkpoint(args.finetune)) or last_block
     return {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
-        "last_block": "sar" if regularised else "standard",
+        "last_block": last_block,
         **DATASETS[canonical_name(data_set)].defaults,
     }
 
@@ -371,6 +406,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def differences(args: argparse.Namespace, saved: dict) -> list[str]:
     """What differs in anything mathematical between these arguments and a checkpoint's, a line each."""
     mine = vars(args)
+    saved = vars(build_parser().parse_args([])) | saved  # an option younger than the checkpoint was at its default
     names = sorted((mine.keys() | saved.keys()) - NOT_MATHEMATICAL)
     return [
         f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {mine.get(name)} now"

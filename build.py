@@ -10,23 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from arguments import brought_defaults
-from datasets import DATASETS, build_dataset, build_loader, build_transform
+from datasets import DATASETS, build_loader
 from engine import Plan, Run
 from samplers import EvalSampler, TrainSampler
 from utils import Processes, StopSignal, UserError, logger
-
-
-def build_split(args, split: str):
-    """One split of the data set with its transform: ``(dataset, num_classes)``."""
-    transform = build_transform(split == "train", args)
-    return build_dataset(
-        args.data_set,
-        split,
-        args.data_path,
-        transform,
-        seed=args.seed,
-        skip_unreadable=args.skip_unreadable,
-    )
 
 
 def build_eval_loader(args, processes: Processes, dataset):

@@ -108,6 +108,22 @@ def _is_state_dict(value) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
 
 
+def last_block_of(checkpoint: Mapping) -> str | None:
+    """The kind of last block that a ViT checkpoint's weights were trained with (`models_sar.LAST_BLOCKS`).
+
+    This program's checkpoints say it. Of other files only the second LayerNorm is seen: with it the block is
+    taken for ``standard``, without it for ``sar`` (the released code's `nosn`). None: no ViT's weights.
+    """
+    args = checkpoint.get("args")
+    if isinstance(args, Mapping) and "last_block" in args:
+        return args["last_block"]
+    state, _ = select_weights(checkpoint)
+    blocks = {int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)}
+    if not blocks:
+        return None
+    return "standard" if f"blocks.{max(blocks)}.norm2.weight" in state else "sar"
+
+
 def load_weights(
     model: nn.Module, source: str | Path | Mapping, key: str | None = None, keep_head: bool = False
 ) -> list[str]:

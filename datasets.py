@@ -25,7 +25,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from samplers import Draw, seed_sequence
-from utils import UserError
+from utils import Processes, UserError
 
 CLASS_LISTS = Path(__file__).parent / "class_lists"
 SMALL_IMAGE = 32  # px; up to this size DeiT crops from a padded image instead of resizing a random part of it
@@ -303,6 +303,27 @@ def build_dataset(
     except OSError as error:  # no permission, a broken disk
         raise UserError(f"{error.filename or data_path}: {error.strerror}; {name} must be readable") from error
     return AugmentedDataset(base, transform, seed, skip_unreadable), len(base.classes)
+
+
+def build_split(args: Any, split: str, processes: Processes) -> tuple["AugmentedDataset", int]:
+    """One split of the run's data set with its transform, and the number of classes.
+
+    Args:
+        args: the command line's.
+        processes: this process among the run's.
+
+    Raises:
+        UserError: see :func:`build_dataset`, :func:`build_transform`.
+    """
+    transform = build_transform(split == "train", args)
+    return build_dataset(
+        args.data_set,
+        split,
+        args.data_path,
+        transform,
+        seed=args.seed,
+        skip_unreadable=args.skip_unreadable,
+    )
 
 
 # ------------------------------------------------------------------------- augmentation and loading

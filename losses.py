@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+SAR_LOSSES = ("spatial-entropy", "total-variation")
 SAR_SCHEDULES = ("constant", "warmup-cosine")
 SAR_WARMUP_EPOCHS = 10
 

@@ -21,8 +21,9 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import differences, parse_arguments
-from build import banner, build_eval_loader, build_model, build_plan, build_run, build_split, choose_amp
+from build import banner, build_eval_loader, build_model, build_plan, build_run, choose_amp
 from checkpoints import load_weights, read_checkpoint
+from datasets import build_split
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, describe, epoch_record
 from utils import (
@@ -162,8 +163,8 @@ def begin(run: Run) -> None:
 
 def train(args, processes: Processes) -> int:
     """Train to the end, or to a signal; returns the exit code."""
-    train_set, _ = build_split(args, "train")
-    val_set, _ = build_split(args, "val")
+    train_set, _ = build_split(args, "train", processes)
+    val_set, _ = build_split(args, "val", processes)
     plan = build_plan(args, processes, train_set)
     if processes.is_main:
         prepare_output_dir(Path(args.output_dir))
@@ -258,7 +259,7 @@ def evaluate_only(argv, args, processes: Processes) -> int:
         raise UserError(f"--eval: nothing to evaluate at {path}; name a checkpoint with --resume FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
-    dataset, num_classes = build_split(args, "val")
+    dataset, num_classes = build_split(args, "val", processes)
     model = build_model(args, num_classes, processes.device)
     for note in load_weights(model, checkpoint, args.checkpoint_key, keep_head=True):
         logger.info(f"{path}: {note}")

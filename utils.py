@@ -41,11 +41,12 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run: its rank, their number, and the device it computes on."""
+    """This process among those of the run: its rank, their number, the device it computes on, its place on its node."""
 
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -75,7 +76,7 @@ def start_processes(device_name: str) -> Processes:
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return Processes(rank, world_size, device)
+    return Processes(rank, world_size, device, local_rank)
 
 
 def end_processes() -> None:

@@ -5,7 +5,6 @@ python -m analysis.maps --checkpoint output/quickstart/best.pth --out maps.png
 
 import argparse
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import matplotlib
@@ -17,11 +16,13 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from build import build_model, build_split
+from arguments import parse_arguments
+from build import build_model
 from checkpoints import load_weights, read_checkpoint
+from datasets import build_split
 from losses import label_components, spatial_entropy
 from samplers import Draw
-from utils import UserError
+from utils import Processes, UserError
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the heaviest component gets the first.
 COLOURS = np.array(
@@ -49,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = read_checkpoint(arguments.checkpoint)
         if "args" not in checkpoint or "data_set" not in checkpoint["args"]:
             raise UserError(f"{arguments.checkpoint}: not written by main.py, so its data set is unknown")
-        args = Namespace(**checkpoint["args"])
-        args.data_path = arguments.data_path or args.data_path
-        dataset, num_classes = build_split(args, "val")
-        model = build_model(args, num_classes, torch.device("cpu"))
+        given = ["--data-path", arguments.data_path] if arguments.data_path else []
+        args, cpu = parse_arguments(["--eval", *given], saved=checkpoint["args"]), torch.device("cpu")
+        dataset, num_classes = build_split(args, "val", Processes(0, 1, cpu))
+        model = build_model(args, num_classes, cpu)
         load_weights(model, checkpoint)
         draw(model, dataset, arguments.images, Path(arguments.out))
     except UserError as error:

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import build
+import datasets
 import engine
 import losses
 import utils
@@ -25,7 +26,7 @@ def run_on(device: str, words: str = STEP) -> engine.Run:
     """A run that is about to begin, on ``device``."""
     args = parse_arguments([*words.split(), "--device", device])
     processes = utils.start_processes(device)
-    train_set, _ = build.build_split(args, "train")
+    train_set, _ = datasets.build_split(args, "train", processes)
     plan = build.build_plan(args, processes, train_set)
     return build.build_run(args, plan, processes, utils.StopSignal(processes), train_set)
 

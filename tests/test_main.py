@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import build
+import datasets
 import engine
 import main
 import records
@@ -305,7 +306,7 @@ def make_run(words: str):
     """A run put together but not begun, on scanned digits."""
     args = parse_arguments(words.split())
     processes = utils.Processes(0, 1, torch.device("cpu"))
-    train_set, _ = build.build_split(args, "train")
+    train_set, _ = datasets.build_split(args, "train", processes)
     plan = build.build_plan(args, processes, train_set)
     return build.build_run(args, plan, processes, utils.StopSignal(processes), train_set)
 
