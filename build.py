@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arguments import brought_defaults
 from datasets import DATASETS, build_loader
+from drloc import Localiser, Trainee
 from engine import Plan, Run
 from samplers import EvalSampler, TrainSampler
 from utils import Processes, StopSignal, UserError, logger
@@ -105,6 +106,12 @@ def build_model(args, num_classes: int, device: torch.device) -> nn.Module:
     return model
 
 
+def build_trainee(args, num_classes: int, device: torch.device) -> Trainee:
+    """The model, and DRLoc's localiser beside it where it has a weight; see ``build_model``."""
+    model = build_model(args, num_classes, device)
+    return Trainee(model, Localiser(model.num_features).to(device) if args.drloc_weight > 0 else None)
+
+
 def build_mixup(args, num_classes: int) -> Mixup | None:
     """timm's Mixup and CutMix as the arguments say, or None where both are off."""
     if not (args.mixup or args.cutmix):
@@ -136,12 +143,12 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
 def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set) -> Run:
     """Put the parts of a training run together."""
     device = processes.device
-    model = build_model(args, len(plan.classes), device)
-    network = torch.compile(model) if args.compile else model
+    trainee = build_trainee(args, len(plan.classes), device)
+    network = torch.compile(trainee) if args.compile else trainee
     if processes.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
         network = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
-    optimizer = build_optimizer(args, model, plan.lr)
+    optimizer = build_optimizer(args, trainee, plan.lr)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -163,9 +170,9 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
         args=args,
         plan=plan,
         processes=processes,
-        model=model,
+        trainee=trainee,
         network=network,
-        ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None,
+        ema=ModelEmaV3(trainee, decay=args.model_ema_decay) if args.model_ema else None,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=plan.amp_dtype == torch.float16),
@@ -175,6 +182,16 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
         loader=build_loader(train_set, sampler, args.batch_size, args.num_workers, device.type == "cuda"),
         stop=stop,
     )
+
+
+def _describe_loss(args) -> str:
+    parts = ["cross-entropy"]
+    if args.sar_weight > 0:
+        similarity = "" if args.sar_similarity == "dot" else f" of {args.sar_similarity} similarity"
+        parts.append(f"{args.sar_weight:g} ({args.sar_schedule}) x {args.sar_loss.replace('-', ' ')}{similarity}")
+    if args.drloc_weight > 0:
+        parts.append(f"{args.drloc_weight:g} (at its peak) x dense relative localisation")
+    return " + ".join(parts)
 
 
 def banner(run: Run) -> None:
@@ -188,7 +205,7 @@ def banner(run: Run) -> None:
         "model": f"{args.model}, {parameters:,} parameters, last block {args.last_block}",
         "data": f"{args.data_set} ({DATASETS[args.data_set].about}): {plan.num_images:,} training images",
         "input": f"{args.input_size} px in patches of {args.patch_size}",
-        "loss": f"cross-entropy + lambda x spatial entropy, lambda {args.sar_weight:g} {args.sar_schedule}",
+        "loss": _describe_loss(args),
         "batch": f"{batch} = {plan.total_batch}; {plan.updates_per_epoch} updates an epoch",
         "length": f"{plan.epochs} epochs",
         "lr": f"{lr}, {args.sched} with {args.warmup_epochs} epochs of warm-up",

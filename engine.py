@@ -8,14 +8,29 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from losses import SpatialEntropyLoss, sar_weight_schedule, spatial_entropy
+from drloc import PAIRS, Trainee
+from losses import (
+    SpatialEntropyLoss,
+    TotalVariationLoss,
+    drloc_weight_schedule,
+    localisation_loss,
+    sar_weight_schedule,
+    spatial_entropy,
+)
+from samplers import seed_sequence
 from utils import Processes, RunError, StopSignal, progress, seed_step
+
+SAR_TERMS = {
+    "spatial-entropy": ("spatial_entropy", SpatialEntropyLoss()),
+    "total-variation": ("total_variation", TotalVariationLoss()),
+}
 
 
 class NonFiniteLoss(RunError):
@@ -46,10 +61,10 @@ class Run:
     args: Namespace
     plan: Plan
     processes: Processes
-    model: nn.Module
-    """The bare model: what is saved, averaged and evaluated."""
+    trainee: Trainee
+    """The model and what trains beside it: what is optimised and averaged."""
     network: nn.Module
-    """The same weights as a step calls them: compiled, wrapped for many processes."""
+    """The same as a step calls it: compiled, wrapped for many processes."""
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scheduler: object
@@ -64,12 +79,27 @@ class Run:
     totals: dict = field(default_factory=dict)
     """Sums over the steps of this epoch, for its line in the log."""
 
-    def set_schedules(self) -> float:
-        """Set this step's learning rate; returns its lambda. Both are pure functions of (epoch, step)."""
+    @property
+    def model(self) -> nn.Module:
+        """The bare model: what is saved and evaluated."""
+        return self.trainee.model
+
+    def set_schedules(self) -> dict[str, float]:
+        """Set this step's learning rate; returns it and the regularisers' weights.
+
+        All are pure functions of (epoch, step).
+        """
+        args, epochs = self.args, self.plan.epochs
         self.scheduler.step(self.epoch)
         self.scheduler.step_update(self.epoch * self.plan.updates_per_epoch + self.step)
         epoch = self.epoch + self.step / self.plan.updates_per_epoch
-        return sar_weight_schedule(self.args.sar_schedule, self.args.sar_weight, epoch, self.plan.epochs)
+        schedule = {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "sar_weight": sar_weight_schedule(args.sar_schedule, args.sar_weight, epoch, epochs),
+        }
+        if args.drloc_weight > 0:
+            schedule["drloc_weight"] = drloc_weight_schedule(args.drloc_weight, epoch, epochs)
+        return schedule
 
     def add_totals(self, **values: float) -> None:
         """Add to the sums of this epoch."""
@@ -127,6 +157,8 @@ class Window:
 def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: None) -> bool:
     """Train from ``run.step`` to the end of ``run.epoch``; the loss is Sec. 4.1's L_ce + lambda L_se.
 
+    Total variation (Eq. 14) may stand in for L_se, and DRLoc join them, each with its own weight.
+
     Args:
         run: advanced in place: weights, ``step`` and ``totals``.
         report: called at every logging step with the means since the last one.
@@ -136,12 +168,13 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
         NonFiniteLoss: see ``Window.close``; at a logging step or the last step.
     """
     args, plan, device = run.args, run.plan, run.processes.device
-    regulariser = SpatialEntropyLoss()
+    sar_term, _ = SAR_TERMS[args.sar_loss]
     run.network.train()
     run.loader.sampler.set_epoch(run.epoch, first_update=run.step)
     batches, window, going = iter(progress(run.loader, f"epoch {run.epoch}")), Window(run), True
     while going and run.step < plan.updates_per_epoch:
-        sar_weight, lr = run.set_schedules(), run.optimizer.param_groups[0]["lr"]
+        schedule = run.set_schedules()
+        weights = {"cross_entropy": 1.0, sar_term: schedule["sar_weight"], "drloc": schedule.get("drloc_weight")}
         for micro in range(plan.accumulation):
             waiting = time.perf_counter()
             images, targets, replaced = next(batches)
@@ -154,37 +187,57 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
                 images, targets = run.mixup(images, targets)
             with _synchronised(run.network, micro == plan.accumulation - 1):
                 with _autocast(device, plan.amp_dtype):
-                    if args.sar_weight > 0:
-                        logits, similarity = run.network(images, return_similarity=True)
-                    else:
-                        logits = run.network(images)
-                    terms = {"cross_entropy": run.criterion(logits, targets)}
-                    if args.sar_weight > 0:
-                        terms["spatial_entropy"] = regulariser(similarity)
-                weights = {"cross_entropy": 1.0, "spatial_entropy": sar_weight}
+                    outputs = run.network(images, similarity=args.sar_weight > 0, draws=_pair_draws(run, micro))
+                    terms = loss_terms(run, outputs, targets)
                 loss = sum(weights[name] * term for name, term in terms.items())
                 run.scaler.scale(loss / plan.accumulation).backward()
             window.add({"loss": loss} | terms)
         update_weights(run)
-        run.add_totals(lr=lr, sar_weight=sar_weight)
+        run.add_totals(**schedule)
         run.step += 1
         going = not run.stop.poll()
         if run.step % args.print_every == 0 or run.step == plan.updates_per_epoch or not going:
-            report(window.close() | {"lr": lr, "sar_weight": sar_weight})
+            report(window.close() | schedule)
             window = Window(run)
     return going
+
+
+def loss_terms(run: Run, outputs: dict[str, torch.Tensor], targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The terms of the loss, by name and not yet weighted: scalars, each a mean over the images."""
+    terms = {"cross_entropy": run.criterion(outputs["logits"], targets)}
+    if "similarity" in outputs:
+        name, regulariser = SAR_TERMS[run.args.sar_loss]
+        terms[name] = regulariser(outputs["similarity"])
+    if "distances" in outputs:
+        terms["drloc"] = localisation_loss(outputs["distances"], outputs["positions"])
+    return terms
+
+
+def _pair_draws(run: Run, micro: int) -> torch.Tensor | None:
+    """Which pairs of patches DRLoc compares, for ``Trainee``; they go with an image's place in the total batch.
+
+    So they do not depend on how the batch is split into processes and micro-steps.
+    """
+    if run.args.drloc_weight == 0:
+        return None
+    update = run.epoch * run.plan.updates_per_epoch + run.step
+    generator = np.random.default_rng(seed_sequence("drloc", run.args.seed, update))
+    draws = generator.random((run.plan.total_batch, PAIRS, 2, 2), dtype=np.float32)
+    start = (micro * run.processes.world_size + run.processes.rank) * run.args.batch_size
+    mine = torch.from_numpy(draws[start : start + run.args.batch_size])
+    return mine.to(run.processes.device, non_blocking=True)
 
 
 def update_weights(run: Run) -> None:
     """One step of the optimiser (and of the averaged weights) from the gradients that have gathered."""
     if run.args.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad)
+        nn.utils.clip_grad_norm_(run.trainee.parameters(), run.args.clip_grad)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema is not None:
-        run.ema.update(run.model)
+        run.ema.update(run.trainee)
 
 
 def _micro_step(run: Run, micro: int) -> int:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 SAR_LOSSES = ("spatial-entropy", "total-variation")
 SAR_SCHEDULES = ("constant", "warmup-cosine")
 SAR_WARMUP_EPOCHS = 10
+DRLOC_WARMUP_EPOCHS = 20
 
 # A map whose spread is within this many units of float rounding counts as constant: the rest of it is noise.
 CONSTANT_ULPS = 16
@@ -233,6 +234,31 @@ class TotalVariationLoss(nn.Module):
 
     def _cost(self, difference: Tensor) -> Tensor:
         return 0.5 * difference.square() if self.squared else difference.abs()
+
+
+def localisation_loss(distances: Tensor, positions: Tensor) -> Tensor:
+    """Dense relative localisation (Y. Liu et al., 2021; Table 4): the mean absolute error in grid units.
+
+    Args:
+        distances: predicted, ``(B, m, 2)``: between the two patches of a pair, in rows and in columns.
+        positions: int64 ``(B, m, 2, 2)``, (row, column) of the pair's first and second patch.
+
+    Returns:
+        A scalar, in float32 (float64 for float64 predictions), averaged over images, pairs and the two axes.
+    """
+    true = (positions[:, :, 0] - positions[:, :, 1]).abs()
+    return (distances.to(torch.promote_types(distances.dtype, torch.float32)) - true).abs().mean()
+
+
+def drloc_weight_schedule(weight: float, epoch: float, epochs: int) -> float:
+    """The weight of ``localisation_loss`` at ``epoch``, as in DRLoc's own code.
+
+    Linear from 0 to ``weight`` over 20 epochs, then linearly down to 0 at ``epochs``; ``epoch`` may be
+    fractional. A run of 20 epochs or fewer consists of the start of the rise alone.
+    """
+    if epoch < DRLOC_WARMUP_EPOCHS or epochs <= DRLOC_WARMUP_EPOCHS:
+        return weight * min(epoch / DRLOC_WARMUP_EPOCHS, 1.0)
+    return weight * max(0.0, (epochs - epoch) / (epochs - DRLOC_WARMUP_EPOCHS))
 
 
 def sar_weight_schedule(name: str, weight: float, epoch: float, epochs: int) -> float:

@@ -71,7 +71,8 @@ def snapshot(run: Run) -> dict:
     """Everything a run needs to go on, as tensors and plain values (no random state: there is none)."""
     return {
         "model": run.model.state_dict(),
-        "ema": run.ema.module.state_dict() if run.ema else None,
+        "ema": run.ema.module.model.state_dict() if run.ema else None,
+        "localiser": {name: localiser.state_dict() for name, localiser in localisers(run).items()},
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -85,6 +86,12 @@ def snapshot(run: Run) -> dict:
     }
 
 
+def localisers(run: Run) -> dict[str, torch.nn.Module]:
+    """DRLoc's MLP beside the model and beside its average; empty without DRLoc."""
+    trainees = {"model": run.trainee} | ({"ema": run.ema.module} if run.ema else {})
+    return {name: trainee.localiser for name, trainee in trainees.items() if trainee.localiser is not None}
+
+
 def save(run: Run, name: str) -> None:
     """Write the run to this file of its output folder.
 
@@ -94,7 +101,7 @@ def save(run: Run, name: str) -> None:
     """
     if not run.processes.is_main:
         return
-    if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():
+    if not torch.nn.utils.get_total_norm(run.trainee.parameters()).isfinite():
         raise NonFiniteLoss(f"weights are not finite after epoch {run.epoch}, step {run.step}; not saved")
     write_atomically(Path(run.args.output_dir, name), lambda file: torch.save(snapshot(run), file))
 
@@ -126,7 +133,9 @@ def restore(run: Run, checkpoint: dict, source: Path) -> None:
         )
     run.model.load_state_dict(checkpoint["model"])
     if run.ema is not None:
-        run.ema.module.load_state_dict(checkpoint["ema"])
+        run.ema.module.model.load_state_dict(checkpoint["ema"])
+    for name, localiser in localisers(run).items():
+        localiser.load_state_dict(checkpoint["localiser"][name])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scheduler.load_state_dict(checkpoint["scheduler"])
     run.scaler.load_state_dict(checkpoint["scaler"])
@@ -152,7 +161,7 @@ def begin(run: Run) -> None:
         for note in load_weights(run.model, run.args.finetune, run.args.checkpoint_key):
             logger.info(f"{run.args.finetune}: {note}")
         if run.ema is not None:
-            run.ema.set(run.model)
+            run.ema.set(run.trainee)
     places = run.processes.gather(torch.tensor([run.epoch, run.step], device=run.processes.device))
     if (places != places[0]).any():
         raise UserError(f"--output-dir {own.parent}: not every process sees its checkpoint; name a shared folder")
@@ -232,7 +241,7 @@ def evaluate_run(run: Run, loader) -> dict:
         NonFiniteLoss: the weights give no finite loss, so they are not saved.
     """
     results = {}
-    models = {"test": run.model} | ({"test_ema": run.ema.module} if run.ema else {})
+    models = {"test": run.model} | ({"test_ema": run.ema.module.model} if run.ema else {})
     for name, model in models.items():
         means = evaluate(model, loader, run.processes, run.plan.amp_dtype, run.stop.poll)
         if means is None:

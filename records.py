@@ -8,7 +8,13 @@ from torch.utils.tensorboard import SummaryWriter
 from engine import Run
 from utils import UserError, environment, logger, write_atomically, write_json
 
-SHORT = {"images_per_second": "images/s", "data_time": "data s", "step_time": "step s", "sar_weight": "lambda"}
+SHORT = {
+    "images_per_second": "images/s",
+    "data_time": "data s",
+    "step_time": "step s",
+    "sar_weight": "lambda",
+    "drloc_weight": "DRLoc weight",
+}
 
 
 class EpochLog:
@@ -87,6 +93,7 @@ def epoch_record(run: Run, results: dict) -> dict:
         "train_unreadable": unreadable,
         **results,
         "reported": run.args.report,
+        "train_images": run.plan.num_images,
         "n_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "images_per_second": run.plan.total_batch * updates / seconds,
         "data_time": data_time / updates,

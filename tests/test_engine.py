@@ -18,7 +18,7 @@ from arguments import parse_arguments
 STEP = (
     "--data-set digits --model vit_tiny_sar --input-size 8 --patch-size 2 --num-workers 0 --print-every 1000 "
     "--model-kwargs embed_dim=24 depth=2 num_heads=3 --batch-size 32 --total-batch 64 --clip-grad 1.0 "
-    "--mixup 0.8 --cutmix 1.0 --model-ema --aa none"
+    "--mixup 0.8 --cutmix 1.0 --model-ema --aa none --drloc-weight 0.1"
 )
 
 
@@ -92,7 +92,7 @@ def test_a_gpu_learns_the_digits(options, tmp_path):
 def test_two_processes_do_the_mathematics_of_one(tmp_path):
     """Same total batch, same images at the same positions: the same weights to rounding; each image evaluated once."""
     data = runs.write_digits(tmp_path / "digits", val=7)  # 70 images: an odd number for two processes of 2 x 12
-    alike = "--drop 0 --drop-path 0 --mixup 0 --cutmix 0 --opt sgd --lr 1 --epochs 2 --batch-size"
+    alike = "--drop 0 --drop-path 0 --mixup 0 --cutmix 0 --opt sgd --lr 1 --epochs 2 --drloc-weight 1 --batch-size"
     contents = []
     for processes, batch_size in ((1, "48"), (2, "12")):
         output = tmp_path / str(processes)
@@ -114,5 +114,8 @@ def test_two_processes_do_the_mathematics_of_one(tmp_path):
         assert line_two["train_loss"] == pytest.approx(line_one["train_loss"], abs=1e-5)
         assert line_two["test_loss"] == pytest.approx(line_one["test_loss"], abs=1e-5)
         assert line_two["test_spatial_entropy"] == pytest.approx(line_one["test_spatial_entropy"], abs=1e-3)
-    for name, weight in one["checkpoint.pth"]["model"].items():
-        assert torch.allclose(two["checkpoint.pth"]["model"][name], weight, atol=1e-5), name
+    for part in ("model", "localiser"):
+        weights, others = (content["checkpoint.pth"][part] for content in (one, two))
+        weights, others = (values["model"] if part == "localiser" else values for values in (weights, others))
+        for name, weight in weights.items():
+            assert torch.allclose(others[name], weight, atol=1e-5), name

@@ -22,6 +22,7 @@ from losses import (
     sar_weight_schedule,
     spatial_entropy,
 )
+from models_sar import similarity_map
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is the independent labelling")
 ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is the second independent labelling")
@@ -517,3 +518,40 @@ def test_benchmark_compares_equal_losses():
             loss_and_gradient(SpatialEntropyLoss(), maps), loss_and_gradient(baseline, maps), strict=True
         ):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- the maps before the softmax, not after it
+
+
+def maps_after_learning_their_scale(kind: str):
+    """Minimise the entropy over nothing but the length of each head's query and keys; returns (before, after)."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(8, 2, 16, generator=generator)
+    k = torch.randn(8, 2, 37, 16, generator=generator)
+    length = torch.full((8, 2), 2.0, requires_grad=True)
+    optimizer = torch.optim.Adam([length], lr=0.05)
+    maps = []
+    for _ in range(600):
+        similarity = similarity_map(q * length[..., None], k * length[..., None, None], 16**-0.5, (6, 6), kind)
+        optimizer.zero_grad()
+        SpatialEntropyLoss()(similarity).backward()
+        optimizer.step()
+        maps.append(similarity.detach())
+    return maps[0], maps[-1]
+
+
+def test_after_the_softmax_growing_norms_collapse_the_maps_to_one_token():
+    """Section 4.3: the network can cheat by the norms of query and keys alone."""
+    before, after = maps_after_learning_their_scale("softmax")
+    assert spatial_entropy(before)[0].mean() > 0.5
+    assert spatial_entropy(after)[0].max() < 1e-6
+    assert (spatial_entropy(after)[1] == 1).all()
+    tokens = (after > after.mean((-2, -1), keepdim=True)).sum((-2, -1))
+    assert (tokens == 1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["dot", "cosine"])
+def test_before_the_softmax_the_norms_change_nothing(kind):
+    before, after = maps_after_learning_their_scale(kind)
+    torch.testing.assert_close(spatial_entropy(after)[0], spatial_entropy(before)[0], atol=1e-4, rtol=0)
+    assert spatial_entropy(after)[0].mean() > 0.3

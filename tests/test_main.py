@@ -59,6 +59,8 @@ def last_record(output) -> dict:
         (("--aa", "rnd-m9"), "--aa rnd-m9"),
         (("--output-dir", "/dev/null/run"), "--output-dir /dev/null/run"),
         (("--data-path", "no_such_folder"), "no_such_folder"),
+        (("--download",), "--download"),
+        (("--sampling-ratio", "0.1"), "fewer than one --total-batch of 48"),
     ],
 )
 def test_mistakes_end_before_training_with_one_line(options, message, data, tmp_path, capsys):
@@ -146,6 +148,9 @@ def test_unreadable_images_are_replaced_and_counted_on_request(data, tmp_path):
         "--amp bf16 --grad-checkpointing",
         "--report ema --crop-pct 0.9 --print-every 1 --seed 3",
         "--no-model-ema --num-workers 1 --device cpu --amp off",
+        "--sar-loss total-variation --sar-weight 0.001 --drloc-weight 0.1",
+        "--model vit_tiny --drloc-weight 0.1 --grad-checkpointing --no-model-ema",
+        "--sampling-ratio 0.5 --sampling-seed 3 --cache-images",
     ],
 )
 def test_options_train(options, data, tmp_path):
@@ -231,8 +236,21 @@ def test_finetune_begins_a_run_from_weights_and_says_what_it_dropped(trained, tm
     assert last_record(tmp_path / "out")["epoch"] == 0
 
 
-def test_finetune_of_another_last_block_is_refused_with_the_mend(trained, data, tmp_path, capsys):
-    options = ("--finetune", str(trained / "best.pth"), "--model", "vit_tiny")
+def test_finetune_keeps_the_last_block_of_the_weights(trained, data, tmp_path):
+    """Appendix E.4; our checkpoints say which it is, of others the second LayerNorm tells."""
+    weights = torch.load(trained / "best.pth", weights_only=True)["model"]
+    torch.save({"model": weights}, tmp_path / "released.pth")
+    for file in (trained / "best.pth", tmp_path / "released.pth"):
+        args = parse_arguments(["--finetune", str(file), "--model", "vit_tiny", "--data-path", "x"])
+        assert (args.last_block, args.sar_weight) == ("sar", 0.0)
+    options = ("--finetune", str(trained / "best.pth"), "--model", "vit_tiny", "--sar-weight", "0")
+    assert train(data, tmp_path / "out", *options, *ONE_EPOCH) == 0
+    saved = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)
+    assert "blocks.1.norm2.weight" not in saved["model"]
+
+
+def test_finetune_of_another_last_block_on_demand_is_refused_with_the_mend(trained, data, tmp_path, capsys):
+    options = ("--finetune", str(trained / "best.pth"), "--last-block", "standard")
     assert train(data, tmp_path, *options) == 2
     assert "--last-block sar" in capsys.readouterr().err
 
@@ -335,8 +353,9 @@ def test_schedules_at_their_corners(per_update):
 
     def at(epoch, step):
         run.epoch, run.step = epoch, step
-        weight = run.set_schedules()
-        return run.optimizer.param_groups[0]["lr"], weight
+        schedule = run.set_schedules()
+        assert schedule["lr"] == run.optimizer.param_groups[0]["lr"]
+        return schedule["lr"], schedule["sar_weight"]
 
     def cosine(t):
         return 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / 12))
