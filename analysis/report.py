@@ -1,0 +1,473 @@
+"""A table of the paper beside one's own runs of it, read from their logs.
+
+    python -m analysis.report OUT/table1b
+    python -m analysis.report OUT/table1b --figure curves.png
+
+OUT/table1b is what the table's script leaves: a folder a row, in it protocol.json (the arguments of the paper's
+protocol) and seed0, seed1, ... (output folders of main.py). The report is printed, and kept there as report.md
+and report.csv; fig3 also gets its picture, fig3.png.
+
+"Ours" is the accuracy of the weights that --report names: mean and sample deviation over the seeds, after the
+last evaluated epoch and at each seed's best one. A row is not comparable with the paper where an argument that
+changes the mathematics differs from the protocol, epochs are missing, or the data set has other numbers of images.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from arguments import NOT_MATHEMATICAL, Parser, build_parser
+from datasets import DATASETS
+from utils import RunError, UserError, write_atomically
+
+PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+"""The paper's numbers: table -> title, source, metric, rows. A row's ``baseline`` is the row it is compared with,
+``quoted`` whose number it is where the authors ran nothing, ``printed_difference`` what the paper prints where that
+is not the difference of its values; ``metric`` and ``source`` of a row win over the table's."""
+
+# What may differ between a row's runs and the protocol, or among its seeds. (Which weights --finetune takes is the
+# table's own doing.)
+MAY_DIFFER = NOT_MATHEMATICAL | {"seed", "finetune"}
+
+# Told first where a row has many departures from the protocol; no more than REASONS of them are told.
+FOREMOST = ("data_set", "sampling_ratio", "epochs", "model", "model_kwargs", "input_size", "total_batch")
+REASONS = 5
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of log.txt; the accuracy (percent) is the reported weights', None where nothing was evaluated."""
+
+    done: int
+    accuracy: float | None
+    test_images: int | None
+    train_images: int | None
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One seed of a row: what main.py was told, and how its epochs ended."""
+
+    arguments: dict
+    log: list[Epoch]
+
+    @property
+    def epochs_done(self) -> int:
+        return self.log[-1].done if self.log else 0
+
+    @property
+    def epochs_planned(self) -> int:
+        return self.arguments["epochs"] + self.arguments["cooldown_epochs"]
+
+    def accuracies(self) -> dict[int, float]:
+        """Accuracy by epochs done, where it was evaluated."""
+        return {epoch.done: epoch.accuracy for epoch in self.log if epoch.accuracy is not None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: the paper's entry, the protocol's arguments, and the runs there are (none: not run)."""
+
+    paper: dict
+    protocol: dict
+    runs: list[TrainingRun]
+
+    def last(self) -> list[float]:
+        """Each evaluated run's accuracy after its last evaluated epoch."""
+        return [accuracies[max(accuracies)] for run in self.runs if (accuracies := run.accuracies())]
+
+    def best(self) -> list[float]:
+        """Each evaluated run's best accuracy."""
+        return [max(accuracies.values()) for run in self.runs if (accuracies := run.accuracies())]
+
+    def departures(self) -> dict[str, list]:
+        """Arguments that are not the protocol's: name -> the runs' values, each once."""
+        values = {name: distinct(run.arguments.get(name) for run in self.runs) for name in self.protocol}
+        values = {name: found for name, found in values.items() if name not in MAY_DIFFER}
+        return {name: found for name, found in values.items() if self.runs and found != [self.protocol[name]]}
+
+
+def distinct(values) -> list:
+    """The values in their order, each once (they may be lists and dicts)."""
+    found = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def read_table(folder: Path) -> tuple[dict, dict[str, Row]]:
+    """The paper's table that ``folder`` is named after, and all its rows by name, run or not.
+
+    Raises:
+        UserError: no table of the paper, no row in it or an unknown one, or a file that cannot be read.
+    """
+    name = folder.absolute().name
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name one that a table's script wrote, e.g. output/table1b")
+    if name not in PAPER:
+        raise UserError(f"{folder}: {name} is no table of the paper; known are {', '.join(PAPER)}")
+    table = PAPER[name]
+    there = sorted(path.parent.name for path in folder.glob("*/protocol.json"))
+    unknown = [row for row in there if row not in table["rows"]]
+    if unknown or not there:
+        problem = f"no row {unknown[0]} in this table" if unknown else "no row in it has a protocol.json"
+        raise UserError(f"{folder}: {problem}; its rows are {', '.join(table['rows'])}")
+    defaults = vars(build_parser().parse_args([]))  # of options younger than a run
+    return table, {row: read_row(folder / row, paper, defaults) for row, paper in table["rows"].items()}
+
+
+def read_row(folder: Path, paper: dict, defaults: dict) -> Row:
+    """The row of a table whose runs lie in ``folder``, if there is one.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    seeds = sorted(
+        path for path in folder.glob("seed*") if (path / "log.txt").exists() or (path / "args.json").exists()
+    )
+    runs = [TrainingRun(defaults | read_object(seed / "args.json"), read_log(seed / "log.txt")) for seed in seeds]
+    return Row(paper, defaults | read_object(folder / "protocol.json") if runs else {}, runs)
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}; run the row again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; run the row again")
+    return content
+
+
+def read_log(path: Path) -> list[Epoch]:
+    """The lines of a log.txt; none where the first epoch is not over yet.
+
+    Raises:
+        UserError: a line that main.py did not write.
+    """
+    epochs = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            epochs.append(read_epoch(json.loads(line)))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not from main.py; delete this run and do it again") from None
+    return epochs
+
+
+def read_epoch(record: dict) -> Epoch:
+    """A record of main.py's log; raises ValueError, KeyError or TypeError where it is none."""
+    weights = {"model": "test", "ema": "test_ema"}[record["reported"]]
+    if f"{weights}_acc1" not in record:
+        return Epoch(int(record["epoch"]) + 1, None, None, None)
+    accuracy, test_images = float(record[f"{weights}_acc1"]), int(record[f"{weights}_images"])
+    return Epoch(int(record["epoch"]) + 1, accuracy, test_images, record.get("train_images"))
+
+
+# --------------------------------------------------------------------------------------------- comparing
+
+
+def summarise(rows: dict[str, Row]) -> list[dict]:
+    """The report's numbers and words, a row each; the keys are report.csv's columns (None: there is nothing)."""
+    return [summarise_row(name, row, rows.get(row.paper.get("baseline"))) for name, row in rows.items()]
+
+
+def summarise_row(name: str, row: Row, baseline: Row | None) -> dict:
+    """One row of :func:`summarise`; differences are to ``baseline``, ours between means of the last epoch."""
+    last_mean, last_deviation = mean_and_deviation(row.last())
+    best_mean, best_deviation = mean_and_deviation(row.best())
+    paper = row.paper["value"]
+    paper_difference = difference = None
+    if baseline:
+        paper_difference = subtract(paper, baseline.paper["value"])
+        difference = subtract(last_mean, mean_and_deviation(baseline.last())[0])
+    return {
+        "row": name,
+        "name": row.paper["name"],
+        "paper": paper,
+        "quoted": row.paper.get("quoted"),
+        "last_mean": last_mean,
+        "last_deviation": last_deviation,
+        "best_mean": best_mean,
+        "best_deviation": best_deviation,
+        "seeds": len(row.last()),
+        "paper_difference": paper_difference,
+        "difference": difference,
+        "epochs_done": span(run.epochs_done for run in row.runs),
+        "epochs_planned": span(run.epochs_planned for run in row.runs),
+        "not_comparable": "; ".join(otherwise(row) + unfinished(row)) or None,
+        "remarks": "; ".join(remarks(row, baseline if difference is not None else None)) or None,
+    }
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation (n - 1); None where there are too few values."""
+    return (
+        statistics.mean(values) if values else None,
+        statistics.stdev(values) if len(values) > 1 else None,
+    )
+
+
+def subtract(one: float | None, other: float | None) -> float | None:
+    """Their difference, without the noise of binary fractions; None where one is missing."""
+    return None if one is None or other is None else round(one - other, 6)
+
+
+def span(values) -> str:
+    """``3``, or ``2-5`` where they differ."""
+    values = set(values)
+    return "-".join(str(value) for value in sorted({min(values), max(values)})) if values else ""
+
+
+def otherwise(row: Row) -> list[str]:
+    """How the runs were not the protocol's, in words."""
+    departures = row.departures()
+    names = sorted(departures, key=lambda name: FOREMOST.index(name) if name in FOREMOST else len(FOREMOST))
+    reasons = [
+        f"{words(name)} {' and '.join(map(readable, departures[name]))}, not {readable(row.protocol[name])}"
+        for name in names[:REASONS]
+    ]
+    if len(names) > REASONS:
+        reasons.append(f"{len(names) - REASONS} more arguments")
+    return reasons + distinct(reason for run in row.runs for reason in other_counts(run))
+
+
+def other_counts(run: TrainingRun) -> list[str]:
+    """Where the images of the last evaluated epoch are not as many as the data set is known to have."""
+    known = getattr(DATASETS.get(run.arguments["data_set"]), "images", {})
+    evaluated = [epoch for epoch in run.log if epoch.accuracy is not None]
+    if not known or not evaluated:
+        return []
+    counts = {"test": (evaluated[-1].test_images, known["val"])}
+    if run.arguments["sampling_ratio"] == 1 and evaluated[-1].train_images is not None:
+        counts["training"] = (evaluated[-1].train_images, known["train"])
+    return [f"{here:,} {which} images, not {there:,}" for which, (here, there) in counts.items() if here != there]
+
+
+def unfinished(row: Row) -> list[str]:
+    """That some of the row's epochs are still to come, if they are."""
+    runs = [run for run in row.runs if run.epochs_done < run.epochs_planned]
+    done, planned = span(run.epochs_done for run in runs), span(run.epochs_planned for run in runs)
+    return [f"unfinished, {done} of {planned} epochs"] if runs else []
+
+
+def remarks(row: Row, baseline: Row | None) -> list[str]:
+    """What else there is to say of a row; ``baseline`` is what ours was compared with, if it was."""
+    said = [] if row.runs else ["not run"]
+    differing = [words(name) for name, values in row.departures().items() if len(values) > 1]
+    if differing:
+        said.append(f"its seeds differ in {', '.join(differing)}")
+    if baseline and alike(row) != alike(baseline):
+        said.append("trained otherwise than its baseline, so the difference says little")
+    if "printed_difference" in row.paper:
+        said.append(f"the paper prints {row.paper['printed_difference']:+}")
+    return said + [row.paper[key] for key in ("source", "note") if key in row.paper]
+
+
+def alike(row: Row) -> tuple:
+    """What must be equal in two rows whose difference is to mean something."""
+    return row.departures(), {run.epochs_done for run in row.runs}
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def readable(value) -> str:
+    """An argument's value as one would give it."""
+    if isinstance(value, dict):
+        value = [f"{key}={item}" for key, item in value.items()]
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value in (None, "") else str(value)
+
+
+# ----------------------------------------------------------------------------------------------- writing
+
+
+def report(folder: Path, figure: Path | None = None) -> str:
+    """Write ``report.md`` and ``report.csv`` into a table's folder (and the curves); returns the Markdown.
+
+    Args:
+        folder: see :func:`read_table`.
+        figure: where to draw accuracy against epochs; ``fig3.png`` in its folder for fig3, none for others.
+    Raises:
+        UserError: see :func:`read_table`; or a picture that cannot be written there.
+        RunError: a report that cannot be written.
+    """
+    folder = Path(folder)
+    table, rows = read_table(folder)
+    if figure is None and folder.absolute().name == "fig3":
+        figure = folder / "fig3.png"
+    summary = summarise(rows)
+    text = as_markdown(table, summary)
+    if figure is not None:
+        try:
+            draw(table, rows).savefig(figure, dpi=150)
+        except (OSError, ValueError) as error:  # no such folder; no such format
+            raise UserError(f"--figure {figure}: {getattr(error, 'strerror', None) or error}") from None
+        text += f"\n![accuracy against epochs]({os.path.relpath(figure, folder)})\n"
+    for name, content in (("report.md", text), ("report.csv", as_csv(summary))):
+        write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
+    return text
+
+
+def as_csv(summary: list[dict]) -> str:
+    """Full precision, one line a row; an empty field where there is nothing."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, summary[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(summary)
+    return text.getvalue()
+
+
+HEADER = (
+    "row",
+    "paper",
+    "ours, last epoch",
+    "ours, best epoch",
+    "paper − baseline",
+    "ours − baseline",
+    "epochs",
+    "remarks",
+)
+
+
+def as_markdown(table: dict, summary: list[dict]) -> str:
+    """The table, and below it what its numbers mean."""
+    sources = distinct(row["quoted"] for row in summary if row["quoted"])
+    lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 2) + ["---"]]
+    lines += [markdown_cells(row, sources) for row in summary]
+    below = [
+        f"[{number}] Quoted by the paper from {source}, not run by its authors."
+        for number, source in enumerate(sources, 1)
+    ]
+    below += [
+        "The paper's numbers are single runs. Ours: mean ± sample deviation over n seeds.",
+        "Differences are between the values shown: the paper's numbers, and our means after the last epoch.",
+        "A best epoch is chosen by the accuracy that it reports, so it flatters; a last one is not chosen.",
+        *table.get("notes", []),
+    ]
+    head = [f"# {table['title']}", "", f"{table['source']}; {table['metric']}.", ""]
+    return (
+        "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {line}" for line in below)]) + "\n"
+    )
+
+
+def markdown_cells(row: dict, sources: list[str]) -> list[str]:
+    """One row of the table, in the order of HEADER."""
+    mark = f" [{sources.index(row['quoted']) + 1}]" if row["quoted"] else ""
+    said = [f"**not comparable:** {row['not_comparable']}"] if row["not_comparable"] else []
+    return [
+        row["name"],
+        "–" if row["paper"] is None else f"{row['paper']}{mark}",
+        ours(row["last_mean"], row["last_deviation"], row["seeds"]),
+        ours(row["best_mean"], row["best_deviation"], row["seeds"]),
+        "" if row["paper_difference"] is None else f"{row['paper_difference']:+.2f}",
+        "" if row["difference"] is None else f"{row['difference']:+.2f}",
+        f"{row['epochs_done']}/{row['epochs_planned']}" if row["epochs_planned"] else "",
+        "; ".join([*said, row["remarks"]] if row["remarks"] else said),
+    ]
+
+
+def ours(mean: float | None, deviation: float | None, seeds: int) -> str:
+    if mean is None:
+        return "–"
+    return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}") + f" (n = {seeds})"
+
+
+# ----------------------------------------------------------------------------------------------- drawing
+
+
+def draw(table: dict, rows: dict[str, Row]) -> Figure:
+    """Accuracy against epochs (Fig. 3), a line a row: the mean over its seeds, in a band from least to most.
+
+    The right half is the second half of the epochs once more, larger. A star is the paper's final number; a row
+    gets none where its runs were not the protocol's.
+    """
+    rows = [row for row in rows.values() if row.last()]
+    figure = Figure(figsize=(10, 4.2 + 0.08 * len(rows)), layout="constrained")
+    figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(otherwise, rows)) else ""))
+    whole, end = figure.subplots(1, 2)
+    longest = max((max(run.accuracies(), default=0) for row in rows for run in row.runs), default=0)
+    draw_curves(whole, rows, first=0)
+    draw_curves(end, rows, first=longest // 2)
+    whole.set_ylabel(table["metric"])
+    if any(line.get_marker() == "*" for line in whole.lines):
+        whole.plot([], [], "*", color="white", ms=11, mec="black", mew=0.6, label="the paper's last epoch")
+    handles, labels = whole.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_curves(axis, rows: list[Row], first: int) -> None:
+    """The rows' lines, bands and stars from epoch ``first`` on."""
+    colours = matplotlib.color_sequences["petroff10"]  # told apart by colour-blind readers too
+    styles = [(colour, line) for line in ("-", "--") for colour in colours]
+    for row, (colour, line) in zip(rows, styles, strict=False):
+        epochs, values = curve(row)
+        shown = epochs >= first
+        epochs, values = epochs[shown], values[:, shown]
+        label = f"{row.paper['name']} ({len(values)} seed{'s' if len(values) > 1 else ''})"
+        marker = "o" if len(epochs) < 10 else None
+        axis.plot(epochs, values.mean(axis=0), line, color=colour, linewidth=1.3, marker=marker, ms=4, label=label)
+        if len(values) > 1:
+            axis.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        if row.paper["value"] is not None and not otherwise(row):
+            last = row.protocol["epochs"] + row.protocol["cooldown_epochs"]
+            axis.plot(last, row.paper["value"], "*", color=colour, ms=11, mec="black", mew=0.6, zorder=3)
+    axis.set_xlabel("epochs")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def curve(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs done at which every evaluated run of the row was, and their accuracies ``(runs, epochs)``."""
+    runs = [accuracies for run in row.runs if (accuracies := run.accuracies())]
+    epochs = sorted(set.intersection(*(set(run) for run in runs)))
+    return np.array(epochs, dtype=int), np.array([[run[epoch] for epoch in epochs] for run in runs])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Report on the folder that the command line names; returns the exit code (2: it cannot be used)."""
+    parser = Parser(
+        prog="python -m analysis.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT/TABLE", help=f"OUT/ and one of {', '.join(PAPER)}")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against epochs of all rows here")
+    try:
+        arguments = parser.parse_args(argv)
+        print(report(arguments.folder, arguments.figure))
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
