@@ -1,0 +1,185 @@
+"""What the rows of a table come to: their runs, how far each is, and what the rest costs at the paper's hardware."""
+
+import argparse
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments import differences, parse_arguments
+from datasets import DATASETS
+from utils import UserError
+
+# What a run costs at the paper's hardware is an estimate: DeiT's paper has (from memory) 53 hours for ViT-B, 300
+# epochs of 1,281,167 images, on a node of 8 V100; other sizes are scaled by their GFLOPs an image at 224 px.
+GFLOPS = {"tiny": 1.3, "small": 4.6, "base": 17.6}
+VIT_BASE_IMAGES_AN_HOUR = 300 * 1_281_167 / 53
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a script: the row's id in the table, its run's key, and the words after main.py."""
+
+    name: str
+    run: str
+    words: list[str]
+
+    def needs(self) -> set[str]:
+        """The runs whose files its words name."""
+        return {word.removeprefix("run:").rpartition("/")[0] for word in self.words if word.startswith("run:")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says; see ``run_table.py``."""
+
+    data: Path
+    out: Path
+    seeds: list[int]
+    rows: list[str]
+    launch: list[str]
+    overrides: list[str]
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One seed of a row: the words after main.py, what they come to, and without OVERRIDES."""
+
+    row: Row
+    seed: int
+    words: list[str]
+    args: argparse.Namespace
+    protocol: argparse.Namespace
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pth"
+
+    @property
+    def epochs(self) -> int:
+        return self.args.epochs + self.args.cooldown_epochs
+
+    def __str__(self) -> str:
+        return f"{self.row.run}, seed {self.seed}"
+
+
+def read_rows(text: str) -> list[Row]:
+    """One row a line; ``#`` starts a comment.
+
+    Raises:
+        UserError: a line that is no row.
+    """
+    rows = []
+    for line in text.splitlines():
+        name, run, *words = [*shlex.split(line, comments=True), "", ""]
+        if name and not (re.fullmatch(r"[\w.-]+", name) and re.fullmatch(r"[\w.-]+/[\w.-]+", run)):
+            raise UserError(f"{line!r} is no row; expected its id, its run (protocol/name), arguments of main.py")
+        if name:
+            rows.append(Row(name, run, words[:-2]))
+    return rows
+
+
+def choose(rows: list[Row], wanted: list[str]) -> list[Row]:
+    """The rows ``wanted`` (all of the table if empty), after those that they need."""
+    known = [row.name for row in rows if row.name != "-"]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(f"ROWS: no row {', '.join(unknown)}; this table has {' '.join(known)}")
+    names = set(wanted or known)
+    needed = set().union(*(row.needs() for row in rows if row.name in names))
+    return [row for row in rows if row.name in names or (row.name == "-" and row.run in needed)]
+
+
+def plan(settings: Settings, rows: list[Row]) -> list[Job]:
+    """All runs of the rows, parsed as main.py will; a whole table of one seed after the other."""
+    jobs, weights = [], {}
+    for seed in settings.seeds:
+        for row in rows:
+            folder = settings.out / "runs" / row.run / f"seed{seed}"
+            words = [locate(word, settings.out, seed) for word in row.words]
+            protocol = resolve(words, weights, settings.dry_run)
+            words += settings.overrides
+            args = resolve(words, weights, settings.dry_run)
+            data_set = DATASETS[args.data_set]
+            if data_set.layout and args.data_path is None:
+                words += ["--data-path", str(settings.data / data_set.folder)]
+            words += ["--seed", str(seed), "--output-dir", str(folder)]
+            args = resolve(words, weights, settings.dry_run)
+            weights[str(folder / "checkpoint.pth")] = args.last_block
+            jobs.append(Job(row, seed, words, args, protocol))
+    return jobs
+
+
+def locate(word: str, out: Path, seed: int) -> str:
+    """``run:<run>/<file>`` as a path; any other word as it is."""
+    if not word.startswith("run:"):
+        return word
+    run, _, file = word.removeprefix("run:").rpartition("/")
+    return str(out / "runs" / run / f"seed{seed}" / file)
+
+
+def resolve(words: list[str], weights: dict[str, str], dry_run: bool = False) -> argparse.Namespace:
+    """What main.py will make of ``words``, although a run before may still have to write the weights they name.
+
+    Args:
+        weights: the last block of each file that a run before writes; fine-tuning follows it (appendix E.4).
+        dry_run: other weights need not be there either.
+    """
+    at = words.index("--finetune") if "--finetune" in words else None
+    if at is None or not (words[at + 1] in weights or (dry_run and not Path(words[at + 1]).exists())):
+        return parse_arguments(words)
+    args = parse_arguments(words[:at] + words[at + 2 :])
+    args.finetune = words[at + 1]
+    if "--last-block" not in words:
+        args.last_block = weights.get(args.finetune, args.last_block)
+    return args
+
+
+def epochs_done(job: Job) -> int:
+    """Finished epochs of its run.
+
+    Raises:
+        UserError: the folder holds another run, or a damaged file.
+    """
+    if not job.checkpoint.exists():
+        return 0
+    try:
+        checkpoint = torch.load(
+            job.checkpoint, map_location="cpu", weights_only=True, mmap=True
+        )  # weights stay on disk
+        saved, epoch = checkpoint["args"], checkpoint["epoch"]
+    except Exception as error:  # whatever a damaged file trips over
+        raise UserError(f"{job.checkpoint} cannot be read; remove it to begin {job} again") from error
+    different = differences(job.args, saved)
+    if different:
+        raise UserError(f"{job.folder} holds a run with other arguments; give another OUT ({'; '.join(different)})")
+    return epoch
+
+
+def images(args: argparse.Namespace) -> int:
+    """Training images of an epoch."""
+    return round((DATASETS[args.data_set].images or {}).get("train", 0) * args.sampling_ratio)
+
+
+def hours(args: argparse.Namespace, epochs: int) -> float | None:
+    """Hours on 8 x V100 32 GB, estimated for the paper's models at 224 px alone."""
+    if args.model_kwargs or (args.input_size, args.patch_size) != (224, 16):
+        return None
+    scale = GFLOPS[args.model.split("_")[1]] / GFLOPS["base"]
+    return epochs * images(args) * scale / VIT_BASE_IMAGES_AN_HOUR
+
+
+def in_words(number: float | None) -> str:
+    """Hours as they deserve to be read."""
+    if number is None:
+        return ""
+    return "under 0.1 hours" if number < 0.1 else f"about {number:.{1 if number < 10 else 0}f} hours"
