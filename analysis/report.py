@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from arguments import NOT_MATHEMATICAL, Parser, build_parser
-from datasets import DATASETS
+from datasets import DATASETS, canonical_name
 from utils import RunError, UserError, write_atomically
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
@@ -93,9 +93,9 @@ class Row:
 
     def departures(self) -> dict[str, list]:
         """Arguments that are not the protocol's: name -> the runs' values, each once."""
-        values = {name: distinct(run.arguments.get(name) for run in self.runs) for name in self.protocol}
-        values = {name: found for name, found in values.items() if name not in MAY_DIFFER}
-        return {name: found for name, found in values.items() if self.runs and found != [self.protocol[name]]}
+        compared = [name for name in self.protocol if name not in MAY_DIFFER]
+        values = {name: distinct(run.arguments.get(name) for run in self.runs) for name in compared}
+        return {name: found for name, found in values.items() if found not in ([], [self.protocol[name]])}
 
 
 def distinct(values) -> list:
@@ -140,22 +140,34 @@ def read_row(folder: Path, paper: dict, defaults: dict) -> Row:
     seeds = sorted(
         path for path in folder.glob("seed*") if (path / "log.txt").exists() or (path / "args.json").exists()
     )
-    runs = [TrainingRun(defaults | read_object(seed / "args.json"), read_log(seed / "log.txt")) for seed in seeds]
-    return Row(paper, defaults | read_object(folder / "protocol.json") if runs else {}, runs)
+    runs = [TrainingRun(defaults | read_arguments(seed / "args.json"), read_log(seed / "log.txt")) for seed in seeds]
+    return Row(paper, defaults | read_arguments(folder / "protocol.json") if runs else {}, runs)
 
 
-def read_object(path: Path) -> dict:
-    """The JSON object in a file.
+def read_text(path: Path) -> str:
+    """The text of a file.
 
     Raises:
-        UserError: there is none.
+        UserError: it cannot be read.
     """
     try:
-        content = json.loads(path.read_text())
+        return path.read_text()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}; run the row again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; run the row again")
+
+
+def read_arguments(path: Path) -> dict:
+    """The arguments of main.py in a JSON file.
+
+    Raises:
+        UserError: they are not in it.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; run the row again") from None
+    if not isinstance(content, dict) or "data_set" not in content:
+        raise UserError(f"{path}: not the arguments of main.py; run the row again")
     return content
 
 
@@ -166,7 +178,7 @@ def read_log(path: Path) -> list[Epoch]:
         UserError: a line that main.py did not write.
     """
     epochs = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], start=1):
         try:
             epochs.append(read_epoch(json.loads(line)))
         except (ValueError, KeyError, TypeError):
@@ -253,7 +265,7 @@ def otherwise(row: Row) -> list[str]:
 
 def other_counts(run: TrainingRun) -> list[str]:
     """Where the images of the last evaluated epoch are not as many as the data set is known to have."""
-    known = getattr(DATASETS.get(run.arguments["data_set"]), "images", {})
+    known = DATASETS[canonical_name(run.arguments["data_set"])].images
     evaluated = [epoch for epoch in run.log if epoch.accuracy is not None]
     if not known or not evaluated:
         return []
@@ -356,13 +368,10 @@ HEADER = (
 
 def as_markdown(table: dict, summary: list[dict]) -> str:
     """The table, and below it what its numbers mean."""
-    sources = distinct(row["quoted"] for row in summary if row["quoted"])
+    notes = distinct(note for place in (0, 1) for row in summary if (note := footnotes(row)[place]))
     lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 2) + ["---"]]
-    lines += [markdown_cells(row, sources) for row in summary]
-    below = [
-        f"[{number}] Quoted by the paper from {source}, not run by its authors."
-        for number, source in enumerate(sources, 1)
-    ]
+    lines += [markdown_cells(row, notes) for row in summary]
+    below = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
     below += [
         "The paper's numbers are single runs. Ours: mean ± sample deviation over n seeds.",
         "Differences are between the values shown: the paper's numbers, and our means after the last epoch.",
@@ -370,22 +379,29 @@ def as_markdown(table: dict, summary: list[dict]) -> str:
         *table.get("notes", []),
     ]
     head = [f"# {table['title']}", "", f"{table['source']}; {table['metric']}.", ""]
+    cells, below = [f"| {' | '.join(line)} |" for line in lines], [f"- {line}" for line in below]
+    return "\n".join([*head, *cells, "", *below]) + "\n"
+
+
+def footnotes(row: dict) -> tuple[str | None, str | None]:
+    """On the paper's number and on ours; rows may share them."""
     return (
-        "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {line}" for line in below)]) + "\n"
+        row["quoted"] and f"Quoted by the paper from {row['quoted']}, not run by its authors.",
+        row["not_comparable"] and f"Not comparable with the paper: {row['not_comparable']}.",
     )
 
 
-def markdown_cells(row: dict, sources: list[str]) -> list[str]:
+def markdown_cells(row: dict, notes: list[str]) -> list[str]:
     """One row of the table, in the order of HEADER."""
-    mark = f" [{sources.index(row['quoted']) + 1}]" if row["quoted"] else ""
-    said = [f"**not comparable:** {row['not_comparable']}"] if row["not_comparable"] else []
+    quoted, not_comparable = (f" [{notes.index(note) + 1}]" if note else "" for note in footnotes(row))
+    said = [f"**not comparable**{not_comparable}"] if not_comparable else []
     return [
         row["name"],
-        "–" if row["paper"] is None else f"{row['paper']}{mark}",
+        "–" if row["paper"] is None else f"{row['paper']}{quoted}",
         ours(row["last_mean"], row["last_deviation"], row["seeds"]),
         ours(row["best_mean"], row["best_deviation"], row["seeds"]),
-        "" if row["paper_difference"] is None else f"{row['paper_difference']:+.2f}",
-        "" if row["difference"] is None else f"{row['difference']:+.2f}",
+        "" if row["paper_difference"] is None else f"{row['paper_difference']:+z.2f}",
+        "" if row["difference"] is None else f"{row['difference']:+z.2f}",
         f"{row['epochs_done']}/{row['epochs_planned']}" if row["epochs_planned"] else "",
         "; ".join([*said, row["remarks"]] if row["remarks"] else said),
     ]

@@ -1,6 +1,7 @@
 """The report: the paper's numbers, what is made of logs, and what is said of runs that are not the paper's."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def write_row(table: Path, row: str, *seeds: list[float | None], done: dict | No
             record = {"epoch": epoch, "reported": "model", "train_loss": 1.0}
             if accuracy is not None:
                 record |= {"test_acc1": accuracy, "test_ema_acc1": accuracy - 10}
-                record |= {"test_images": 500, "test_ema_images": 500, "train_images": 1000}
+                record |= {"test_images": 360, "test_ema_images": 360, "train_images": 1437}
             lines.append(json.dumps(record | (done or {})) + "\n")
         (run / "log.txt").write_text("".join(lines))
         (table / row / f"seed{seed}").symlink_to(Path("../..") / run.relative_to(table.parent))
@@ -233,7 +234,9 @@ def test_a_run_of_the_protocol_is_comparable_whatever_it_ran_on(tmp_path):
 def test_departures_from_the_protocol_in_words(tmp_path, changes, reason):
     write_row(tmp_path / "table1b", "A", [1.0] * 3, **changes)
     assert summary(tmp_path / "table1b")["A"]["not_comparable"] == reason
-    assert f"| **not comparable:** {reason} |" in (tmp_path / "table1b/report.md").read_text()
+    text = (tmp_path / "table1b/report.md").read_text()
+    assert "| **not comparable** [1] |" in text
+    assert f"\n- [1] Not comparable with the paper: {reason}.\n" in text
 
 
 def test_many_departures_are_shortened_and_the_data_comes_first(tmp_path):
@@ -243,6 +246,19 @@ def test_many_departures_are_shortened_and_the_data_comes_first(tmp_path):
     assert reasons[0] == "data set digits, not folder"
     assert reasons[-1] == "2 more arguments"
     assert len(reasons) == report.REASONS + 1
+
+
+def test_rows_share_their_footnotes(tmp_path):
+    table = tmp_path / "table2"
+    write_row(table, "cars_vit_small", [1.0] * 3, lr=1.0)
+    write_row(table, "cars_vit_small_sar", [1.0] * 3, lr=1.0)
+    write_row(table, "sketch_vit_small_sar", [1.0] * 3, lr=2.0)
+    lines = {line.split(" | ")[0]: line for line in report.report(table).splitlines()}
+    assert lines["| ViT-S/16, Stanford Cars"].startswith("| ViT-S/16, Stanford Cars | 35.3 [1] | 1.00")
+    assert lines["| ViT-S/16, Stanford Cars"].endswith("| **not comparable** [2] |")
+    assert lines["| ViT-S/16 + SAR, Stanford Cars"].endswith("| +0.00 | 3/3 | **not comparable** [2] |")
+    assert "| **not comparable** [3]; the paper prints +30.78 |" in lines["| ViT-S/16 + SAR, Sketch"]
+    assert [line[2:5] for line in lines if line.startswith("- [")] == ["[1]", "[2]", "[3]"]
 
 
 def test_unfinished_rows(tmp_path):
@@ -259,24 +275,21 @@ def test_unfinished_rows(tmp_path):
 def test_a_row_that_has_begun_and_evaluated_nothing(tmp_path):
     write_row(tmp_path / "table1b", "A", [])
     text = report.report(tmp_path / "table1b")
-    assert "| A: ViT-S/16 | 74.22 | – | – |  |  | 0/3 | **not comparable:** unfinished, 0 of 3 epochs |" in text
+    assert "| A: ViT-S/16 | 74.22 | – | – |  |  | 0/3 | **not comparable** [1] |" in text
 
 
 @pytest.mark.parametrize(
     ("known", "changes", "reason"),
     [
-        ({"train": 1000, "val": 500}, {}, ""),
-        ({"train": 1000, "val": 5000}, {}, "500 test images, not 5,000"),
-        ({"train": 1200, "val": 500}, {}, "1,000 training images, not 1,200"),
-        ({"train": 1200, "val": 500}, {"sampling_ratio": 0.5}, "sampling ratio 0.5, not 1.0"),
+        ({"train": 1437, "val": 360}, {}, ""),
+        ({"train": 1437, "val": 5000}, {}, "360 test images, not 5,000"),
+        ({"train": 2000, "val": 360}, {}, "1,437 training images, not 2,000"),
+        ({"train": 2000, "val": 360}, {"sampling_ratio": 0.5}, "sampling ratio 0.5, not 1.0"),
         ({}, {}, ""),
     ],
 )
 def test_images_are_counted(tmp_path, monkeypatch, known, changes, reason):
-    class Known:
-        images = known
-
-    monkeypatch.setitem(DATASETS, "folder", Known)
+    monkeypatch.setitem(DATASETS, "folder", dataclasses.replace(DATASETS["folder"], images=known))
     write_row(tmp_path / "table1b", "A", [1.0] * 3, **changes)
     assert summary(tmp_path / "table1b")["A"]["not_comparable"] == reason
 
@@ -324,11 +337,11 @@ def unknown_row(folder):
     return folder / "table1b"
 
 
-def broken(name: str, content: str | None):
+def broken(name: str, content: bytes | None):
     def make(folder):
         write_row(folder / "table1b", "A", [1.0])
         path = folder / "table1b/A" / name
-        path.unlink() if content is None else path.write_text(content)
+        path.unlink() if content is None else path.write_bytes(content)
         return folder / "table1b"
 
     return make
@@ -342,14 +355,19 @@ def broken(name: str, content: str | None):
         (empty_table, "no row in it has a protocol.json; its rows are A, B"),
         (unknown_row, "no row G in this table; its rows are A, B"),
         (
-            broken("seed0/log.txt", '{"epoch": 0, "reported": "model"}\n{"epoch": 1, "rep'),
+            broken("seed0/log.txt", b'{"epoch": 0, "reported": "model"}\n{"epoch": 1, "rep'),
             "seed0/log.txt, line 2: not from",
         ),
-        (broken("seed0/log.txt", "3\n"), "seed0/log.txt, line 1: not from main.py"),
-        (broken("seed0/log.txt", '{"epoch": 0, "reported": "model", "test_acc1": "high", "test_images": 1}'), "line 1"),
+        (broken("seed0/log.txt", b"3\n"), "seed0/log.txt, line 1: not from main.py"),
+        (
+            broken("seed0/log.txt", b'{"epoch": 0, "reported": "model", "test_acc1": "high", "test_images": 1}'),
+            "line 1",
+        ),
         (broken("seed0/args.json", None), "seed0/args.json: No such file"),
-        (broken("seed0/args.json", "[]"), "seed0/args.json: not a JSON object"),
-        (broken("protocol.json", "{"), "A/protocol.json: Expecting"),
+        (broken("seed0/args.json", b"[]"), "seed0/args.json: not the arguments of main.py"),
+        (broken("seed0/args.json", b"{}"), "seed0/args.json: not the arguments of main.py"),
+        (broken("seed0/log.txt", b"\xff\n"), "seed0/log.txt: 'utf-8' codec"),
+        (broken("protocol.json", b"{"), "A/protocol.json: Expecting"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, capsys, make, message):
