@@ -165,14 +165,15 @@ def epochs_done(job: Job) -> int:
     return epoch
 
 
-def images(args: argparse.Namespace) -> int:
-    """Training images of an epoch."""
-    return round((DATASETS[args.data_set].images or {}).get("train", 0) * args.sampling_ratio)
+def images(args: argparse.Namespace) -> int | None:
+    """Training images of an epoch; None for a data set of unknown size."""
+    known = DATASETS[args.data_set].images.get("train")
+    return None if known is None else round(known * args.sampling_ratio)
 
 
 def hours(args: argparse.Namespace, epochs: int) -> float | None:
-    """Hours on 8 x V100 32 GB, estimated for the paper's models at 224 px alone."""
-    if args.model_kwargs or (args.input_size, args.patch_size) != (224, 16):
+    """Hours on 8 x V100 32 GB; None but for the paper's models at 224 px and data of known size."""
+    if images(args) is None or args.model_kwargs or (args.input_size, args.patch_size) != (224, 16):
         return None
     scale = GFLOPS[args.model.split("_")[1]] / GFLOPS["base"]
     return epochs * images(args) * scale / VIT_BASE_IMAGES_AN_HOUR

@@ -97,11 +97,11 @@ def check(settings: Settings, jobs: list[Job]) -> None:
         raise UserError(f"LAUNCH: no program {settings.launch[0]}; give its path, or leave LAUNCH out")
     for job in jobs:
         path, data_set = job.args.data_path, DATASETS[job.args.data_set]
-        if path is not None and not job.args.download and not Path(path).is_dir():
-            raise UserError(
-                f"{path}: no such folder; row {job.row.name} needs one with {data_set.layout}. "
-                "DATA names the folder above it"
-            )
+        if path is None or job.args.download or Path(path).is_dir() or epochs_done(job) == job.epochs:
+            continue
+        raise UserError(
+            f"{path}: no such folder; {job} needs one with {data_set.layout}. DATA names the folder of all data sets"
+        )
 
 
 def print_plan(settings: Settings, table: str, jobs: list[Job]) -> None:
@@ -113,7 +113,8 @@ def print_plan(settings: Settings, table: str, jobs: list[Job]) -> None:
         done = epochs_done(job)
         state = f"epoch {done} of {job.epochs}" if job.checkpoint.exists() else "not begun"
         state, left = "finished" if done == job.epochs else state, job.epochs - done
-        cost = f"{left:>5} epochs x {images(job.args):>9,} images  {in_words(hours(job.args, left))}"
+        count = "?" if images(job.args) is None else f"{images(job.args):,}"
+        cost = f"{left:>5} epochs x {count:>9} images  {in_words(hours(job.args, left))}".rstrip()
         print(f"  {job.row.name:<{names}}  {job.row.run:<{runs}}  seed {job.seed}  {state:<18}{cost}")
         total += hours(job.args, left) or 0.0
     if total:

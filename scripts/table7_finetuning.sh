@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 7: ImageNet-1K weights fine-tuned on CIFAR-10, CIFAR-100, Flowers and Pets (224 px, 100 epochs), with SAR or
-# not in pre-training and in fine-tuning. The last block stays the pre-training's (appendix E.4): with SAR in fine-tuning
-# alone it is the standard one with lambda 0.01, with SAR in pre-training alone it is the paper's with lambda 0.
+# not in pre-training and in fine-tuning. The last block stays the pre-training's (appendix E.4): with SAR in
+# fine-tuning alone it is the standard one with lambda 0.01, with SAR in pre-training alone the paper's with lambda 0.
 #
 #   DATA=/data bash scripts/table7_finetuning.sh        # trains Table 4's two rows first, or takes them if finished
 #   DATA=/data CKPT_BASE=vit.pth CKPT_SAR=sar.pth bash scripts/table7_finetuning.sh        # from weights you have
@@ -9,8 +9,8 @@
 #
 # Of Table 4's runs checkpoint.pth is taken, the last epoch, as DeiT does: best.pth was chosen on the validation set.
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
-# Time: about 29 hours on it, nearly all of it Table 4's; the fine-tuning alone about 1.5 hours (our estimates; the paper names no
-#   hours).
+# Time: about 29 hours on it, nearly all of it Table 4's; the fine-tuning alone about 1.5 hours (our
+#   estimates; the paper names no hours).
 # Expected, top-1 on CIFAR-10, CIFAR-100, Flowers, Pets, by SAR in pre-training - in fine-tuning:
 #   no-no 98.59, 88.95, 95.07, 92.21; yes-no 98.69, 89.19, 96.05, 92.7;
 #   no-yes 98.72, 88.95, 95.1, 92.34; yes-yes 98.65, 89.21, 96.1, 92.7.

@@ -1,0 +1,528 @@
+"""The scripts of the tables: their rows, what they promise before anything starts, and every one of them in small."""
+
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import sklearn.datasets
+import torch
+
+import analysis.report
+import engine
+import main
+from arguments import parse_arguments
+from scripts import plan_table, run_table
+from utils import UserError
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "table1a": "table1a_lambda.sh",
+    "table1b": "table1b_components.sh",
+    "table1c": "table1c_epochs.sh",
+    "table2": "table2_small_datasets.sh",
+    "table3": "table3_sampling.sh",
+    "table4": "table4_imagenet1k.sh",
+    "table7": "table7_finetuning.sh",
+    "fig3": "fig3_epochs.sh",
+    "appendix_b": "appendix_b_alternatives.sh",
+}
+PLACES = {
+    "table1a": "Table 1(a)",
+    "table1b": "Table 1(b)",
+    "table1c": "Table 1(c)",
+    "table2": "Table 2",
+    "table3": "Table 3",
+    "table4": "Table 4",
+    "table7": "Table 7",
+    "fig3": "Fig. 3",
+    "appendix_b": "Appendix B and section 4.3",
+}
+SIZES_EPOCHS_DATA = {
+    *("data_set", "input_size", "patch_size", "crop_pct", "model_kwargs"),
+    *("batch_size", "total_batch", "epochs", "warmup_epochs", "num_workers"),
+}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """As the scripts are: in the repository's folder, and with none of their settings."""
+    monkeypatch.chdir(ROOT)
+    for name in ("DATA", "OUT", "SEEDS", "ROWS", "LAUNCH", "OVERRIDES", "DRY_RUN", "SMOKE", "CKPT_BASE", "CKPT_SAR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def read_script(tmp_path_factory):
+    """A table's script run with a Python that only prints what it is given: ``(table, rows as text)``."""
+    python = tmp_path_factory.mktemp("python") / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = scripts/run_table.py ] && echo "$2" && exec cat\n')
+    python.chmod(0o755)
+
+    def read(table: str) -> tuple[str, str]:
+        command, environ = ["bash", str(ROOT / "scripts" / SCRIPTS[table])], os.environ | {"PYTHON": str(python)}
+        done = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, check=True)
+        name, _, rows = done.stdout.partition("\n")
+        return name, rows
+
+    return read
+
+
+@pytest.fixture
+def run(read_script, monkeypatch):
+    """A whole script in this process: bash gives the rows, ``launch`` stands for starting a process."""
+
+    def run(table: str, launch=None, **environ) -> int:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, str(value))
+        name, rows = read_script(table)
+        monkeypatch.setattr(sys, "argv", ["scripts/run_table.py", name])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
+        monkeypatch.setattr(run_table, "launch", launch or start_nothing)
+        return run_table.main()
+
+    return run
+
+
+def start_nothing(command):
+    raise AssertionError(f"nothing was to be started: {command}")
+
+
+def in_this_process(command: list[str]) -> int:
+    """``launch`` without a new process."""
+    assert command[:2] == [sys.executable, "main.py"]
+    return main.main(command[2:])
+
+
+class Pretend:
+    """``launch`` that only leaves a finished run's checkpoint, with what main.py would have been told."""
+
+    def __init__(self):
+        self.started = []
+
+    def __call__(self, command: list[str]) -> int:
+        args = parse_arguments(command[command.index("main.py") + 1 :])
+        self.started.append(args)
+        os.makedirs(args.output_dir, exist_ok=True)
+        torch.save({"args": vars(args), "epoch": args.epochs}, Path(args.output_dir, "checkpoint.pth"))
+        return 0
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    monkeypatch.setattr(analysis.report, "report", lambda folder: f"report of {folder}")
+
+
+def jobs_of(table: str, read_script, **environ) -> list[plan_table.Job]:
+    """The plan of a table's script."""
+    settings = run_table.read_settings({"DRY_RUN": "1", **environ})
+    return plan_table.plan(settings, plan_table.choose(plan_table.read_rows(read_script(table)[1]), settings.rows))
+
+
+# ---------------------------------------------------------------------------------------------- the scripts
+
+
+def test_there_is_a_script_for_every_table_here():
+    there = {path.name for path in (ROOT / "scripts").glob("*.sh") if "run_table.sh" in path.read_text()}
+    assert there - {"run_table.sh"} == set(SCRIPTS.values())
+
+
+@pytest.mark.parametrize("table", SCRIPTS)
+def test_a_script_has_the_rows_of_the_papers_table(table, read_script):
+    name, rows = read_script(table)
+    names = [row.name for row in plan_table.read_rows(rows) if row.name != "-"]
+    assert name == table
+    assert sorted(names) == sorted(analysis.report.PAPER[table]["rows"])
+
+
+@pytest.mark.parametrize("table", SCRIPTS)
+def test_a_script_opens_with_purpose_hardware_time_and_numbers(table, run, capsys):
+    head = (ROOT / "scripts" / SCRIPTS[table]).read_text().partition("\nset -e")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert head.splitlines()[1].startswith(f"# {PLACES[table]}: ")
+    assert "8 x V100 32 GB" in head
+    assert run(table, DRY_RUN=1) == 0
+    (hours,) = re.findall(r"in all (about [\d.]+ hours)", capsys.readouterr().out)
+    assert f"# Time: {hours}" in head
+    values = [row["value"] for row in analysis.report.PAPER[table]["rows"].values() if row["value"] is not None]
+    missing = [value for value in values if not re.search(rf"\b{value}\b", head.partition("Expected")[2])]
+    assert not missing
+
+
+def test_equal_runs_are_equal_protocols(read_script):
+    """Rows of all tables: they share a folder if, and only if, main.py is told the same."""
+    protocols = {}
+    for table in SCRIPTS:
+        for job in jobs_of(table, read_script):
+            protocol = {name: value for name, value in vars(job.protocol).items() if name != "output_dir"}
+            assert protocols.setdefault(job.row.run, protocol) == protocol, f"{table}: {job.row.run}"
+    distinct = {json.dumps(protocol, sort_keys=True) for protocol in protocols.values()}
+    assert len(distinct) == len(protocols)
+
+
+def test_rows_that_are_one_experiment_are_one_run(read_script):
+    run = {(table, job.row.name): job.row.run for table in SCRIPTS for job in jobs_of(table, read_script)}
+    full = {("table1a", "0.01"), ("table1b", "F"), ("table1c", "vit_small_sar_100")}
+    full |= {("table3", "1.00_vit_small_sar"), ("appendix_b", "dot")}
+    assert len({run[row] for row in full}) == 1
+    assert run["table1b", "A"] == run["table1c", "vit_small_100"] == run["table3", "1.00_vit_small"]
+    assert run["table1a", "0"] == run["table1b", "C"]
+    assert run["fig3", "vit_small_sar"] == run["table4", "vit_small_sar"]
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "expected"),
+    [
+        ("table1a", "0.05", {"sar_weight": 0.05, "last_block": "sar"}),
+        ("table1b", "A", {"sar_weight": 0, "last_block": "standard"}),
+        ("table1b", "B", {"sar_weight": 0, "last_block": "no_msa_skip"}),
+        ("table1b", "C", {"sar_weight": 0, "last_block": "sar"}),
+        ("table1b", "D", {"sar_weight": 0, "last_block": "no_skips"}),
+        ("table1b", "E", {"sar_weight": 0.01, "last_block": "standard"}),
+        ("table1b", "F", {"sar_weight": 0.01, "last_block": "sar"}),
+        ("table1c", "vit_small_300", {"epochs": 300, "sar_weight": 0, "data_set": "imagenet100"}),
+        ("table2", "sketch_vit_small_sar", {"epochs": 5000, "data_set": "sketch", "sar_weight": 0.01}),
+        ("table3", "0.25_vit_small", {"epochs": 100, "sampling_ratio": 0.25, "sar_weight": 0}),
+        ("table4", "vit_small_drloc", {"drloc_weight": 0.1, "sar_weight": 0, "last_block": "standard"}),
+        ("table4", "vit_small_sar_drloc", {"drloc_weight": 0.1, "sar_weight": 0.01, "last_block": "sar"}),
+        ("table4", "vit_tiny_sar", {"model": "vit_tiny_sar", "epochs": 300, "data_set": "imagenet"}),
+        ("table7", "no-no_pets", {"data_set": "pets", "sar_weight": 0, "last_block": "standard"}),
+        ("table7", "yes-no_flowers", {"data_set": "flowers", "sar_weight": 0, "last_block": "sar"}),
+        ("table7", "no-yes_cifar10", {"total_batch": 512, "sar_weight": 0.01, "last_block": "standard"}),
+        ("table7", "yes-yes_cifar100", {"input_size": 224, "sar_weight": 0.01, "last_block": "sar"}),
+        ("appendix_b", "cosine", {"sar_similarity": "cosine", "sar_loss": "spatial-entropy"}),
+        ("appendix_b", "total_variation", {"sar_similarity": "dot", "sar_loss": "total-variation"}),
+        ("appendix_b", "softmax", {"sar_similarity": "softmax", "sar_loss": "spatial-entropy"}),
+    ],
+)
+def test_what_a_row_is(table, row, expected, read_script):
+    (job,) = [job for job in jobs_of(table, read_script) if job.row.name == row]
+    assert {name: vars(job.protocol)[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("table", SCRIPTS)
+def test_smoke_changes_sizes_epochs_and_data_alone(table, read_script):
+    for job in jobs_of(table, read_script, SMOKE="1"):
+        here = {name for name, value in vars(job.args).items() if value != vars(job.protocol)[name]}
+        assert here - {"output_dir"} <= SIZES_EPOCHS_DATA
+        assert job.args.data_set == "digits"
+
+
+# ------------------------------------------------------------------------------------------- before it starts
+
+
+@pytest.mark.parametrize("table", SCRIPTS)
+def test_a_dry_run_prints_all_and_does_nothing(table, run, read_script, tmp_path, capsys):
+    assert run(table, DRY_RUN=1, OUT=tmp_path / "out", DATA="/nowhere", SEEDS="3 5") == 0
+    assert not (tmp_path / "out").exists()
+    text = capsys.readouterr().out
+    commands = [shlex.split(line) for line in text.splitlines() if " main.py @" in line]
+    jobs = jobs_of(table, read_script, OUT=str(tmp_path / "out"), DATA="/nowhere", SEEDS="3 5")
+    assert [command[2:] for command in commands] == [job.words for job in jobs]
+    assert {job.seed for job in jobs} == {3, 5}
+    for job in jobs:
+        assert f"{job.epochs} epochs x {plan_table.images(job.args):>9,} images" in text
+
+
+def test_a_dry_run_needs_no_weights(run, capsys):
+    assert run("table7", DRY_RUN=1, CKPT_BASE="/no where.pth", CKPT_SAR="/nowhere.pth") == 0
+    text = capsys.readouterr().out
+    assert "--finetune '/no where.pth'" in text
+    assert "in all about 1.5 hours" in text, "no pre-training, as the head of the script says"
+    assert "fine-tuning alone about 1.5 hours" in (ROOT / "scripts/table7_finetuning.sh").read_text()
+    assert run("table7", DATA=ROOT, DRY_RUN="") == 2
+    assert "--finetune /no where.pth: no such file" in capsys.readouterr().err
+
+
+def test_hours_of_the_paper_hardware():
+    """The one published number that the estimate stands on comes out of it, and ViT-S scales with its GFLOPs."""
+    base, small = (parse_arguments(["--model", f"vit_{size}", "--data-path", "x"]) for size in ("base", "small"))
+    assert plan_table.hours(base, 300) == pytest.approx(53)
+    assert plan_table.hours(small, 300) == pytest.approx(53 * 4.6 / 17.6)
+    assert plan_table.images(parse_arguments(["--data-path", "x", "--sampling-ratio", "0.25"])) == 320292
+    assert plan_table.hours(parse_arguments(["--data-set", "folder", "--data-path", "x"]), 300) is None
+    assert plan_table.hours(parse_arguments([]), 300) is None, "another image size"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SMOKE": "yes"}, "SMOKE=yes: use SMOKE=1"),
+        ({"DRY_RUN": "2"}, "DRY_RUN=2: use DRY_RUN=1"),
+        ({"SMOKE": "1", "OVERRIDES": "recipes/smoke.args"}, "leave one of the two out"),
+        ({"SEEDS": "0,1"}, "whole numbers with spaces between"),
+        ({"ROWS": "A G"}, "ROWS: no row G; this table has A B C D E F"),
+        ({"OVERRIDES": "nowhere.args"}, "argument file nowhere.args: No such file"),
+        ({"LAUNCH": "no_such_launcher -n 8", "SMOKE": "1"}, "LAUNCH: no program no_such_launcher"),
+        ({"LAUNCH": "'open"}, "LAUNCH='open: No closing quotation"),
+        ({"DATA": "/nowhere"}, "/nowhere/imagenet: no such folder; in100_100/vit_small, seed 0 needs one with train/"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_starts(environ, message, run, tmp_path, capsys):
+    assert run("table1b", **({"OUT": tmp_path / "out"} | environ)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--seed 3", "--output-dir elsewhere"])
+def test_overrides_do_not_say_what_the_environment_says(option, run, tmp_path, capsys):
+    (tmp_path / "mine.args").write_text(option)
+    assert run("table1b", OVERRIDES=tmp_path / "mine.args") == 2
+    assert f"leave {option.split()[0]} out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["A in100_100 --model vit_small", "A in100/vit@recipes/x.args", "../A in100/vit"])
+def test_a_line_that_is_no_row(line):
+    with pytest.raises(UserError, match=r"is no row; expected its id, its run \(protocol/name\)"):
+        plan_table.read_rows(line)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "text", "words"),
+    [
+        (0, "", [sys.executable]),
+        (1, "", [sys.executable]),
+        (8, "", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]),
+        (8, "python", [sys.executable]),
+        (0, "torchrun --nnodes=2", [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]),
+        (0, "srun 'my launcher' -x", ["srun", "my launcher", "-x"]),
+    ],
+)
+def test_the_launcher(gpus, text, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert run_table.launch_words(text) == words
+
+
+# --------------------------------------------------------------------------------------------- while it runs
+
+
+def test_every_seed_of_every_row_is_one_run_and_a_link_in_the_table(run, no_report, tmp_path, capsys):
+    launch = Pretend()
+    assert run("table1b", launch, OUT=tmp_path, SEEDS="0 4", ROWS="A F", DATA=data_root(tmp_path)) == 0
+    assert [(args.model, args.seed) for args in launch.started] == [
+        *(("vit_small", 0), ("vit_small_sar", 0)),
+        *(("vit_small", 4), ("vit_small_sar", 4)),
+    ]
+    assert {args.data_path for args in launch.started} == {f"{tmp_path}/data/imagenet"}
+    assert sorted(path.name for path in (tmp_path / "table1b").iterdir()) == ["A", "F"]
+    link = tmp_path / "table1b/F/seed4"
+    assert os.readlink(link) == "../../runs/in100_100/vit_small_sar/seed4"
+    assert torch.load(link / "checkpoint.pth")["args"]["seed"] == 4
+    protocol = json.loads((tmp_path / "table1b/F/protocol.json").read_text())
+    assert (protocol["epochs"], protocol["data_set"], protocol["sar_weight"]) == (100, "imagenet100", 0.01)
+    assert capsys.readouterr().out.endswith(f"report of {tmp_path}/table1b\n")
+
+
+def data_root(folder: Path) -> Path:
+    """A folder with the data sets' folders, all empty."""
+    for name in ("imagenet", "domainnet"):
+        (folder / "data" / name).mkdir(parents=True, exist_ok=True)
+    return folder / "data"
+
+
+def test_finished_runs_are_not_started_again_by_any_table(run, no_report, tmp_path, capsys):
+    where = {"OUT": tmp_path, "DATA": data_root(tmp_path)}
+    assert run("table1b", Pretend(), **where) == 0
+    assert run("table1b", start_nothing, **where) == 0
+    assert "in100_100/vit_small_sar, seed 0: finished before" in capsys.readouterr().out
+    launch = Pretend()
+    assert run("table1a", launch, **where) == 0
+    assert [args.sar_weight for args in launch.started] == [0.001, 0.005, 0.05, 0.1], "0 and 0.01 are C and F"
+    assert "finished" in capsys.readouterr().out
+    assert run("table1a", start_nothing, OUT=tmp_path, DATA="/nowhere") == 0, "what is finished needs no data"
+
+
+def test_overrides_come_after_a_rows_arguments(run, no_report, tmp_path):
+    (tmp_path / "mine.args").write_text("--data-set folder --epochs 7 --batch-size 32 # mine")
+    launch = Pretend()
+    environ = {"OUT": tmp_path, "DATA": tmp_path, "OVERRIDES": tmp_path / "mine.args", "ROWS": "E"}
+    assert run("table1b", launch, **environ) == 0
+    (args,) = launch.started
+    assert (args.data_set, args.data_path, args.epochs, args.batch_size) == ("folder", str(tmp_path), 7, 32)
+    assert args.last_block == "standard"
+    protocol = json.loads((tmp_path / "table1b/E/protocol.json").read_text())
+    assert (protocol["data_set"], protocol["epochs"]) == ("imagenet100", 100)
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_starts(run, no_report, tmp_path, capsys):
+    where = {"OUT": tmp_path, "DATA": data_root(tmp_path)}
+    assert run("table1b", Pretend(), SMOKE=1, ROWS="F", **where) == 0
+    assert run("table1b", start_nothing, SMOKE="", ROWS="", **where) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/runs/in100_100/vit_small_sar/seed0 holds a run with other arguments" in error
+    assert "--epochs: 2 in the checkpoint, 100 now" in error
+    (tmp_path / "runs/in100_100/vit_small_sar/seed0/checkpoint.pth").write_bytes(b"cut")
+    assert run("table1b", start_nothing, **where) == 2
+    assert (
+        "checkpoint.pth cannot be read; remove it to begin in100_100/vit_small_sar, seed 0" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("code", "result"), [(0, 1), (1, 1), (2, 2), (130, 130), (-9, 1)])
+def test_the_first_run_that_does_not_finish_ends_the_script(code, result, run, tmp_path, capsys):
+    started = []
+
+    def fail(command):
+        started.append(command)
+        return code
+
+    assert run("table1b", fail, SMOKE=1, OUT=tmp_path) == result
+    assert len(started) == 1
+    assert f"ended at epoch 0 of 2 with exit code {code}; the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 7), (signal.SIGINT, 0)])
+def test_a_signal_leaves_the_run_the_time_to_save(number, code, tmp_path):
+    """SIGTERM is handed on; Ctrl-C, which a terminal sends to both, ends only the run."""
+    ready = tmp_path / "ready"
+    script = f"trap 'exit 7' TERM; touch {ready}; for i in $(seq 20); do sleep 0.05; done"
+
+    def send():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=send).start()
+    assert run_table.launch(["sh", "-c", script]) == code
+    assert signal.getsignal(number) is before
+
+
+# ----------------------------------------------------------------------------------------------- in small
+
+
+@pytest.fixture(scope="module")
+def fewer_digits():
+    """SMOKE's data, cut to save the suite's time: 280 training images instead of 1,437."""
+    digits = sklearn.datasets.load_digits()
+    digits.images, digits.target = digits.images[:350], digits.target[:350]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", lambda: digits)
+        yield
+
+
+@pytest.fixture(scope="module")
+def smoke_out(tmp_path_factory):
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [
+        ("table1a", "0.05"),
+        ("table1b", "D"),
+        ("table1c", "vit_small_sar_300"),
+        ("table2", "cars_vit_small_sar"),
+        ("table3", "0.25_vit_small"),
+        ("table4", "vit_small_sar_drloc"),
+        ("fig3", "vit_small"),
+        ("appendix_b", "total_variation"),
+    ],
+)
+def test_a_row_of_each_script(table, row, run, fewer_digits, smoke_out, capsys):
+    """Row, recipe and main.py as they are, to the report; only no new process is started."""
+    assert run(table, in_this_process, SMOKE=1, ROWS=row, OUT=smoke_out) == 0
+    log = [json.loads(line) for line in (smoke_out / table / row / "seed0/log.txt").read_text().splitlines()]
+    assert len(log) == 2
+    report = (smoke_out / table / "report.md").read_text()
+    name = analysis.report.PAPER[table]["rows"][row]["name"]
+    (line,) = [line for line in report.splitlines() if line.startswith(f"| {name} |")]
+    assert f"{log[-1]['test_acc1']:.2f} (n = 1)" in line
+    assert "not comparable" in line
+    assert report in capsys.readouterr().out
+    assert run(table, start_nothing, SMOKE=1, ROWS=row, OUT=smoke_out) == 0
+
+
+def test_the_four_ways_of_fine_tuning(run, fewer_digits, smoke_out):
+    """Appendix E.4: the last block stays the pre-training's, lambda is the fine-tuning's own."""
+    ways = {
+        "no-no": ("standard", 0.0),
+        "yes-no": ("sar", 0.0),
+        "no-yes": ("standard", 0.01),
+        "yes-yes": ("sar", 0.01),
+    }
+    rows = " ".join(f"{way}_pets" for way in ways)
+    assert run("table7", in_this_process, SMOKE=1, ROWS=rows, OUT=smoke_out) == 0
+    for way, expected in ways.items():
+        folder = smoke_out / f"table7/{way}_pets/seed0"
+        checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+        args, protocol = checkpoint["args"], json.loads((folder.parent / "protocol.json").read_text())
+        assert (args["last_block"], args["sar_weight"]) == expected
+        assert (protocol["last_block"], protocol["sar_weight"]) == expected
+        assert ("blocks.1.norm2.weight" in checkpoint["model"]) == (expected[0] == "standard")
+        pretrained = "vit_small_sar" if way.startswith("yes") else "vit_small"
+        assert args["finetune"] == f"{smoke_out}/runs/in1k/{pretrained}/seed0/checkpoint.pth"
+    assert not (smoke_out / "table7/-").exists()
+    assert sorted(path.name for path in (smoke_out / "runs/in1k").iterdir() if path.name != "vit_small_sar_drloc") == [
+        "vit_small",
+        "vit_small_sar",
+    ]
+
+
+def test_fine_tuning_from_given_weights_is_another_run(run, read_script, no_report, tmp_path, capsys):
+    def first_run(**environ):
+        launch = Pretend()
+        assert run("table7", launch, OUT=tmp_path, SMOKE=1, **environ) == 0
+        return launch.started
+
+    given = tmp_path / "given weights.pth"
+    torch.save({"model": {"blocks.0.norm2.weight": torch.ones(1)}}, given)
+    own = first_run(ROWS="no-no_pets")
+    assert [args.output_dir.removeprefix(f"{tmp_path}/runs/") for args in own] == [
+        "in1k/vit_small/seed0",
+        "finetune/no-no_pets/seed0",
+    ]
+    (args,) = first_run(ROWS="no-no_pets", CKPT_BASE=given)
+    assert args.output_dir == f"{tmp_path}/runs/finetune_given/no-no_pets/seed0"
+    assert args.finetune == str(given)
+    assert os.readlink(tmp_path / "table7/no-no_pets/seed0") == "../../runs/finetune_given/no-no_pets/seed0"
+    other = given.rename(tmp_path / "other.pth")
+    assert run("table7", start_nothing, CKPT_BASE=other) == 2
+    assert f"--finetune: {given} in the checkpoint, {other} now" in capsys.readouterr().err
+
+
+def terminated_after(number: int, function):
+    """``function`` that sends this process SIGTERM at its ``number``-th call."""
+    calls = itertools.count(1)
+
+    def wrapped(*args):
+        function(*args)
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return wrapped
+
+
+def test_an_interrupted_row_goes_on(run, fewer_digits, tmp_path, capsys, monkeypatch):
+    environ = {"SMOKE": 1, "ROWS": "E", "OUT": tmp_path}
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "update_weights", terminated_after(6, engine.update_weights))
+        assert run("table1b", in_this_process, **environ) == 1
+    assert "ended at epoch 1 of 2 with exit code 0; the same command goes on from there" in capsys.readouterr().err
+    assert run("table1b", in_this_process, **environ) == 0
+    text = capsys.readouterr().out
+    assert "epoch 1 of 2" in text
+    assert "epoch 1, step 2" in text
+
+
+def test_a_row_through_bash_and_processes_of_its_own(tmp_path):
+    """Nothing replaced."""
+    environ = {"SMOKE": "1", "ROWS": "softmax", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", "scripts/appendix_b_alternatives.sh"], env=os.environ | environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "appendix_b/report.md").read_text()
+    assert done.stdout.endswith(report + "\n")
+    assert "2/2" in report
