@@ -1,13 +1,14 @@
 """Every data set by name, its images' transforms, and the loader that feeds them to a model.
 
-A set is one entry of :data:`DATASETS`. Building it checks its files (layout, classes, nothing empty), so
-building both splits at start-up is the pre-flight check; what is wrong is one line in a ``UserError``.
+A set is one entry of :data:`DATASETS`. Building it checks its files (:mod:`readers`), so building both splits at
+start-up is the pre-flight check; what is wrong is one line in a ``UserError``.
 An image's augmentation depends on (seed, epoch, position) alone: not on workers or what ran before.
 """
 
 import difflib
 import os
 import random
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,185 +18,40 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 
-from samplers import Draw, seed_sequence
-from utils import Processes, UserError
+from image_cache import cache_images
+from readers import (
+    CARS_LAYOUT,
+    DOMAINNET_CLASSES,
+    FLOWERS_LAYOUT,
+    FOLDER_LAYOUT,
+    PETS_LAYOUT,
+    TAR_LAYOUT,
+    ArrayImages,
+    LabelledImages,
+    SubsetOf,
+    UnreadableImage,
+    domain_layout,
+    read_cars,
+    read_cifar,
+    read_digits,
+    read_domainnet,
+    read_flowers,
+    read_folder,
+    read_pets,
+    read_tar,
+)
+from samplers import Draw, class_subset, seed_sequence
+from utils import Processes, UserError, logger, write_json
 
-CLASS_LISTS = Path(__file__).parent / "class_lists"
 SMALL_IMAGE = 32  # px; up to this size DeiT crops from a padded image instead of resizing a random part of it
 MAX_REPLACEMENTS = 10  # unreadable images in a row that are replaced before the run stops after all
-
-
-class UnreadableImage(UserError):
-    """An image file that cannot be decoded; the message names it.
-
-    A ``DataLoader`` raises a worker's exception again with the worker's whole traceback as the message. The
-    last line of that is the original message, and all that is kept.
-    """
-
-    def __init__(self, message: str):
-        last_line = message.strip().splitlines()[-1]
-        super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
-
-
-# ------------------------------------------------------------------ readers: files to (image, label)
-
-
-def read_image(path: str) -> Image.Image:
-    """Decode an image file to RGB.
-
-    Raises:
-        UnreadableImage: missing, truncated, or no image.
-    """
-    try:
-        return default_loader(path)
-    except Exception as error:  # Pillow's decoders raise a dozen types on broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(
-            f"cannot read the image {str(path)!r} ({reason}): mend or remove the file, or give --skip-unreadable"
-        ) from error
-
-
-class ClassFolders(ImageFolder):
-    """Images in one folder a class; labels are positions in ``classes``, other folders are left out."""
-
-    def __init__(self, root: Path, classes: list[str]):
-        self._wanted = classes
-        super().__init__(root, loader=read_image, allow_empty=True)
-        filled = set(self.targets)
-        empty = [name for label, name in enumerate(classes) if label not in filled]
-        if empty:
-            raise UserError(
-                f"{root}: no images in the class folders {_some(empty)}; "
-                f"remove them or fill them with images ({' '.join(IMG_EXTENSIONS)})"
-            )
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return self._wanted, {name: label for label, name in enumerate(self._wanted)}
-
-
-def read_folder(
-    data_path: Path, split: str, num_classes: int | None = None, class_list: str | None = None
-) -> ClassFolders:
-    """One split of ``train/<class>/*`` and ``val/<class>/*``; labels are the sorted class names.
-
-    Args:
-        num_classes: so many classes there must be.
-        class_list: file of :data:`CLASS_LISTS` with the classes to keep; without it all are kept, and the two
-            splits must have the same ones.
-
-    Raises:
-        UserError: a split is missing, flat or empty, a class empty or missing, the splits differ, or there is
-            another number of classes.
-    """
-    found = _class_folders(data_path, split)
-    if class_list is not None:
-        wanted = _read_class_list(class_list)
-        missing = sorted(set(wanted) - set(found))
-        if missing:
-            raise UserError(
-                f"{data_path / split}: no folders for the classes {_some(missing)}; "
-                f"--data-path must hold all of class_lists/{class_list}"
-            )
-        return ClassFolders(data_path / split, wanted)
-    if num_classes is not None and len(found) != num_classes:
-        raise UserError(
-            f"{data_path / split}: {len(found)} class folders instead of {num_classes}; "
-            "a folder of other images is trained on with --data-set folder"
-        )
-    _check_other_split(data_path, split, found)
-    return ClassFolders(data_path / split, found)
-
-
-def _class_folders(data_path: Path, split: str) -> list[str]:
-    root = data_path / split
-    if not root.is_dir():
-        raise UserError(f"{data_path}: no folder {split}/; expected train/<class>/* and val/<class>/*")
-    entries = list(os.scandir(root))
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
-    if classes:
-        return classes
-    if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
-        raise UserError(
-            f"{root}: images lie directly in it; sort them into one folder a class, {split}/<class>/* "
-            "(for ILSVRC-2012's validation images, extract_ILSVRC.sh of PyTorch's ImageNet example does so)"
-        )
-    raise UserError(f"{root}: no images; expected train/<class>/* and val/<class>/*")
-
-
-def _check_other_split(data_path: Path, split: str, classes: list[str]) -> None:
-    """Labels are positions among the class folders: one that a split lacks would shift all after it."""
-    other = "val" if split == "train" else "train"
-    if not (data_path / other).is_dir():
-        return  # evaluation needs no training images; a training run builds the other split, too
-    difference = {split: set(classes), other: set(_class_folders(data_path, other))}
-    only = [
-        f"only in {name}/: {_some(sorted(difference[name] - difference[against]))}"
-        for name, against in ((split, other), (other, split))
-        if difference[name] - difference[against]
-    ]
-    if only:
-        raise UserError(f"{data_path}: train/ and val/ must have the same class folders; {'; '.join(only)}")
-
-
-def _read_class_list(name: str) -> list[str]:
-    lines = (CLASS_LISTS / name).read_text().splitlines()
-    return sorted(line for line in lines if line and not line.startswith("#"))
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def read_cifar(reader: type[CIFAR10], data_path: Path, split: str) -> CIFAR10:
-    """CIFAR's python batches, as torchvision reads (and checksums) them.
-
-    Raises:
-        UserError: files missing or damaged.
-    """
-    try:
-        return reader(data_path, train=split == "train")
-    except RuntimeError as error:
-        raise UserError(
-            f"{data_path / reader.base_folder}: files missing or damaged; extract {reader.filename} "
-            f"(from https://www.cs.toronto.edu/~kriz/cifar.html) in {data_path}"
-        ) from error
-
-
-class ArrayImages(Dataset):
-    """Grey images ``(N, h, w)`` uint8 in memory with labels ``(N,)``, read as RGB."""
-
-    def __init__(self, images: np.ndarray, targets: np.ndarray, classes: list[str]):
-        self.images = images
-        self.targets = targets.tolist()
-        self.classes = classes
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-def read_digits(data_path: Path | None, split: str) -> ArrayImages:
-    """scikit-learn's 1,797 scanned 8 x 8 digits; numbers 0, 5, 10, ... (360) are ``val``, the rest ``train``.
-
-    Consecutive digits are one writer's, so ``val`` has the same writers: an easy set.
-    """
-    from sklearn.datasets import load_digits  # a second to import, for this set only
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    in_val = np.arange(len(images)) % 5 == 0
-    chosen = in_val if split == "val" else ~in_val
-    return ArrayImages(images[chosen], digits.target[chosen], [str(name) for name in digits.target_names])
 
 
 # ---------------------------------------------------------------------------- the data sets by name
@@ -205,18 +61,55 @@ def read_digits(data_path: Path | None, split: str) -> ArrayImages:
 class DataSet:
     """How to read a set, and what to know of it.
 
-    ``read(data_path, split)`` gives a set of (RGB image, label) with ``classes``; ``about`` says what it is,
-    ``layout`` what ``--data-path`` must hold (empty: the set needs none); ``defaults`` are the values it
-    brings for arguments not given.
+    Attributes:
+        read: ``read(data_path, split)`` gives its images.
+        about: what it is.
+        layout: what ``--data-path`` must hold; empty: the set needs none.
+        defaults: values it brings for arguments that were not given.
+        num_classes: so many it must have; None: any number.
+        images: how many a split has, in the paper or as published; empty: unknown.
+        cleaned_images: how many it has by DomainNet's later, cleaned lists.
+        folder: where it lies below a common root of all sets, torchvision's own folders left out.
+        download: fetches and checks it, given the data path; None: nothing can.
+        source: where to get it by hand.
     """
 
-    read: Callable[[Path | None, str], Dataset]
+    read: Callable[[Path | None, str], LabelledImages]
     about: str
     layout: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    images: dict[str, int] = field(default_factory=dict)
+    cleaned_images: dict[str, int] = field(default_factory=dict)
+    folder: str = ""
+    download: Callable[[Path], Any] | None = None
+    source: str = ""
 
 
-FOLDER_LAYOUT = "train/<class>/* and val/<class>/*"
+def _cifar(reader: type[CIFAR10], about: str, num_classes: int) -> DataSet:
+    return DataSet(
+        partial(read_cifar, reader),
+        about,
+        f"{reader.base_folder}/",
+        num_classes=num_classes,
+        images={"train": 50_000, "val": 10_000},
+        download=partial(reader, download=True),
+    )
+
+
+def _domainnet(domain: str, images: tuple[int, int], cleaned_images: tuple[int, int]) -> DataSet:
+    return DataSet(
+        partial(read_domainnet, domain),
+        f"DomainNet's {domain} domain",
+        domain_layout(domain),
+        num_classes=DOMAINNET_CLASSES,
+        images=dict(zip(("train", "val"), images, strict=True)),
+        cleaned_images=dict(zip(("train", "val"), cleaned_images, strict=True)),
+        folder="domainnet",
+        source="https://ai.bu.edu/M3SDA/ (the paper used the original lists)",
+    )
+
+
 DATASETS: dict[str, DataSet] = {
     "digits": DataSet(
         read_digits,
@@ -239,16 +132,59 @@ DATASETS: dict[str, DataSet] = {
             "crop_pct": 1.0,
             "num_workers": 0,
         },
+        num_classes=10,
+        images={"train": 1_437, "val": 360},
+        source="scikit-learn, which is installed",
     ),
-    "folder": DataSet(read_folder, "your own images", FOLDER_LAYOUT),
-    "imagenet": DataSet(partial(read_folder, num_classes=1000), "ImageNet-1k (ILSVRC-2012)", FOLDER_LAYOUT),
+    "folder": DataSet(read_folder, "your own images", FOLDER_LAYOUT, source="yourself"),
+    "tar": DataSet(read_tar, "your own images in few large files", TAR_LAYOUT, source="yourself"),
+    "imagenet": DataSet(
+        read_folder,
+        "ImageNet-1k (ILSVRC-2012)",
+        FOLDER_LAYOUT,
+        num_classes=1000,
+        images={"train": 1_281_167, "val": 50_000},
+        folder="imagenet",
+        source="https://image-net.org (ILSVRC-2012, after registration)",
+    ),
     "imagenet100": DataSet(
         partial(read_folder, class_list="imagenet100.txt"),
         "the 100 classes of ImageNet-1k in class_lists/imagenet100.txt",
         f"{FOLDER_LAYOUT}, of all ImageNet-1k or of the 100 classes",
+        num_classes=100,
+        images={"train": 126_689, "val": 5_000},  # of the classes of Contrastive Multiview Coding
+        folder="imagenet",
+        source="https://image-net.org (ILSVRC-2012, after registration)",
     ),
-    "cifar10": DataSet(partial(read_cifar, CIFAR10), "CIFAR-10", "cifar-10-batches-py/"),
-    "cifar100": DataSet(partial(read_cifar, CIFAR100), "CIFAR-100", "cifar-100-python/"),
+    "cars": DataSet(
+        read_cars,
+        "Stanford Cars",
+        CARS_LAYOUT,
+        num_classes=196,
+        images={"train": 8_144, "val": 8_041},
+        source="a mirror (its own site is gone; https://github.com/pytorch/vision/issues/7545 names some)",
+    ),
+    "clipart": _domainnet("clipart", (34_019, 14_818), (33_525, 14_604)),
+    "painting": _domainnet("painting", (52_867, 22_892), (50_416, 21_850)),
+    "sketch": _domainnet("sketch", (49_115, 21_271), (48_212, 20_916)),
+    "flowers": DataSet(
+        read_flowers,
+        "Oxford's 102 flowers; its train and val images are trained on, the test images evaluated",
+        FLOWERS_LAYOUT,
+        num_classes=102,
+        images={"train": 2_040, "val": 6_149},
+        download=partial(Flowers102, download=True),
+    ),
+    "pets": DataSet(
+        read_pets,
+        "Oxford-IIIT pets",
+        PETS_LAYOUT,
+        num_classes=37,
+        images={"train": 3_680, "val": 3_669},
+        download=partial(OxfordIIITPet, download=True),
+    ),
+    "cifar10": _cifar(CIFAR10, "CIFAR-10", 10),
+    "cifar100": _cifar(CIFAR100, "CIFAR-100", 100),
 }
 DEIT_NAMES = {"imnet": "imagenet", "cifar": "cifar100"}
 
@@ -267,21 +203,13 @@ def canonical_name(name: str) -> str:
     raise UserError(f"unknown data set {name!r}: {hint}")
 
 
-def build_dataset(
-    name: str,
-    split: str,
-    data_path: str | Path | None = None,
-    transform: Callable[[Image.Image], Any] | None = None,
-    seed: int = 0,
-    skip_unreadable: bool = False,
-) -> tuple["AugmentedDataset", int]:
-    """One split of a data set by name, and its number of classes.
+def read_split(name: str, split: str, data_path: str | Path | None) -> LabelledImages:
+    """One split of a data set by name, its files checked.
 
     Args:
         name: a key of :data:`DATASETS`, or DeiT's spelling.
         split: "train" or "val".
         data_path: folder with the set's files (layouts: :data:`DATASETS`).
-        transform, seed, skip_unreadable: see :class:`AugmentedDataset`.
 
     Raises:
         UserError: unknown name, or files that are not as they should be.
@@ -299,31 +227,111 @@ def build_dataset(
         if not data_path.is_dir():
             raise UserError(f"--data-path {data_path}: no such folder; {name} needs one with {entry.layout}")
     try:
-        base = entry.read(data_path, split)
+        images = entry.read(data_path, split)
     except OSError as error:  # no permission, a broken disk
         raise UserError(f"{error.filename or data_path}: {error.strerror}; {name} must be readable") from error
-    return AugmentedDataset(base, transform, seed, skip_unreadable), len(base.classes)
+    if entry.num_classes not in (None, len(images.classes)):
+        raise UserError(
+            f"{data_path}: {len(images.classes)} classes instead of the {entry.num_classes} of {name}; expected "
+            f"{entry.layout}; a folder of other images is trained on with --data-set folder"
+        )
+    return images
+
+
+def build_dataset(
+    name: str,
+    split: str,
+    data_path: str | Path | None = None,
+    transform: Callable[[Image.Image], Any] | None = None,
+    seed: int = 0,
+    skip_unreadable: bool = False,
+) -> tuple["AugmentedDataset", int]:
+    """One split of a data set by name, and its number of classes.
+
+    Args:
+        name, split, data_path: see :func:`read_split`, also for errors.
+        transform, seed, skip_unreadable: see :class:`AugmentedDataset`.
+    """
+    images = read_split(name, split, data_path)
+    return AugmentedDataset(images, transform, seed, skip_unreadable), len(images.classes)
 
 
 def build_split(args: Any, split: str, processes: Processes) -> tuple["AugmentedDataset", int]:
-    """One split of the run's data set with its transform, and the number of classes.
+    """One split of the run's data set with its transform, and the number of classes; called by all processes.
+
+    With ``--download`` it is fetched before; with ``--sampling-ratio`` the training split is a
+    :func:`samplers.class_subset`; with ``--cache-images`` its images are decoded now, once a machine (digits
+    and CIFAR are in memory as they are, so nothing is done for them).
 
     Args:
         args: the command line's.
         processes: this process among the run's.
 
     Raises:
-        UserError: see :func:`build_dataset`, :func:`build_transform`.
+        UserError: see :func:`read_split`, :func:`build_transform`, :func:`download`, :func:`cache_images`.
     """
     transform = build_transform(split == "train", args)
-    return build_dataset(
-        args.data_set,
-        split,
-        args.data_path,
-        transform,
-        seed=args.seed,
-        skip_unreadable=args.skip_unreadable,
-    )
+    if args.download:
+        download(args.data_set, args.data_path, processes)
+    images = read_split(args.data_set, split, args.data_path)
+    in_memory = isinstance(images, ArrayImages)
+    if processes.is_main:
+        tell_counts(args.data_set, split, len(images))
+    if split == "train" and args.sampling_ratio < 1:
+        whole, images = images, SubsetOf(images, class_subset(images.targets, args.sampling_ratio, args.sampling_seed))
+        logger.info(f"--sampling-ratio {args.sampling_ratio:g}: {len(images):,} of {len(whole):,} training images")
+    if args.cache_images and not in_memory:
+        images = cache_images(images, processes, args.skip_unreadable)
+    return AugmentedDataset(images, transform, args.seed, args.skip_unreadable), len(images.classes)
+
+
+def save_subset(dataset: "AugmentedDataset", args: Any, path: Path) -> None:
+    """Write which images ``--sampling-ratio`` chose, by name in the published files; nothing at ratio 1."""
+    if args.sampling_ratio < 1:
+        choice = {"sampling_ratio": args.sampling_ratio, "sampling_seed": args.sampling_seed}
+        write_json(path, choice | {"images": list(dataset.base.names)})
+
+
+def tell_counts(name: str, split: str, found: int) -> None:
+    """Log a number of images that is not the paper's, and which of DomainNet's lists is in use."""
+    entry = DATASETS[canonical_name(name)]
+    expected, cleaned = entry.images.get(split), entry.cleaned_images.get(split)
+    if found == cleaned:
+        logger.warning(
+            f"{name} {split}: {found:,} images by the cleaned list; the paper's is the original with {expected:,}"
+        )
+    elif expected is not None and found != expected:
+        logger.warning(f"{name} {split}: {found:,} images instead of {expected:,}; expected {entry.layout}, complete")
+    elif cleaned is not None:
+        logger.info(f"{name} {split}: {found:,} images by the original list, as in the paper")
+
+
+def download(name: str, data_path: str | Path | None, processes: Processes) -> None:
+    """Let torchvision fetch a set, checked by its checksums; called by all processes, which wait for the files.
+
+    The main process goes first, then one of each machine whose disk is another: torchvision leaves a set
+    alone that is there.
+
+    Raises:
+        UserError: a set that torchvision cannot fetch, no place for it, or no success.
+    """
+    name = canonical_name(name)
+    entry = DATASETS[name]
+    if entry.download is None:
+        raise UserError(f"--download: {name} cannot be fetched; get it from {entry.source}, and leave --download out")
+    if data_path is None:
+        raise UserError(f"--download needs --data-path, the folder to put {name} in")
+    for my_turn in (processes.is_main, processes.local_rank == 0):
+        if my_turn:
+            try:
+                entry.download(Path(data_path).expanduser())
+            except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"--download {name} to {data_path}: {reason}; try again, or bring {entry.layout} there by hand"
+                ) from error
+        if processes.world_size > 1:
+            dist.barrier()
 
 
 # ------------------------------------------------------------------------- augmentation and loading
@@ -356,7 +364,7 @@ class AugmentedDataset(Dataset):
     numbers depend on ``(seed, draw.epoch, draw.position)`` only; the process's own generators do not notice.
 
     Args:
-        base: set of (RGB image, label).
+        base: the images, without a transform.
         seed: not negative.
         skip_unreadable: let the next readable image of ``base`` stand in for an unreadable one.
 
@@ -366,7 +374,7 @@ class AugmentedDataset(Dataset):
 
     def __init__(
         self,
-        base: Dataset,
+        base: LabelledImages,
         transform: Callable[[Image.Image], Any] | None = None,
         seed: int = 0,
         skip_unreadable: bool = False,

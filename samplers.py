@@ -1,11 +1,11 @@
-"""Which image when: a training epoch's order over updates, micro-batches and processes, and exact evaluation.
+"""Which image when: a training epoch's order over updates, micro-batches and processes, exact evaluation, subsets.
 
 An order is a pure function of (seed, epoch), so a sampler keeps no random state: a resumed run asks for the
 epoch and the update it stopped at and gets the rest, without reading the images before it.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,3 +118,29 @@ class EvalSampler(Sampler[Draw]):
 def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
+
+
+def class_subset(targets: Sequence[int], ratio: float, seed: int) -> list[int]:
+    """Indices, ascending, of a random share of each class's images: the smaller training sets of Table 3.
+
+    Each class is permuted by ``(seed, class)`` alone and gives its first ``ratio`` (rounded, at least one image), so a
+    smaller share lies inside every larger one of the same seed. The paper only says "randomly selected", of
+    all images together; here every class keeps its share.
+
+    Args:
+        targets: the images' labels.
+        ratio: in (0, 1].
+        seed: not negative.
+
+    Raises:
+        ValueError: ratio outside (0, 1].
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio {ratio} is not in (0, 1]")
+    targets = np.asarray(targets)
+    chosen = []
+    for label in np.unique(targets):
+        images = np.flatnonzero(targets == label)
+        order = np.random.default_rng(seed_sequence("subset", seed, int(label))).permutation(images)
+        chosen.append(order[: max(1, round(ratio * len(images)))])
+    return np.sort(np.concatenate(chosen)).tolist()

@@ -1,40 +1,53 @@
-"""Every reader on a small copy of the real layout and on broken ones; transforms, augmentation, loading."""
+"""Data sets by name, what a run makes of them, transforms, augmentation, loading."""
 
 import contextlib
-import hashlib
+import dataclasses
+import http.server
+import json
 import multiprocessing
 import os
-import pickle
 import random
 import shutil
 import signal
+import tarfile
+import threading
 import traceback
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from image_sets import (
+    log_messages,
+    md5,
+    picture,
+    truncate,
+    write_cars,
+    write_cifar10,
+    write_domainnet,
+    write_flowers,
+    write_folder,
+    write_pets,
+)
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, Flowers102, OxfordIIITPet
 
 from datasets import (
-    CLASS_LISTS,
     DATASETS,
     MAX_REPLACEMENTS,
-    UnreadableImage,
     build_dataset,
     build_loader,
+    build_split,
     build_transform,
     canonical_name,
+    download,
     isolated_rng,
-    read_image,
+    save_subset,
 )
+from readers import ImageFiles, UnreadableImage
 from samplers import Draw, EvalSampler, TrainSampler, seed_sequence
-from utils import UserError
-
-IMAGENET100 = sorted(
-    line for line in (CLASS_LISTS / "imagenet100.txt").read_text().splitlines() if line and not line.startswith("#")
-)
+from utils import Processes, UserError
 
 
 def transform_args(**changed):
@@ -53,29 +66,27 @@ def transform_args(**changed):
     return SimpleNamespace(**{**defaults, **changed})
 
 
-def picture(number=0, size=(40, 30), mode="RGB"):
-    """A smooth random picture, another one for every number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode)
+def run_args(data_set, data_path, **changed):
+    """What the command line gives to ``build_split``."""
+    defaults = {
+        "data_set": data_set,
+        "data_path": data_path,
+        "seed": 0,
+        "skip_unreadable": False,
+        "download": False,
+        "cache_images": False,
+        "sampling_ratio": 1.0,
+        "sampling_seed": 0,
+    }
+    return transform_args(**{**defaults, **changed})
 
 
-def write_folder(root, classes, per_class=2, splits=("train", "val"), suffix=".jpg"):
-    for split in splits:
-        for label, name in enumerate(classes):
-            (root / split / name).mkdir(parents=True)
-            for number in range(per_class):
-                picture(10 * label + number).save(root / split / name / f"{number}{suffix}")
-    return root
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "animals", ["ant", "bee", "cat"])
-
-
-def truncate(path, keep=0.5):
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -92,7 +103,7 @@ def test_names_in_any_case_and_deits_spellings(name, key):
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"'imagnet'.*did you mean imagenet"):
         canonical_name("imagnet")
-    with pytest.raises(UserError, match=r"'xyz'.*digits, folder, imagenet"):
+    with pytest.raises(UserError, match=r"'xyz'.*digits, folder, tar, imagenet"):
         build_dataset("xyz", "train")
 
 
@@ -101,216 +112,239 @@ def test_an_unknown_split_is_a_mistake_of_the_caller():
         build_dataset("digits", "test")
 
 
-# --------------------------------------------------------------------------------------------- digits
-
-
-def test_digits_are_sklearns_and_every_fifth_is_val():
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
-    train, num_classes = build_dataset("digits", "train")
-    val, _ = build_dataset("digits", "val")
-    assert (len(train), len(val), num_classes) == (1437, 360, 10)
-    for number, (dataset, index) in {0: (val, 0), 1: (train, 0), 4: (train, 3), 5: (val, 1)}.items():
-        image, target, replaced = dataset[Draw(index, 0, 0)]
-        assert (image.mode, image.size, target, replaced) == ("RGB", (8, 8), scans.target[number], 0)
-        pixels = np.asarray(image)
-        np.testing.assert_allclose(pixels[..., 0], scans.images[number] * 255 / 16, atol=0.5)
-        assert (pixels == pixels[..., :1]).all()
-
-
 def test_digits_bring_their_own_sizes():
     assert {"input_size", "patch_size", "epochs", "batch_size"} <= set(DATASETS["digits"].defaults)
 
 
-# -------------------------------------------------------------------------------------------- folders
-
-
-def test_a_folder_is_read_by_sorted_class_names(folder):
-    dataset, num_classes = build_dataset("folder", "train", str(folder))
-    assert (len(dataset), num_classes, dataset.classes) == (6, 3, ["ant", "bee", "cat"])
-    image, target, replaced = dataset[Draw(4, 0, 0)]
-    assert (image.size, image.mode, target, replaced) == ((40, 30), "RGB", 2, 0)
-
-
-def test_a_home_folder_is_found(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert len(build_dataset("folder", "val", "~/animals")[0]) == 6
-
-
-def test_val_alone_can_be_evaluated(folder):
-    shutil.rmtree(folder / "train")
-    assert build_dataset("folder", "val", folder)[1] == 3
-
-
-def break_missing(root):
-    shutil.rmtree(root)
-
-
-def break_val(root):
-    shutil.rmtree(root / "val")
-
-
-def break_class(root):
-    for path in (root / "val" / "bee").iterdir():
-        path.rename(path.with_suffix(".txt"))
-
-
-def break_same(root):
-    (root / "val" / "bee").rename(root / "val" / "bear")
-
-
-def break_more(root):
-    shutil.copytree(root / "train" / "ant", root / "train" / "ape")
-
-
-def break_flat(root):
-    for path in list((root / "val").glob("*/*")):
-        path.rename(root / "val" / f"{path.parent.name}_{path.name}")
-    for path in list((root / "val").iterdir()):
-        if path.is_dir():
-            path.rmdir()
-
-
-def break_empty(root):
-    shutil.rmtree(root / "val")
-    (root / "val").mkdir()
+# ----------------------------------------------------------------------------------- published numbers
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "train", "val", "classes", "folder"),
     [
-        (break_missing, r"--data-path .*animals: no such folder.*train/<class>"),
-        (break_val, r"no folder val/; expected train/<class>/\* and val/<class>/\*"),
-        (break_class, r"val: no images in the class folders bee;.*\.jpg"),
-        (break_same, r"same class folders; only in val/: bear; only in train/: bee"),
-        (break_more, r"same class folders; only in train/: ape"),
-        (break_flat, r"val: images lie directly in it;.*extract_ILSVRC.sh"),
-        (break_empty, r"val: no images"),
+        ("imagenet", 1_281_167, 50_000, 1000, "imagenet"),
+        ("imagenet100", 126_689, 5_000, 100, "imagenet"),
+        ("cars", 8_144, 8_041, 196, ""),
+        ("clipart", 34_019, 14_818, 345, "domainnet"),
+        ("painting", 52_867, 22_892, 345, "domainnet"),
+        ("sketch", 49_115, 21_271, 345, "domainnet"),
+        ("flowers", 2_040, 6_149, 102, ""),
+        ("pets", 3_680, 3_669, 37, ""),
+        ("cifar10", 50_000, 10_000, 10, ""),
+        ("cifar100", 50_000, 10_000, 100, ""),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_one_line(folder, damage, message):
-    damage(folder)
-    with pytest.raises(UserError, match=message) as error:
-        build_dataset("folder", "val", folder)
-    assert "\n" not in str(error.value)
+def test_the_published_numbers_are_known(name, train, val, classes, folder):
+    entry = DATASETS[name]
+    assert (entry.images, entry.num_classes, entry.folder) == ({"train": train, "val": val}, classes, folder)
+    assert entry.layout
 
 
-def test_classes_that_differ_stop_the_training_split_too(folder):
-    break_same(folder)
-    with pytest.raises(UserError, match="only in train/: bee"):
-        build_dataset("folder", "train", folder)
+def test_the_cleaned_lists_are_smaller():
+    cleaned = {name: entry.cleaned_images for name, entry in DATASETS.items() if entry.cleaned_images}
+    assert cleaned == {
+        "clipart": {"train": 33_525, "val": 14_604},
+        "painting": {"train": 50_416, "val": 21_850},
+        "sketch": {"train": 48_212, "val": 20_916},
+    }
 
 
-def test_a_set_of_files_needs_a_path():
-    with pytest.raises(UserError, match=r"imagenet needs --data-path, a folder with train/<class>"):
-        build_dataset("IMNET", "train")
+def test_a_number_of_images_that_is_not_the_papers_is_said_with_the_layout(tmp_path):
+    args = run_args("cars", write_cars(tmp_path))
+    with log_messages() as messages:
+        build_split(args, "train", ALONE)
+        build_split(args, "val", Processes(1, 2, torch.device("cpu")))
+    (message,) = messages
+    assert message.startswith("WARNING: cars train: 197 images instead of 8,144; expected stanford_cars/ with")
+    assert "\n" not in message
 
 
-def test_imagenet_has_a_thousand_classes(folder, tmp_path):
-    with pytest.raises(UserError, match=r"3 class folders instead of 1000.*--data-set folder"):
-        build_dataset("imagenet", "val", folder)
-    picture().save(tmp_path / "image.jpg")
-    for split in ("train", "val"):
-        for number in range(1000):
-            (tmp_path / split / f"n{number:08}").mkdir(parents=True)
-            os.link(tmp_path / "image.jpg", tmp_path / split / f"n{number:08}" / "0.JPEG")
-    dataset, num_classes = build_dataset("imagenet", "train", tmp_path)
-    assert (len(dataset), num_classes) == (1000, 1000)
+@pytest.mark.parametrize(
+    ("images", "cleaned", "message"),
+    [
+        (690, 600, "INFO: clipart train: 690 images by the original list, as in the paper"),
+        (700, 690, "WARNING: clipart train: 690 images by the cleaned list; the paper's is the original with 700"),
+        (700, 600, "WARNING: clipart train: 690 images instead of 700; expected clipart_train.txt"),
+    ],
+)
+def test_the_list_in_use_is_named(tmp_path, monkeypatch, images, cleaned, message):
+    counts = {"images": {"train": images}, "cleaned_images": {"train": cleaned}}
+    monkeypatch.setitem(DATASETS, "clipart", dataclasses.replace(DATASETS["clipart"], **counts))
+    with log_messages() as messages:
+        build_split(run_args("clipart", write_domainnet(tmp_path)), "train", ALONE)
+    assert len(messages) == 1
+    assert messages[0].startswith(message)
 
 
-def test_the_published_list_has_a_hundred_wnids():
-    assert len(set(IMAGENET100)) == 100
-    assert all(name[0] == "n" and name[1:].isdigit() and len(name) == 9 for name in IMAGENET100)
+def test_nothing_is_said_of_numbers_that_are_right_or_unknown(folder):
+    with log_messages() as messages:
+        for split in ("train", "val"):
+            build_split(run_args("folder", folder), split, ALONE)
+            build_split(run_args("digits", None), split, ALONE)
+    assert messages == []
 
 
-def test_imagenet100_is_filtered_from_imagenet_or_ready(tmp_path):
-    ready = write_folder(tmp_path / "ready", IMAGENET100, per_class=1)
-    whole = shutil.copytree(ready, tmp_path / "whole")
-    write_folder(whole, ["n00000001", "n99999999"], per_class=1)
-    for root in (ready, whole):
-        dataset, num_classes = build_dataset("imagenet100", "val", root)
-        assert (len(dataset), num_classes, dataset.classes) == (100, 100, IMAGENET100)
-        assert [dataset[Draw(index, 0, 0)][1] for index in (0, 57, 99)] == [0, 57, 99]
-    for name in IMAGENET100[10:17]:
-        shutil.rmtree(ready / "train" / name)
-    with pytest.raises(UserError, match=rf"no folders for the classes {IMAGENET100[10]}, .* and 2 more;"):
-        build_dataset("imagenet100", "train", ready)
+# ------------------------------------------------------------------------------------------ download
 
 
-# --------------------------------------------------------------------------------------------- CIFAR
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
 
-def write_cifar(monkeypatch, reader, root, files, label_key, meta):
-    """Tiny batches in the published format, and their checksums in place of the published ones."""
-    folder = root / reader.base_folder
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """An empty folder and the URL under which it is served."""
+    folder = tmp_path / "site"
     folder.mkdir()
-    generator = np.random.default_rng(0)
-    checksums = {}
-    for name in files:
-        data = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
-        content = pickle.dumps({"data": data, label_key: [3, 1, 2, 0]})
-        (folder / name).write_bytes(content)
-        checksums[name] = hashlib.md5(content).hexdigest()
-    content = pickle.dumps({meta["key"]: [f"class {label}" for label in range(meta["classes"])]})
-    (folder / meta["filename"]).write_bytes(content)
-    train = [[name, checksums[name]] for name in files[:-1]]
-    monkeypatch.setattr(reader, "train_list", train)
-    monkeypatch.setattr(reader, "test_list", [[files[-1], checksums[files[-1]]]])
-    monkeypatch.setattr(reader, "meta", {**meta, "md5": hashlib.md5(content).hexdigest()})
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
-def write_cifar10(monkeypatch, root):
-    files = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
-    meta = {"filename": "batches.meta", "key": "label_names", "classes": 10}
-    write_cifar(monkeypatch, CIFAR10, root, files, "labels", meta)
+def archive(folder, path, root):
+    """A .tar.gz of ``folder``, whose names begin below ``root``; its checksum."""
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(folder, folder.relative_to(root))
+    return md5(path)
 
 
-def test_cifar10_is_read_from_its_batches(monkeypatch, tmp_path):
-    write_cifar10(monkeypatch, tmp_path)
-    train, num_classes = build_dataset("cifar10", "train", tmp_path)
-    val, _ = build_dataset("cifar10", "val", tmp_path)
-    assert (len(train), len(val), num_classes) == (20, 4, 10)
-    image, target, _ = train[Draw(5, 0, 0)]
-    assert (image.size, image.mode, target) == ((32, 32), "RGB", 1)
+def publish_cifar10(monkeypatch, site, url, original):
+    write_cifar10(monkeypatch, original)
+    checksum = archive(original / CIFAR10.base_folder, site / "cifar-10-python.tar.gz", original)
+    monkeypatch.setattr(CIFAR10, "url", f"{url}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", checksum)
 
 
-def test_cifar100_takes_the_fine_labels(monkeypatch, tmp_path):
-    meta = {"filename": "meta", "key": "fine_label_names", "classes": 100}
-    write_cifar(monkeypatch, CIFAR100, tmp_path, ["train", "test"], "fine_labels", meta)
-    val, num_classes = build_dataset("CIFAR", "val", tmp_path)
-    assert (len(val), num_classes, val[Draw(2, 0, 0)][1]) == (4, 100, 2)
+def publish_flowers(monkeypatch, site, url, original):
+    write_flowers(monkeypatch, original)
+    folder = original / "flowers-102"
+    checksum = archive(folder / "jpg", site / "102flowers.tgz", folder)
+    for name in ("imagelabels.mat", "setid.mat"):
+        shutil.copy(folder / name, site)
+    monkeypatch.setattr(Flowers102, "_download_url_prefix", f"{url}/")
+    monkeypatch.setattr(Flowers102, "_file_dict", Flowers102._file_dict | {"image": ("102flowers.tgz", checksum)})
 
 
-def test_missing_or_damaged_cifar_files_are_named(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r"cifar-100-python: files missing or damaged; extract cifar-100-python.tar.gz"):
-        build_dataset("cifar100", "train", tmp_path)
-    write_cifar10(monkeypatch, tmp_path)
-    truncate(tmp_path / "cifar-10-batches-py" / "data_batch_3")
-    with pytest.raises(UserError, match=r"cifar-10-batches-py: files missing or damaged"):
-        build_dataset("cifar10", "train", tmp_path)
+def publish_pets(monkeypatch, site, url, original):
+    folder = write_pets(original) / "oxford-iiit-pet"
+    resources = [
+        (f"{url}/{name}.tar.gz", archive(folder / name, site / f"{name}.tar.gz", folder))
+        for name in ("images", "annotations")
+    ]
+    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", resources)
+
+
+PUBLISHED = {"cifar10": publish_cifar10, "flowers": publish_flowers, "pets": publish_pets}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_download_fetches_a_set_once(name, site, tmp_path, monkeypatch):
+    original, target = tmp_path / "original", tmp_path / "new" / "data"
+    original.mkdir()
+    PUBLISHED[name](monkeypatch, *site, original)
+    args = run_args(name, target, download=True)
+    train, num_classes = build_split(args, "train", ALONE)
+    expected, _ = build_dataset(name, "train", original)
+    assert num_classes == DATASETS[name].num_classes
+    assert [target for _, target in train.base] == [target for _, target in expected.base]
+    assert train.base[1][0].tobytes() == expected.base[1][0].tobytes()
+    shutil.rmtree(site[0])  # what is there is not fetched again
+    build_split(args, "val", ALONE)
+
+
+def test_a_download_that_fails_is_one_line(site, tmp_path, monkeypatch):
+    original = tmp_path / "original"
+    original.mkdir()
+    publish_cifar10(monkeypatch, *site, original)
+    args = run_args("cifar10", tmp_path / "data", download=True)
+    truncate(site[0] / "cifar-10-python.tar.gz")
+    with pytest.raises(
+        UserError, match=r"--download cifar10 to .*corrupted.*bring cifar-10-batches-py/ there"
+    ) as error:
+        build_split(args, "train", ALONE)
+    assert "\n" not in str(error.value)
+    (site[0] / "cifar-10-python.tar.gz").unlink()
+    with pytest.raises(UserError, match=r"--download cifar10 to .*HTTP Error 404"):
+        build_split(args, "train", ALONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("cars", "github.com/pytorch/vision/issues/7545"), ("clipart", "ai.bu.edu"), ("imagenet", "image-net.org")],
+)
+def test_a_set_that_cannot_be_fetched_says_where_it_is(name, source, tmp_path):
+    with pytest.raises(UserError, match=f"--download: {name} cannot be fetched; get it from .*{source}"):
+        build_split(run_args(name, tmp_path, download=True), "train", ALONE)
+
+
+def test_a_download_needs_a_place():
+    with pytest.raises(UserError, match="--download needs --data-path"):
+        build_split(run_args("pets", None, download=True), "train", ALONE)
+
+
+def test_every_set_can_be_fetched_or_has_a_source():
+    assert all(bool(entry.download) != bool(entry.source) for entry in DATASETS.values())
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "turns"),
+    [(0, 0, ["fetch", "wait", "fetch", "wait"]), (1, 1, ["wait", "wait"]), (8, 0, ["wait", "fetch", "wait"])],
+)
+def test_one_process_a_machine_downloads_and_the_others_wait(rank, local_rank, turns, tmp_path, monkeypatch):
+    done = []
+    entry = dataclasses.replace(DATASETS["pets"], download=lambda path: done.append("fetch"))
+    monkeypatch.setitem(DATASETS, "pets", entry)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: done.append("wait"))
+    download("pets", tmp_path, Processes(rank, 16, torch.device("cpu"), local_rank))
+    assert done == turns
+
+
+# ------------------------------------------------------------------------------------------- subsets
+
+
+def test_the_training_split_alone_is_sampled(folder):
+    args = run_args("folder", folder, sampling_ratio=0.5)
+    with log_messages() as messages:
+        train, num_classes = build_split(args, "train", ALONE)
+        val, _ = build_split(args, "val", ALONE)
+    assert messages == ["INFO: --sampling-ratio 0.5: 3 of 6 training images"]
+    assert (len(train), train.base.targets, num_classes, len(val)) == (3, [0, 1, 2], 3, 6)
+    whole, _ = build_split(run_args("folder", folder), "train", ALONE)
+    assert len(whole) == 6
+
+
+def chosen(**changed):
+    return list(build_split(run_args("digits", None, sampling_ratio=0.25, **changed), "train", ALONE)[0].base.names)
+
+
+def test_the_choice_depends_on_its_own_seed_alone():
+    assert chosen() == chosen(seed=5)
+    assert len(set(chosen()) & set(chosen(sampling_seed=1))) < 0.5 * len(chosen())
+
+
+def test_the_choice_is_saved_by_name(folder, tmp_path):
+    args = run_args("folder", folder, sampling_ratio=0.5, sampling_seed=3)
+    train, _ = build_split(args, "train", ALONE)
+    save_subset(train, args, tmp_path / "subset.json")
+    saved = json.loads((tmp_path / "subset.json").read_text())
+    assert (saved["sampling_ratio"], saved["sampling_seed"]) == (0.5, 3)
+    assert [name[:10] for name in saved["images"]] == ["train/ant/", "train/bee/", "train/cat/"]
+    for name, (image, _) in zip(saved["images"], train.base, strict=True):
+        assert image.tobytes() == Image.open(folder / name).tobytes()
+
+
+def test_no_choice_leaves_no_file(folder, tmp_path):
+    args = run_args("folder", folder)
+    save_subset(build_split(args, "train", ALONE)[0], args, tmp_path / "subset.json")
+    assert not (tmp_path / "subset.json").exists()
 
 
 # --------------------------------------------------------------------------------- unreadable images
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".ppm", ".tif", ".webp"])
-@pytest.mark.parametrize("keep", [0, 0.3, 0.95])
-def test_a_truncated_image_is_noticed_and_named(tmp_path, suffix, keep):
-    path = tmp_path / f"broken{suffix}"
-    picture(size=(200, 150)).save(path)
-    assert read_image(path).size == (200, 150)
-    truncate(path, keep)
-    with pytest.raises(UnreadableImage, match=rf"broken\{suffix}.*--skip-unreadable") as error:
-        read_image(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_no_image_or_is_gone_is_named(tmp_path):
-    (tmp_path / "text.jpg").write_text("no image")
-    for name in ("text.jpg", "gone.jpg"):
-        with pytest.raises(UnreadableImage, match=name):
-            read_image(tmp_path / name)
 
 
 def loading_error(loader):
@@ -335,7 +369,7 @@ def test_an_unreadable_image_stops_the_loader_with_one_line(folder, num_workers)
 
 
 def test_a_strange_file_name_stays_on_one_line(folder):
-    strange = folder / "train" / "bee" / "datasets.UnreadableImage: a\nb.jpg"
+    strange = folder / "train" / "bee" / "readers.UnreadableImage: a\nb.jpg"
     strange.write_text("no image")
     dataset, _ = build_dataset("folder", "train", folder, build_transform(False, transform_args()))
     message = loading_error(build_loader(dataset, EvalSampler(len(dataset)), 2, num_workers=1))
@@ -376,7 +410,7 @@ def test_too_many_unreadable_images_in_a_row_stop_the_run(tmp_path):
 def test_any_kind_of_image_becomes_a_square_tensor(tmp_path, mode, size, input_size):
     path = tmp_path / {"CMYK": "image.jpg"}.get(mode, "image.png")
     picture(size=size, mode=mode).save(path)
-    image = read_image(path)
+    image, _ = ImageFiles(tmp_path, [path.name], [0], ["a"])[0]
     assert image.mode == "RGB"
     for train in (True, False):
         tensor = build_transform(train, transform_args(input_size=input_size))(image)

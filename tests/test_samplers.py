@@ -1,9 +1,12 @@
 """The order of training and evaluation over updates, micro-batches, processes and resumed runs."""
 
+import itertools
+
+import numpy as np
 import pytest
 from torch.utils.data import BatchSampler
 
-from samplers import EvalSampler, TrainSampler, seed_sequence
+from samplers import EvalSampler, TrainSampler, class_subset, seed_sequence
 
 TOTAL_BATCH = 8
 SPLITS = [
@@ -124,3 +127,39 @@ def test_purposes_and_numbers_have_seeds_of_their_own():
         for key in [("order", 1, 2), ("order", 2, 1), ("augmentation", 1, 2, 0), ("augmentation", 1, 2, 1)]
     ]
     assert len({tuple(seed.generate_state(4)) for seed in seeds}) == 4
+
+
+# Classes of 1, 5, 40 and 101 images in a mixed order.
+TARGETS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 7], [1, 5, 40, 101])).tolist()
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 0.25, 0.5, 0.75, 1.0])
+def test_a_subset_holds_its_share_of_every_class(ratio):
+    subset = class_subset(TARGETS, ratio, seed=0)
+    counts = np.bincount(np.array(TARGETS)[subset])
+    assert counts[[0, 1, 2, 7]].tolist() == [max(1, round(ratio * size)) for size in (1, 5, 40, 101)]
+    assert subset == sorted(set(subset))
+    assert all(type(index) is int for index in subset)
+
+
+def test_smaller_subsets_lie_inside_larger_ones():
+    subsets = [set(class_subset(TARGETS, ratio, seed=4)) for ratio in np.linspace(0.05, 1, 20)]
+    assert all(small <= large for small, large in itertools.pairwise(subsets))
+    assert subsets[-1] == set(range(len(TARGETS)))
+
+
+def test_a_subset_depends_on_its_seed_and_is_random_within_a_class():
+    quarters = [class_subset(TARGETS, 0.25, seed) for seed in (0, 0, 1)]
+    assert quarters[0] == quarters[1] != quarters[2]
+    times_chosen = sum(
+        np.isin(np.arange(len(TARGETS)), class_subset(TARGETS, 0.5, seed)).astype(int) for seed in range(200)
+    )
+    times_chosen = times_chosen[np.array(TARGETS) == 7]
+    assert times_chosen.min() > 60
+    assert times_chosen.max() < 140
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.1])
+def test_a_share_that_is_none_is_refused(ratio):
+    with pytest.raises(ValueError, match="ratio"):
+        class_subset(TARGETS, ratio, seed=0)
