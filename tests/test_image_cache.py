@@ -321,3 +321,18 @@ def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path, c
 
 def test_this_machine_has_memory():
     assert 1 << 20 < available_memory() < 1 << 50
+
+
+# ------------------------------------------------------------------------------------------ benchmark
+
+
+def test_the_benchmark_prints_a_table_of_both(folder, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import benchmark_cache
+
+    options = "--input-size 32 --batch-size 2 --num-workers 1 --repeats 1 --warmup 0"
+    benchmark_cache.main(["--data-path", str(folder), *options.split()])
+    out = capsys.readouterr().out.splitlines()
+    assert "6 images at 32 px, --aa rand-m9-mstd0.5-inc1" in out
+    assert [line.split(" | ")[0] for line in out[-2:]] == ["| files", "| memory"]
+    assert out[-2].endswith(" 1.00 |")
