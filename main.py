@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from arguments import differences, parse_arguments
 from build import banner, build_eval_loader, build_model, build_plan, build_run, choose_amp
 from checkpoints import load_weights, read_checkpoint
-from datasets import build_split
+from datasets import build_split, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, describe, epoch_record
 from utils import (
@@ -177,6 +177,7 @@ def train(args, processes: Processes) -> int:
     plan = build_plan(args, processes, train_set)
     if processes.is_main:
         prepare_output_dir(Path(args.output_dir))
+        save_subset(train_set, args, Path(args.output_dir, "subset.json"))
     with StopSignal(processes) as stop, logging_redirect_tqdm([logger]):
         run = build_run(args, plan, processes, stop, train_set)
         banner(run)

@@ -169,9 +169,22 @@ def test_cooldown_epochs_follow_at_the_lowest_rate(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_compile(data, tmp_path):
-    assert train(data, tmp_path, *ONE_EPOCH, "--compile") == 0
+@pytest.mark.parametrize("drloc_weight", ["0", "0.1"])
+def test_compile(drloc_weight, data, tmp_path):
+    assert train(data, tmp_path, *ONE_EPOCH, "--compile", "--drloc-weight", drloc_weight) == 0
     assert math.isfinite(last_record(tmp_path)["train_loss"])
+
+
+def test_a_share_of_the_images_is_trained_on_and_kept_with_the_run(data, tmp_path):
+    for name, seed in (("one", "0"), ("two", "5")):
+        assert train(data, tmp_path / name, *ONE_EPOCH, "--sampling-ratio", "0.25", "--seed", seed) == 0
+    one, two = (json.loads((tmp_path / name / "subset.json").read_text()) for name in ("one", "two"))
+    assert one == two, "the choice has a seed of its own"
+    assert len(one["images"]) == 60
+    record = last_record(tmp_path / "one")
+    assert (record["train_images"], record["test_images"]) == (60, 60)
+    assert train(data, tmp_path / "whole", *ONE_EPOCH) == 0
+    assert not (tmp_path / "whole/subset.json").exists()
 
 
 def test_digits_need_nothing_and_stay_in_the_default_folder(tmp_path, monkeypatch, capsys):
