@@ -12,8 +12,8 @@ import signal
 import tarfile
 import threading
 import traceback
+from argparse import Namespace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +33,7 @@ from image_sets import (
 from PIL import Image
 from torchvision.datasets import CIFAR10, Flowers102, OxfordIIITPet
 
+from arguments import build_parser
 from datasets import (
     DATASETS,
     MAX_REPLACEMENTS,
@@ -51,34 +52,13 @@ from utils import Processes, UserError
 
 
 def transform_args(**changed):
-    defaults = {
-        "input_size": 48,
-        "color_jitter": 0.4,
-        "aa": "rand-m9-mstd0.5-inc1",
-        "train_interpolation": "bicubic",
-        "reprob": 0.25,
-        "remode": "pixel",
-        "recount": 1,
-        "crop_pct": None,
-        "hflip": 0.5,
-        "scale": (0.08, 1.0),
-    }
-    return SimpleNamespace(**{**defaults, **changed})
+    """main.py's defaults at 48 px but for what is given."""
+    return Namespace(**{**vars(build_parser().parse_args([])), "input_size": 48, **changed})
 
 
 def run_args(data_set, data_path, **changed):
     """What the command line gives to ``build_split``."""
-    defaults = {
-        "data_set": data_set,
-        "data_path": data_path,
-        "seed": 0,
-        "skip_unreadable": False,
-        "download": False,
-        "cache_images": False,
-        "sampling_ratio": 1.0,
-        "sampling_seed": 0,
-    }
-    return transform_args(**{**defaults, **changed})
+    return transform_args(data_set=data_set, data_path=data_path, **changed)
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -470,7 +450,7 @@ def test_small_images_are_shifted_by_up_to_four_pixels_in_training():
 def difference_from_bare(**changed):
     """How many of 30 draws an option changes, with the same random crop."""
     image = picture(size=(60, 60))
-    plain, other = (build_transform(True, args) for args in (bare(), SimpleNamespace(**{**vars(bare()), **changed})))
+    plain, other = (build_transform(True, args) for args in (bare(), Namespace(**{**vars(bare()), **changed})))
     different = 0
     for number in range(30):
         results = []

@@ -5,8 +5,8 @@ import os
 import pickle
 import signal
 import socket
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from image_sets import log_messages, photograph, truncate, write_folder, write_t
 from torch.utils.data import DataLoader
 
 import image_cache
+from arguments import build_parser
 from datasets import build_loader, build_split
 from image_cache import CachedImages, available_memory, cache_images
 from readers import SubsetOf, UnreadableImage, read_folder
@@ -25,27 +26,11 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def run_args(data_path, **changed):
-    defaults = {
-        "data_set": "folder",
-        "data_path": data_path,
-        "seed": 3,
-        "skip_unreadable": False,
-        "download": False,
-        "cache_images": False,
-        "sampling_ratio": 1.0,
-        "sampling_seed": 0,
-        "input_size": 40,
-        "color_jitter": 0.4,
-        "aa": "rand-m9-mstd0.5-inc1",
-        "train_interpolation": "bicubic",
-        "reprob": 0.25,
-        "remode": "pixel",
-        "recount": 1,
-        "crop_pct": None,
-        "hflip": 0.5,
-        "scale": (0.08, 1.0),
-    }
-    return SimpleNamespace(**{**defaults, **changed})
+    """main.py's defaults but for what is given."""
+    defaults = vars(build_parser().parse_args([]))
+    return Namespace(
+        **{**defaults, "data_set": "folder", "data_path": data_path, "seed": 3, "input_size": 40, **changed}
+    )
 
 
 @pytest.fixture
