@@ -16,7 +16,7 @@ import timm
 from timm.utils import ParseKwargs
 
 import models_sar  # noqa: F401 - registers the models
-from checkpoints import last_block_of, read_checkpoint
+from checkpoints import last_block_of
 from datasets import DATASETS, canonical_name
 from losses import SAR_LOSSES, SAR_SCHEDULES
 from utils import UserError
@@ -357,7 +357,8 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
 def _saved_defaults(saved) -> dict:
     if not isinstance(saved, dict) or "sar_weight" not in saved:
         return {}
-    return {name: value for name, value in saved.items() if name not in NOT_MATHEMATICAL - {"data_path"}}
+    of_that_run = NOT_MATHEMATICAL - {"data_path"} | {"finetune", "checkpoint_key"}
+    return {name: value for name, value in saved.items() if name not in of_that_run}
 
 
 def _context_defaults(args) -> dict:
@@ -366,7 +367,7 @@ def _context_defaults(args) -> dict:
     regularised = args.model.endswith("_sar")
     last_block = "sar" if regularised else "standard"
     if Path(args.finetune).is_file():  # fine-tuning keeps the pre-training's architecture (appendix E.4)
-        last_block = last_block_of(read_checkpoint(args.finetune)) or last_block
+        last_block = last_block_of(args.finetune, args.checkpoint_key) or last_block
     return {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
@@ -399,7 +400,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--report ema needs --model-ema")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
-        if path and not Path(path).exists():
+        if path and not args.eval and not Path(path).exists():
             raise UserError(f"--{option} {path}: no such file")
 
 
@@ -408,6 +409,8 @@ def differences(args: argparse.Namespace, saved: dict) -> list[str]:
     mine = vars(args)
     saved = vars(build_parser().parse_args([])) | saved  # an option younger than the checkpoint was at its default
     names = sorted((mine.keys() | saved.keys()) - NOT_MATHEMATICAL)
+    if os.path.realpath(saved["finetune"]) == os.path.realpath(args.finetune):
+        names.remove("finetune")  # the same file, in other words
     return [
         f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {mine.get(name)} now"
         for name in names

@@ -13,6 +13,7 @@ from arguments import brought_defaults
 from datasets import DATASETS, build_loader
 from drloc import Localiser, Trainee
 from engine import Plan, Run
+from losses import DRLOC_WARMUP_EPOCHS
 from samplers import EvalSampler, TrainSampler
 from utils import Processes, StopSignal, UserError, logger
 
@@ -30,18 +31,6 @@ def build_plan(args, processes: Processes, train_set) -> Plan:
         UserError: a total batch that these processes cannot make up, or that the data cannot fill.
     """
     num_images = len(train_set)
-    at_once = args.batch_size * processes.world_size
-    if args.total_batch % at_once:
-        fitting = [
-            size
-            for size in range(2, args.total_batch // processes.world_size + 1, 2)
-            if args.total_batch % (size * processes.world_size) == 0
-        ]
-        raise UserError(
-            f"--batch-size {args.batch_size} x {processes.world_size} processes does not divide "
-            f"--total-batch {args.total_batch}; batch sizes that do: "
-            f"{', '.join(map(str, fitting[-6:])) or 'none'}; or give --total-batch {at_once}"
-        )
     if num_images < args.total_batch:
         raise UserError(
             f"{num_images} training images are fewer than one --total-batch of {args.total_batch}; "
@@ -50,7 +39,7 @@ def build_plan(args, processes: Processes, train_set) -> Plan:
     dtype, reason = choose_amp(args.amp, processes.device)
     return Plan(
         total_batch=args.total_batch,
-        accumulation=args.total_batch // at_once,
+        accumulation=accumulation(args, processes.world_size),
         updates_per_epoch=num_images // args.total_batch,
         epochs=args.epochs + args.cooldown_epochs,
         lr=args.lr if args.unscale_lr else args.lr * args.total_batch / 512,
@@ -58,6 +47,24 @@ def build_plan(args, processes: Processes, train_set) -> Plan:
         classes=list(train_set.classes),
         amp_dtype=dtype,
         amp_reason=reason,
+    )
+
+
+def accumulation(args, world_size: int) -> int:
+    """Micro-steps of an update on so many processes.
+
+    Raises:
+        UserError: the total batch cannot be made up so; names the batch sizes that can.
+    """
+    at_once = args.batch_size * world_size
+    if args.total_batch % at_once == 0:
+        return args.total_batch // at_once
+    share = args.total_batch // world_size if args.total_batch % world_size == 0 else 0
+    fitting = [size for size in range(2, share + 1, 2) if share % size == 0]
+    raise UserError(
+        f"--batch-size {args.batch_size} x {world_size} processes does not divide "
+        f"--total-batch {args.total_batch}; batch sizes that do: "
+        f"{', '.join(map(str, fitting[-6:])) or 'none'}; or give --total-batch {at_once}"
     )
 
 
@@ -221,4 +228,8 @@ def banner(run: Run) -> None:
     if args.warmup_epochs >= plan.epochs:
         logger.warning(
             f"--warmup-epochs {args.warmup_epochs} never end in {plan.epochs} epochs: lr stays below {plan.lr:g}"
+        )
+    if args.drloc_weight and plan.epochs <= DRLOC_WARMUP_EPOCHS:
+        logger.warning(
+            f"--drloc-weight {args.drloc_weight:g} is its weight at epoch {DRLOC_WARMUP_EPOCHS}, of {plan.epochs} here"
         )

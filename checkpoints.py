@@ -6,6 +6,7 @@ dicts), `load_weights` (into a model: another head or grid is adapted and said, 
 
 import argparse
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,11 +34,15 @@ _SAFE_GLOBALS = [
 ]
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
     """Everything a checkpoint file holds, on the CPU; no code stored in the file is ever run.
 
     ``*.safetensors`` are read as such, every other file by ``torch.load(weights_only=True)`` with an allow-
     list for what DeiT-era files pickle (an ``argparse.Namespace``, NumPy numbers).
+
+    Args:
+        lazily: leave the weights on disk until they are used, where the format allows it: for a look at names
+            and arguments. They must not outlive the file.
 
     Raises:
         UserError: the file is missing, a folder, truncated, no checkpoint, or one that wants to run code.
@@ -49,7 +54,8 @@ def read_checkpoint(path: str | Path) -> dict:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            on_disk = lazily and zipfile.is_zipfile(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # a damaged file can trip the readers anywhere
@@ -108,16 +114,20 @@ def _is_state_dict(value) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
 
 
-def last_block_of(checkpoint: Mapping) -> str | None:
+def last_block_of(path: str | Path, key: str | None = None) -> str | None:
     """The kind of last block that a ViT checkpoint's weights were trained with (`models_sar.LAST_BLOCKS`).
 
     This program's checkpoints say it. Of other files only the second LayerNorm is seen: with it the block is
     taken for ``standard``, without it for ``sar`` (the released code's `nosn`). None: no ViT's weights.
+
+    Args:
+        path, key: see `read_checkpoint`, `select_weights`, also for errors.
     """
+    checkpoint = read_checkpoint(path, lazily=True)
     args = checkpoint.get("args")
     if isinstance(args, Mapping) and "last_block" in args:
         return args["last_block"]
-    state, _ = select_weights(checkpoint)
+    state, _ = select_weights(checkpoint, key)
     blocks = {int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)}
     if not blocks:
         return None
@@ -214,7 +224,9 @@ def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model:
         last_norms = {k.rpartition(".")[0] for k in keys if ".norm2." in k}
         if len(last_norms) == 1 and hasattr(model, "last_block"):
             return f". The checkpoint's last block is of the {kind!r} kind: give --last-block {kind}"
-    if any(k.startswith("pos_embed ") for k in reshaped):
+    if "dist_token" in unexpected:
+        return ". They are a distilled DeiT's, which has no twin here: take the model without distillation"
+    if [k.partition(" ")[0] for k in reshaped] == ["pos_embed"]:
         return ". Only a square grid is resampled: build the model with the checkpoint's image and patch size"
     return ""
 

@@ -225,6 +225,8 @@ def _pair_draws(run: Run, micro: int) -> torch.Tensor | None:
     draws = generator.random((run.plan.total_batch, PAIRS, 2, 2), dtype=np.float32)
     start = (micro * run.processes.world_size + run.processes.rank) * run.args.batch_size
     mine = torch.from_numpy(draws[start : start + run.args.batch_size])
+    if run.processes.device.type == "cuda":
+        mine = mine.pin_memory()  # a copy from other memory would wait
     return mine.to(run.processes.device, non_blocking=True)
 
 

@@ -69,10 +69,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def snapshot(run: Run) -> dict:
     """Everything a run needs to go on, as tensors and plain values (no random state: there is none)."""
+    beside = {name: localiser.state_dict() for name, localiser in localisers(run).items()}
     return {
         "model": run.model.state_dict(),
         "ema": run.ema.module.model.state_dict() if run.ema else None,
-        "localiser": {name: localiser.state_dict() for name, localiser in localisers(run).items()},
+        **({"localiser": beside} if beside else {}),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -177,11 +178,12 @@ def train(args, processes: Processes) -> int:
     plan = build_plan(args, processes, train_set)
     if processes.is_main:
         prepare_output_dir(Path(args.output_dir))
-        save_subset(train_set, args, Path(args.output_dir, "subset.json"))
     with StopSignal(processes) as stop, logging_redirect_tqdm([logger]):
         run = build_run(args, plan, processes, stop, train_set)
         banner(run)
         begin(run)
+        if processes.is_main:
+            save_subset(train_set, args, Path(args.output_dir, "subset.json"))
         return train_epochs(run, build_eval_loader(args, processes, val_set))
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from arguments import build_parser, differences, parse_arguments
 from utils import UserError
@@ -136,6 +137,35 @@ def test_differences_leave_out_what_does_not_change_the_mathematics():
     args = parse_arguments(["--epochs", "3"])
     saved = {**vars(args), "num_workers": 99, "batch_size": 2, "output_dir": "elsewhere", "lr": 1.0}
     assert differences(args, saved) == [f"--lr: 1.0 in the checkpoint, {args.lr} now"]
+
+
+def test_weights_may_be_named_in_other_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.zeros(1)}, "weights.pth")
+    args = parse_arguments(["--finetune", "weights.pth"])
+    assert differences(args, {**vars(args), "finetune": str(tmp_path / "weights.pth")}) == []
+    assert differences(args, {**vars(args), "finetune": "others.pth"}) == [
+        "--finetune: others.pth in the checkpoint, weights.pth now"
+    ]
+
+
+def test_an_option_younger_than_the_checkpoint_was_at_its_default():
+    args = parse_arguments(["--epochs", "3"])
+    saved = {name: value for name, value in vars(args).items() if name != "drloc_weight"}
+    assert differences(args, saved) == []
+    args.drloc_weight = 0.1
+    assert differences(args, saved) == ["--drloc-weight: 0.0 in the checkpoint, 0.1 now"]
+
+
+def test_argument_files_may_begin_with_others(tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "base.args").write_text("# a base\n--epochs 7 --lr 1e-3\n")
+    (tmp_path / "inside/variant.args").write_text("@../base.args  # seen from here\n--epochs 9\n")
+    args = parse_arguments([f"@{tmp_path / 'inside/variant.args'}", "--seed", "1"])
+    assert (args.epochs, args.lr, args.seed) == (9, 1e-3, 1)
+    (tmp_path / "base.args").write_text("@inside/variant.args\n")
+    with pytest.raises(UserError, match="includes itself"):
+        parse_arguments([f"@{tmp_path / 'base.args'}"])
 
 
 def test_help_shows_every_option_once_with_its_group(capsys):

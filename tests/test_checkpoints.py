@@ -11,7 +11,7 @@ import timm
 import torch
 
 import models_sar  # noqa: F401 - registers the models
-from checkpoints import load_weights, read_checkpoint, select_weights
+from checkpoints import last_block_of, load_weights, read_checkpoint, select_weights
 from utils import UserError
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
@@ -255,6 +255,33 @@ def test_a_standard_checkpoint_in_a_sar_model_and_the_reverse(state):
     with pytest.raises(UserError, match=r"missing: blocks.1.norm2.weight, .* --last-block sar$"):
         load_weights(make(), sar)
     assert load_weights(make(last_block="sar"), sar) == []
+
+
+def test_a_distilled_deit_is_told_by_name(state):
+    distilled = state | {"dist_token": torch.zeros(1, 1, 24), "pos_embed": torch.zeros(1, 18, 24)}
+    with pytest.raises(UserError, match=r"take the model without distillation$"):
+        load_weights(make(), distilled)
+
+
+def test_another_width_is_no_matter_of_the_grid(state):
+    with pytest.raises(UserError, match="of another shape") as error:
+        load_weights(make(embed_dim=48), state)
+    assert "square grid" not in str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize(("name", "kind"), [("vit_tiny", "standard"), ("vit_tiny_sar", "sar")])
+def test_the_last_block_is_told_by_the_arguments_or_the_second_norm(name, kind, zipped, tmp_path):
+    path, state = tmp_path / "weights.pth", make(name).state_dict()
+
+    def kind_of(content, key=None):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        return last_block_of(path, key)
+
+    assert kind_of({"model": state}) == kind
+    assert kind_of({"model": state, "args": {"last_block": "no_skips"}}) == "no_skips"
+    assert kind_of({"teacher": {f"module.{name}": value for name, value in state.items()}}, "teacher") == kind
+    assert kind_of({"model": {"weight": torch.zeros(1)}}) is None
 
 
 def test_anything_else_is_listed_and_changes_nothing(state):

@@ -185,6 +185,8 @@ def test_a_share_of_the_images_is_trained_on_and_kept_with_the_run(data, tmp_pat
     assert (record["train_images"], record["test_images"]) == (60, 60)
     assert train(data, tmp_path / "whole", *ONE_EPOCH) == 0
     assert not (tmp_path / "whole/subset.json").exists()
+    assert train(data, tmp_path / "one", *ONE_EPOCH, "--sampling-ratio", "0.5") == 2
+    assert json.loads((tmp_path / "one/subset.json").read_text()) == one, "a refused command leaves it alone"
 
 
 def test_digits_need_nothing_and_stay_in_the_default_folder(tmp_path, monkeypatch, capsys):
@@ -260,6 +262,26 @@ def test_finetune_keeps_the_last_block_of_the_weights(trained, data, tmp_path):
     assert train(data, tmp_path / "out", *options, *ONE_EPOCH) == 0
     saved = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)
     assert "blocks.1.norm2.weight" not in saved["model"]
+
+
+def test_a_finetuned_checkpoint_needs_its_pretraining_no_more(trained, data, tmp_path, capsys):
+    pretrained = tmp_path / "pretrained.pth"
+    pretrained.write_bytes((trained / "checkpoint.pth").read_bytes())
+    options = ("--finetune", str(pretrained), "--checkpoint-key", "ema", "--no-model-ema", *ONE_EPOCH)
+    assert train(data, tmp_path / "out", *options) == 0
+    pretrained.unlink()
+    assert main.main(["--eval", "--resume", str(tmp_path / "out/best.pth"), "--num-workers", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == records.describe(last_record(tmp_path / "out"), "test_")
+
+
+def test_finetune_follows_the_weights_that_are_named(trained, tmp_path):
+    """As in DINO's files: nothing but the named entry says what the block is."""
+    weights = torch.load(trained / "best.pth", weights_only=True)["model"]
+    torch.save({"teacher": weights, "student": weights}, tmp_path / "dino.pth")
+    words = ["--finetune", str(tmp_path / "dino.pth"), "--model", "vit_tiny", "--data-path", "x"]
+    assert parse_arguments([*words, "--checkpoint-key", "teacher"]).last_block == "sar"
+    with pytest.raises(utils.UserError, match="teacher, student"):
+        parse_arguments(words)
 
 
 def test_finetune_of_another_last_block_on_demand_is_refused_with_the_mend(trained, data, tmp_path, capsys):
