@@ -10,7 +10,7 @@ import os
 import random
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,6 @@ from readers import (
     FOLDER_LAYOUT,
     PETS_LAYOUT,
     TAR_LAYOUT,
-    ArrayImages,
     LabelledImages,
     SubsetOf,
     UnreadableImage,
@@ -71,7 +70,7 @@ class DataSet:
         cleaned_images: how many it has by DomainNet's later, cleaned lists.
         folder: where it lies below a common root of all sets, torchvision's own folders left out.
         download: fetches and checks it, given the data path; None: nothing can.
-        source: where to get it by hand.
+        source: where to get it by hand; empty: ``download`` does it, or the images are the user's own.
     """
 
     read: Callable[[Path | None, str], LabelledImages]
@@ -136,8 +135,8 @@ DATASETS: dict[str, DataSet] = {
         images={"train": 1_437, "val": 360},
         source="scikit-learn, which is installed",
     ),
-    "folder": DataSet(read_folder, "your own images", FOLDER_LAYOUT, source="yourself"),
-    "tar": DataSet(read_tar, "your own images in few large files", TAR_LAYOUT, source="yourself"),
+    "folder": DataSet(read_folder, "your own images", FOLDER_LAYOUT),
+    "tar": DataSet(read_tar, "your own images in few large files", TAR_LAYOUT),
     "imagenet": DataSet(
         read_folder,
         "ImageNet-1k (ILSVRC-2012)",
@@ -260,29 +259,46 @@ def build_split(args: Any, split: str, processes: Processes) -> tuple["Augmented
     """One split of the run's data set with its transform, and the number of classes; called by all processes.
 
     With ``--download`` it is fetched before; with ``--sampling-ratio`` the training split is a
-    :func:`samplers.class_subset`; with ``--cache-images`` its images are decoded now, once a machine (digits
-    and CIFAR are in memory as they are, so nothing is done for them).
+    :func:`samplers.class_subset`. No image is decoded, with ``--cache-images`` neither: see :func:`cache_splits`.
 
     Args:
         args: the command line's.
         processes: this process among the run's.
 
     Raises:
-        UserError: see :func:`read_split`, :func:`build_transform`, :func:`download`, :func:`cache_images`.
+        UserError: see :func:`read_split`, :func:`build_transform`, :func:`download`.
     """
     transform = build_transform(split == "train", args)
     if args.download:
         download(args.data_set, args.data_path, processes)
     images = read_split(args.data_set, split, args.data_path)
-    in_memory = isinstance(images, ArrayImages)
     if processes.is_main:
         tell_counts(args.data_set, split, len(images))
     if split == "train" and args.sampling_ratio < 1:
         whole, images = images, SubsetOf(images, class_subset(images.targets, args.sampling_ratio, args.sampling_seed))
         logger.info(f"--sampling-ratio {args.sampling_ratio:g}: {len(images):,} of {len(whole):,} training images")
-    if args.cache_images and not in_memory:
-        images = cache_images(images, processes, args.skip_unreadable)
     return AugmentedDataset(images, transform, args.seed, args.skip_unreadable), len(images.classes)
+
+
+def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None:
+    """Decode the splits' images into memory, once a machine, and let the splits take them from there.
+
+    Called by all processes, when all else is checked. Each split's ``base`` is replaced in place: a loader of it
+    that is built already takes part, as workers start at its first iteration. Digits and CIFAR are in memory as they
+    are and stay so.
+
+    Args:
+        splits: of one run.
+
+    Raises:
+        UserError, UnreadableImage: see :func:`image_cache.cache_images`; nothing is replaced then.
+    """
+    on_disk = [split for split in splits if not split.base.in_memory]
+    if on_disk:
+        skip_unreadable = all(split.skip_unreadable for split in on_disk)
+        cached = cache_images([split.base for split in on_disk], processes, skip_unreadable)
+        for split, images in zip(on_disk, cached, strict=True):
+            split.base = images
 
 
 def save_subset(dataset: "AugmentedDataset", args: Any, path: Path) -> None:
@@ -317,14 +333,18 @@ def download(name: str, data_path: str | Path | None, processes: Processes) -> N
     """
     name = canonical_name(name)
     entry = DATASETS[name]
+    if entry.download is None and not entry.source:
+        raise UserError(f"--download: {name} is {entry.about}, so nothing can be fetched; leave --download out")
     if entry.download is None:
         raise UserError(f"--download: {name} cannot be fetched; get it from {entry.source}, and leave --download out")
     if data_path is None:
         raise UserError(f"--download needs --data-path, the folder to put {name} in")
+    data_path = Path(data_path).expanduser()
     for my_turn in (processes.is_main, processes.local_rank == 0):
         if my_turn:
             try:
-                entry.download(Path(data_path).expanduser())
+                with _no_empty_folders_left(data_path):
+                    entry.download(data_path)
             except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
                 reason = " ".join(str(error).split())
                 raise UserError(
@@ -332,6 +352,24 @@ def download(name: str, data_path: str | Path | None, processes: Processes) -> N
                 ) from error
         if processes.world_size > 1:
             dist.barrier()
+
+
+@contextmanager
+def _no_empty_folders_left(data_path: Path) -> Iterator[None]:
+    """When the block fails, take away the empty folders that it made: this one, those in it and those above it."""
+
+    def folders() -> list[Path]:
+        return [path for path in (*data_path.glob("*"), data_path, *data_path.parents) if path.is_dir()]
+
+    before = folders()
+    try:
+        yield
+    except BaseException:
+        for folder in folders():
+            if folder not in before:
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
+        raise
 
 
 # ------------------------------------------------------------------------- augmentation and loading

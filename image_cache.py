@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,25 +27,28 @@ USABLE = 0.9  # share of the available memory that images may take; training nee
 NOT_HELD = -1  # offset of an image that is not in memory
 
 
-def cache_images(images: EncodedImages | SubsetOf, processes: Processes, skip_unreadable: bool) -> "CachedImages":
-    """Decode all images into memory that every process of the run on this machine shares.
+def cache_images(
+    sets: list[EncodedImages | SubsetOf], processes: Processes, skip_unreadable: bool
+) -> list["CachedImages"]:
+    """Decode the images of all sets into memory that every process of the run on this machine shares.
 
-    Called by all ranks; the lowest of each machine decodes, with as many workers as it has cores.
+    Called by all ranks; the lowest of each machine decodes, with as many workers as it has cores, when it has found
+    that all sets fit.
 
     Args:
         skip_unreadable: leave images that cannot be decoded on disk, so that access raises as without a cache.
 
     Raises:
-        UserError: no Linux, or more images than memory.
+        UserError: no Linux, or more images than memory; before any is decoded.
         UnreadableImage: an image that cannot be decoded, without ``skip_unreadable``.
     """
     if not hasattr(os, "memfd_create"):
         raise UserError("--cache-images needs Linux; leave it out")
     machines = _gather(_machine(), processes)
     decoder = machines.index(machines[processes.rank])
-    memory = _decode_all(images, skip_unreadable) if processes.rank == decoder else None
-    paths = _gather(memory and f"/proc/{os.getpid()}/fd/{memory.fileno()}", processes)
-    cached = CachedImages(images, paths[decoder], memory)
+    memories = _decode_all(sets, skip_unreadable) if processes.rank == decoder else [None] * len(sets)
+    paths = _gather([memory and f"/proc/{os.getpid()}/fd/{memory.fileno()}" for memory in memories], processes)
+    cached = [CachedImages(*each) for each in zip(sets, paths[decoder], memories, strict=True)]
     if processes.world_size > 1:
         dist.barrier()  # nobody leaves, and takes the memory with it, before all hold it
     return cached
@@ -61,6 +64,8 @@ class CachedImages(LabelledImages):
         path: the memory file, as any process of this machine can open it.
         memory: the file itself in the process that made it; it keeps the path valid.
     """
+
+    in_memory = True
 
     def __init__(self, images: LabelledImages, path: str, memory: Any = None):
         super().__init__(images.names, images.targets, images.classes)
@@ -98,14 +103,30 @@ def _table_of(memory: np.ndarray, count: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------- decoding
 
 
-def _decode_all(images: EncodedImages | SubsetOf, skip_unreadable: bool):
-    """The open memory file with table and pixels of all images."""
-    began = time.monotonic()
+def _decode_all(sets: list[EncodedImages | SubsetOf], skip_unreadable: bool) -> list[BinaryIO]:
+    """The open memory file of each set."""
+    sizes = [_sizes(images, skip_unreadable) for images in sets]
+    _check_memory(sum(int(_ends(of_set)[-1]) for of_set in sizes))
+    return [_decode(images, of_set, skip_unreadable) for images, of_set in zip(sets, sizes, strict=True)]
+
+
+def _sizes(images: EncodedImages | SubsetOf, skip_unreadable: bool) -> np.ndarray:
+    """Width and height in pixels, int64 ``(N, 2)``; of an unreadable image 0."""
     sizes = np.zeros((len(images), 2), np.int64)
     for index, size in _for_each(images.size, len(images), "image sizes"):
         sizes[index] = _unless_unreadable(size, skip_unreadable) or (0, 0)
-    ends = 24 * len(images) + 3 * sizes.prod(axis=1).cumsum()
-    _check_memory(int(ends[-1]))
+    return sizes
+
+
+def _ends(sizes: np.ndarray) -> np.ndarray:
+    """Offset after each image in the memory file, ``(N,)``; the last is the file's bytes."""
+    return 24 * len(sizes) + 3 * sizes.prod(axis=1).cumsum()
+
+
+def _decode(images: EncodedImages | SubsetOf, sizes: np.ndarray, skip_unreadable: bool) -> BinaryIO:
+    """The open memory file with table and pixels of all images."""
+    began = time.monotonic()
+    ends = _ends(sizes)
     memory = open(os.memfd_create("decoded images"), "r+b")  # noqa: SIM115 - open as long as the set lives
     os.truncate(memory.fileno(), int(ends[-1]))
     shared = np.frombuffer(mmap.mmap(memory.fileno(), 0), np.uint8)

@@ -57,8 +57,10 @@ class LabelledImages(Dataset):
     """A set of (RGB image, label).
 
     ``names[i]`` says which image of the published files ``i`` is, ``targets[i]`` is its label: a position in
-    ``classes``.
+    ``classes``. ``in_memory``: access decodes nothing.
     """
+
+    in_memory = False
 
     def __init__(self, names: Sequence, targets: list[int], classes: list[str]):
         self.names = names
@@ -71,6 +73,8 @@ class LabelledImages(Dataset):
 
 class ArrayImages(LabelledImages):
     """Images in memory, uint8 ``(N, h, w)`` grey or ``(N, h, w, 3)``; their names are their numbers."""
+
+    in_memory = True
 
     def __init__(self, images: np.ndarray, targets: list[int], classes: list[str]):
         super().__init__(range(len(targets)), targets, classes)
@@ -156,6 +160,7 @@ class SubsetOf(LabelledImages):
         super().__init__(
             [images.names[index] for index in indices], [images.targets[index] for index in indices], images.classes
         )
+        self.in_memory = images.in_memory
         self._images = images
         self._indices = indices
 
@@ -256,7 +261,7 @@ def read_tar(data_path: Path, split: str) -> TarImages:
     end at every start, unless timm's index lies beside them: :func:`write_tar_index` makes one.
 
     Raises:
-        UserError: no tars, a damaged one, none with images, or other classes in the other split.
+        UserError: no tars, a damaged or compressed one, none with images, or other classes in the other split.
     """
     images = _scan_tars(_tar_root(data_path, split))
     if split == "train":  # an evaluation does not read the training tars for this
@@ -267,7 +272,12 @@ def read_tar(data_path: Path, split: str) -> TarImages:
 
 
 def write_tar_index(root: str) -> None:
-    """Let timm write the index of a tar file beside it, or of a folder of tars into it (``_*_tarinfos.pickle``)."""
+    """Let timm write the index of a tar file beside it, or of a folder of tars into it, anew.
+
+    The index, ``_*_tarinfos.pickle``, is a pickle. No run writes one; one that lies there is read, as long as no tar is
+    younger. So leave one there only where you made it yourself.
+    """
+    _index_of(Path(root)).unlink(missing_ok=True)  # timm would read it
     extract_tarinfos(root, cache_tarinfo=True, extensions=set(IMG_EXTENSIONS))
 
 
@@ -280,33 +290,58 @@ def _tar_root(data_path: Path, split: str) -> Path:
     raise UserError(f"{data_path}: neither {split}.tar nor {split}/*.tar; expected {TAR_LAYOUT}")
 
 
+def _index_of(root: Path) -> Path:
+    """Where timm has the index of a tar, or of a folder of tars."""
+    folder, name = (root.parent, root.stem) if root.is_file() else (root, root.name)
+    return folder / f"_{name}{CACHE_FILENAME_SUFFIX}"
+
+
 @lru_cache(maxsize=2)  # both splits' classes are compared, and both splits are read
 def _scan_tars(root: Path) -> TarImages:
-    folder, name = (root.parent, root.stem) if root.is_file() else (root, root.name)
-    has_index = (folder / f"_{name}{CACHE_FILENAME_SUFFIX}").is_file()
-    size = sum(_checked_size(tar) for tar in ([root] if root.is_file() else root.glob("*.tar")))
-    if size > LARGE_TARS and not has_index:
-        logger.info(
-            f"{root}: reading {size / 2**30:,.0f} GiB to find the images; an index makes the next start quick: "
-            f"python -c \"import readers; readers.write_tar_index('{root}')\""
-        )
+    use_index = _has_good_index(root, [root] if root.is_file() else list(root.glob("*.tar")))
     try:
         # timm would write the index by itself, from every process at once; a data folder is only read here
         samples, targets, labels, _ = extract_tarinfos(
-            str(root), cache_tarinfo=has_index, extensions=set(IMG_EXTENSIONS)
+            str(root), cache_tarinfo=use_index, extensions=set(IMG_EXTENSIONS)
         )
     except (tarfile.TarError, EOFError, ValueError, AssertionError) as error:
         raise UserError(f"{root}: damaged, or without images ({_one_line(error)}); expected {TAR_LAYOUT}") from error
     return _tar_images(root, samples, targets, sorted(labels, key=labels.get))
 
 
+def _has_good_index(root: Path, tars: list[Path]) -> bool:
+    """Whether an index lies there that is not older than a tar; says how to make one where it is missed."""
+    size = sum(_checked_size(tar) for tar in tars)
+    index = _index_of(root)
+    command = f"python -c \"import readers; readers.write_tar_index('{root}')\""
+    if index.is_file():
+        written = index.stat().st_mtime
+        younger = [tar for tar in tars if tar.stat().st_mtime > written]
+        if younger:
+            logger.warning(f"{index}: not used, as it is older than {younger[0]}; renew it by {command}")
+        return not younger
+    if size > LARGE_TARS:
+        logger.info(
+            f"{root}: reading {size / 2**30:,.0f} GiB to find the images; "
+            f"an index makes the next start quick: {command}"
+        )
+    return False
+
+
 def _checked_size(tar: Path) -> int:
     """Bytes of a tar that has its end: two empty blocks, without which a reader stops silently, too."""
     size = tar.stat().st_size
     with open(tar, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(max(0, size - 1024))
-        if file.read() != bytes(1024):
-            raise UserError(f"{tar}: not whole (a tar ends with 1,024 zero bytes); copy it again")
+        has_end = file.read() == bytes(1024)
+    if is_gzip:
+        raise UserError(
+            f"{tar}: compressed, so its images cannot be read one by one; unpack it: "
+            f"mv {tar} {tar}.gz && gunzip {tar}.gz"
+        )
+    if not has_end:
+        raise UserError(f"{tar}: not whole (a tar ends with 1,024 zero bytes); copy it again")
     return size
 
 
@@ -420,8 +455,8 @@ def read_domainnet(domain: str, data_path: Path, split: str) -> ImageFiles:
     Both lists are read, as they name the classes.
 
     Raises:
-        UserError: a list is missing or a line of it not understood, a label out of range or with two names or without
-            images, or a file that is not there.
+        UserError: a list is missing, empty or no text, a line of it not understood, a label out of range or with two
+            names or without images, or a file that is not there.
     """
     lists = {part: data_path / f"{domain}_{part}.txt" for part in ("train", "test")}
     samples = {part: _read_list(path, domain) for part, path in lists.items()}
@@ -447,8 +482,14 @@ def _read_list(path: Path, domain: str) -> list[tuple[str, int]]:
     """Lines like ``clipart/aircraft_carrier/clipart_001_000018.jpg 0``."""
     if not path.is_file():
         raise UserError(f"{path}: no such list; expected {domain_layout(domain)}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no UTF-8 text ({error}); fetch the list again") from error
+    if not lines:
+        raise UserError(f"{path}: an empty list; fetch it again")
     samples = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         name, _, label = line.rpartition(" ")
         if name.count("/") != 2 or not label.isdecimal():
             raise UserError(f"{path}, line {number}: {line!r} is not '{domain}/<class>/<file> <label>'")

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import parse_arguments
-from datasets import build_loader, build_split
+from datasets import build_loader, build_split, cache_splits
 from samplers import TrainSampler
 from utils import Processes, start_logging
 
@@ -30,7 +30,10 @@ def make_epoch(options, kind: str):
     """A function that loads one epoch of training batches and returns its number of images."""
     words = ["--data-set", options.data_set, "--data-path", options.data_path, "--aa", options.aa, *KINDS[kind]]
     args = parse_arguments([*words, "--input-size", str(options.input_size)])
-    dataset, _ = build_split(args, "train", Processes(0, 1, torch.device("cpu")))
+    alone = Processes(0, 1, torch.device("cpu"))
+    dataset, _ = build_split(args, "train", alone)
+    if args.cache_images:
+        cache_splits([dataset], alone)
     sampler = TrainSampler(len(dataset), options.batch_size)
     loader = build_loader(dataset, sampler, options.batch_size, options.num_workers)
 

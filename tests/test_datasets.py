@@ -253,6 +253,40 @@ def test_a_download_that_fails_is_one_line(site, tmp_path, monkeypatch):
         build_split(args, "train", ALONE)
 
 
+def break_checksum(site):
+    truncate(site / "imagelabels.mat")
+
+
+def break_server(site):
+    shutil.rmtree(site)
+
+
+@pytest.mark.parametrize(
+    ("existing", "damage", "left"),
+    [
+        ("", break_server, []),
+        ("new", break_server, ["new"]),
+        ("new/data/flowers-102", break_server, ["new", "new/data", "new/data/flowers-102"]),
+        ("", break_checksum, ["new", "new/data", "new/data/flowers-102", "new/data/flowers-102/jpg"]),
+    ],
+)
+def test_a_download_that_fails_leaves_no_empty_folder(site, tmp_path, monkeypatch, existing, damage, left):
+    root, original = tmp_path / "root", tmp_path / "original"
+    original.mkdir()
+    (root / existing).mkdir(parents=True)
+    publish_flowers(monkeypatch, *site, original)
+    damage(site[0])
+    with pytest.raises(UserError, match="--download flowers to"):
+        download("flowers", root / "new" / "data", ALONE)
+    assert sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_dir()) == left
+
+
+@pytest.mark.parametrize("name", ["folder", "tar"])
+def test_own_images_are_nothing_to_fetch(name, tmp_path):
+    with pytest.raises(UserError, match=f"--download: {name} is your own images.*nothing can be fetched; leave"):
+        download(name, tmp_path, ALONE)
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [("cars", "github.com/pytorch/vision/issues/7545"), ("clipart", "ai.bu.edu"), ("imagenet", "image-net.org")],
@@ -268,7 +302,9 @@ def test_a_download_needs_a_place():
 
 
 def test_every_set_can_be_fetched_or_has_a_source():
-    assert all(bool(entry.download) != bool(entry.source) for entry in DATASETS.values())
+    published = {name: entry for name, entry in DATASETS.items() if "your own" not in entry.about}
+    assert set(DATASETS) - set(published) == {"folder", "tar"}
+    assert all(bool(entry.download) != bool(entry.source) for entry in published.values())
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 import image_cache
 from arguments import build_parser
-from datasets import build_loader, build_split
+from datasets import build_loader, build_split, cache_splits
 from image_cache import CachedImages, available_memory, cache_images
-from readers import SubsetOf, UnreadableImage, read_folder
+from readers import ArrayImages, SubsetOf, UnreadableImage, read_folder
 from samplers import EvalSampler, TrainSampler
 from utils import Processes, UserError
 
@@ -42,9 +42,17 @@ def folder(tmp_path):
     return root
 
 
+def build(args, split, processes=ALONE):
+    """One split as a run has it when training begins."""
+    dataset, _ = build_split(args, split, processes)
+    if args.cache_images:
+        cache_splits([dataset], processes)
+    return dataset
+
+
 def batches(args, processes=ALONE, split="train", num_workers=0):
     """Every batch of an epoch: images, labels, replacements."""
-    dataset, _ = build_split(args, split, processes)
+    dataset = build(args, split, processes)
     if split == "train":
         sampler = TrainSampler(len(dataset), 1, rank=processes.rank, world_size=processes.world_size)
     else:
@@ -69,7 +77,7 @@ def test_batches_are_bit_identical_with_and_without_the_cache(folder, split, num
 
 
 def test_images_in_memory_need_no_file(folder):
-    dataset, _ = build_split(run_args(folder, cache_images=True), "val", ALONE)
+    dataset = build(run_args(folder, cache_images=True), "val")
     expected = [image.tobytes() for image, _ in read_folder(folder, "val")]
     for path in (folder / "val").glob("*/*"):
         path.write_bytes(b"")
@@ -86,22 +94,44 @@ def test_tars_are_cached_as_folders_are(folder, tmp_path):
 def test_only_the_chosen_images_are_cached(folder):
     with log_messages() as messages:
         args = run_args(folder, sampling_ratio=0.5, cache_images=True)
-        dataset, _ = build_split(args, "train", ALONE)
+        dataset = build(args, "train")
     assert isinstance(dataset.base, CachedImages)
     assert (len(dataset), dataset.base.targets) == (3, [0, 1, 2])
     assert any(message.startswith("INFO: 3 decoded images take") for message in messages)
     assert equal(batches(args), batches(run_args(folder, sampling_ratio=0.5)))
 
 
-def test_sets_that_are_in_memory_stay_as_they_are():
-    args = run_args(None, data_set="digits", cache_images=True)
-    dataset, _ = build_split(args, "val", ALONE)
+def test_sets_that_are_in_memory_stay_as_they_are(folder):
+    args = run_args(None, data_set="digits", sampling_ratio=0.5, cache_images=True)
+    assert isinstance(build(args, "train").base, SubsetOf)
+    assert isinstance(build(args, "val").base, ArrayImages)
+    cached = build(run_args(folder, cache_images=True), "val")
+    base = cached.base
+    cache_splits([cached], ALONE)  # once is enough
+    assert cached.base is base
+
+
+def test_building_a_split_decodes_nothing(folder):
+    """So that a command line that is refused costs no decoding."""
+    (folder / "train" / "bee" / "1.jpg").write_bytes(b"")
+    dataset, _ = build_split(run_args(folder, cache_images=True), "train", ALONE)
     assert not isinstance(dataset.base, CachedImages)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_that_was_built_before_takes_the_cached_images(folder, num_workers):
+    expected = batches(run_args(folder), split="val")
+    dataset, _ = build_split(run_args(folder), "val", ALONE)
+    loader = build_loader(dataset, EvalSampler(len(dataset), 0, 1), 2, num_workers)
+    cache_splits([dataset], ALONE)
+    for path in (folder / "val").glob("*/*"):
+        path.write_bytes(b"")
+    assert equal(list(loader), expected)
 
 
 def test_decoding_leaves_the_global_generator_alone(folder):
     before = torch.get_rng_state()
-    cache_images(read_folder(folder, "val"), ALONE, False)
+    cache_images([read_folder(folder, "val")], ALONE, False)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -122,7 +152,7 @@ def test_an_unreadable_image_is_replaced_and_counted_as_without_the_cache(folder
 def test_without_skipping_the_run_stops_before_training_and_names_the_file(folder, keep):
     truncate(folder / "train" / "bee" / "1.jpg", keep)
     with pytest.raises(UnreadableImage, match=r"train/bee/1.jpg'.*--skip-unreadable") as error:
-        build_split(run_args(folder, cache_images=True), "train", ALONE)
+        build(run_args(folder, cache_images=True), "train")
     assert "\n" not in str(error.value)
 
 
@@ -141,7 +171,7 @@ def as_rank(rank, world_size, port, folder, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     processes = Processes(rank, world_size, torch.device("cpu"), local_rank=rank)
-    dataset, _ = build_split(run_args(folder, cache_images=True), "train", processes)
+    dataset = build(run_args(folder, cache_images=True), "train", processes)
     inodes = memory_files()
     in_worker = next(iter(DataLoader(InodesOfWorker(), batch_size=None, num_workers=1)))
     own = batches(run_args(folder, cache_images=True), processes, num_workers=1)
@@ -185,7 +215,7 @@ def test_ranks_and_workers_share_one_copy(folder):
 
 
 def test_the_memory_is_shared_with_processes_that_were_not_forked(folder):
-    cached = cache_images(read_folder(folder, "val"), ALONE, False)
+    (cached,) = cache_images([read_folder(folder, "val")], ALONE, False)
     sent = pickle.loads(pickle.dumps(cached))
     assert [image.tobytes() for image, _ in sent] == [image.tobytes() for image, _ in cached]
     assert len(memory_files()) == 1
@@ -193,7 +223,7 @@ def test_the_memory_is_shared_with_processes_that_were_not_forked(folder):
 
 
 def test_nothing_can_write_into_the_shared_images(folder):
-    cached = cache_images(read_folder(folder, "val"), ALONE, False)
+    (cached,) = cache_images([read_folder(folder, "val")], ALONE, False)
     image, _ = cached[0]
     before = image.tobytes()
     image.putpixel((0, 0), (1, 2, 3))
@@ -211,7 +241,7 @@ def readable_memory_files(pid):
 
 def hold_cached(folder, ready):
     os.setsid()
-    cached = cache_images(read_folder(folder, "train"), ALONE, False)
+    cached = cache_images([read_folder(folder, "train")], ALONE, False)
     ready.put(sorted(memory_files()))
     signal.pause()
     del cached
@@ -241,20 +271,38 @@ def test_more_images_than_memory_are_refused_with_both_numbers(folder, monkeypat
     monkeypatch.setattr(image_cache, "available_memory", lambda: int(needed / 0.9) - 1)
     monkeypatch.setattr(image_cache, "GIB", 1000)
     with pytest.raises(UserError) as error:
-        cache_images(images, ALONE, False)
+        cache_images([images], ALONE, False)
     numbers = f"needs {needed / 1000:.1f} GiB for decoded images, and of the {needed / 900:.1f} GiB available"
     assert f"--cache-images {numbers}" in str(error.value)
     assert "leave it out, or use a machine with more memory" in str(error.value)
     monkeypatch.setattr(image_cache, "available_memory", lambda: int(needed / 0.9) + 1)
-    assert len(cache_images(images, ALONE, False)) == 6
+    assert [len(cached) for cached in cache_images([images], ALONE, False)] == [6]
     monkeypatch.setattr(image_cache, "available_memory", lambda: needed // 2)
-    assert len(cache_images(SubsetOf(images, [0, 3]), ALONE, False)) == 2
+    assert [len(cached) for cached in cache_images([SubsetOf(images, [0, 3])], ALONE, False)] == [2]
+
+
+def test_both_splits_must_fit_before_any_image_is_decoded(folder, monkeypatch):
+    splits = [build_split(run_args(folder), split, ALONE)[0] for split in ("train", "val")]
+    bases = [split.base for split in splits]
+    needed = [24 * 6 + sum(3 * width * height for width, height in map(base.size, range(6))) for base in bases]
+    monkeypatch.setattr(image_cache, "available_memory", lambda: int(sum(needed) / 0.9) - 1)
+    monkeypatch.setattr(image_cache, "GIB", 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_cache, "_decode", None)
+        with pytest.raises(UserError, match=f"--cache-images needs {sum(needed) / 1000:.1f} GiB"):
+            cache_splits(splits, ALONE)
+    assert [split.base for split in splits] == bases
+    monkeypatch.setattr(image_cache, "available_memory", lambda: int(sum(needed) / 0.9) + 1)
+    cache_splits(splits, ALONE)
+    for split, base in zip(splits, bases, strict=True):
+        assert isinstance(split.base, CachedImages)
+        assert [image.tobytes() for image, _ in split.base] == [image.tobytes() for image, _ in base]
 
 
 def test_the_cache_needs_linux(folder, monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(UserError, match="--cache-images needs Linux"):
-        cache_images(read_folder(folder, "train"), ALONE, False)
+        cache_images([read_folder(folder, "train")], ALONE, False)
 
 
 def write_machine(root, cgroup, groups):

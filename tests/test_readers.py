@@ -1,5 +1,6 @@
 """Every reader on a small copy of its set in the published layout, and on broken ones."""
 
+import gzip
 import os
 import pickle
 import re
@@ -249,6 +250,30 @@ def test_a_data_folder_of_tars_is_left_as_it_was_and_an_index_is_read(folder, tm
     assert indexed[3][0].tobytes() == before[3][0].tobytes()
 
 
+@pytest.mark.parametrize("layout", ["one", "classes"])
+def test_an_index_older_than_a_tar_is_not_used_and_can_be_renewed(folder, tmp_path, layout):
+    root = write_tars(folder, tmp_path / "tars", layout)
+    split, tar = (root / "val.tar",) * 2 if layout == "one" else (root / "val", root / "val" / "bee.tar")
+
+    def names_and_messages():
+        readers._scan_tars.cache_clear()
+        with log_messages() as messages:
+            return read_split("tar", "val", root).names, messages
+
+    readers.write_tar_index(str(split))
+    before, messages = names_and_messages()
+    assert (len(before), messages) == (6, [])
+    image = (folder / "val" / "bee" / "0.jpg").read_bytes()
+    write_tar(tar, {"bee/new.jpg": image})
+    os.utime(readers._index_of(split), (1e9, 1e9))
+    after, (message,) = names_and_messages()
+    assert [name for name in after if "bee/" in name] == [name for name in after if "new" in name] != []
+    assert f"_val_tarinfos.pickle: not used, as it is older than {split}" in message
+    assert f"renew it by python -c \"import readers; readers.write_tar_index('{split}')\"" in message
+    readers.write_tar_index(str(split))
+    assert names_and_messages() == (after, [])
+
+
 def test_what_is_wrong_with_tars_is_one_line(folder, tmp_path):
     assert "neither val.tar nor val/*.tar; expected train.tar" in refusal("tar", "val", folder)
     flat = tmp_path / "flat"
@@ -266,6 +291,14 @@ def test_a_truncated_tar_is_noticed(folder, tmp_path, keep):
     root = write_tars(folder, tmp_path / "tars", "classes")
     truncate(root / "val" / "cat.tar", keep)
     assert "val/cat.tar: not whole" in refusal("tar", "val", root)
+
+
+def test_a_compressed_tar_is_told_how_to_be_unpacked(folder, tmp_path):
+    tar = write_tars(folder, tmp_path / "tars", "one") / "val.tar"
+    tar.write_bytes(gzip.compress(tar.read_bytes()))
+    message = refusal("tar", "val", tar.parent)
+    assert f"{tar}: compressed" in message
+    assert message.endswith(f"unpack it: mv {tar} {tar}.gz && gunzip {tar}.gz")
 
 
 def test_tars_of_other_classes_are_refused_before_training(folder, tmp_path):
@@ -461,6 +494,15 @@ def break_names(root):
     edit_list(root, "test", lambda lines: [*lines, "clipart/class_005/clipart_005_000000.jpg 6"])
 
 
+def break_list_empty(root):
+    (root / "clipart_test.txt").write_text("")
+
+
+def break_list_bytes(root):
+    with open(root / "clipart_test.txt", "ab") as file:
+        file.write("clipart/class_004/café.jpg 4\n".encode("latin-1"))
+
+
 def break_classes(root):
     for part in ("train", "test"):
         edit_list(root, part, lambda lines: [line for line in lines if not line.endswith((" 7", " 9"))])
@@ -473,6 +515,8 @@ def break_classes(root):
             break_list,
             r"clipart_test.txt: no such list; expected clipart_train.txt, .* and clipart/<class>",
         ),
+        (break_list_empty, r"clipart_test.txt: an empty list; fetch it again"),
+        (break_list_bytes, r"clipart_test.txt: no UTF-8 text \(.*0xe9.*\); fetch the list again"),
         (break_listed_image, r"clipart_train.txt names 1 files that are not in .*clipart_002_000001.jpg first"),
         (break_class_folder, r"clipart_train.txt names 2 files that are not in"),
         (break_label, r"clipart_train.txt, line 691: label 345 is not in 0..344"),
