@@ -171,7 +171,7 @@ def _add_data(parser):
     add("--num-workers", type=_index, default=workers, help="loading processes of each training process")
     add("--skip-unreadable", action="store_true", help="replace an unreadable image by another and count it")
     add("--download", action="store_true", help="fetch the set into --data-path, where torchvision can")
-    add("--cache-images", action="store_true", help="keep decoded images in memory, one copy a machine")
+    add("--cache-images", action="store_true", help="in training, keep decoded images in memory, one copy a machine")
     add(
         "--sampling-ratio",
         type=_at_least(float, 0, 1, open_low=True),

@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from arguments import differences, parse_arguments
 from build import banner, build_eval_loader, build_model, build_plan, build_run, choose_amp
 from checkpoints import load_weights, read_checkpoint
-from datasets import build_split, save_subset
+from datasets import build_split, cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, describe, epoch_record
 from utils import (
@@ -184,6 +184,8 @@ def train(args, processes: Processes) -> int:
         begin(run)
         if processes.is_main:
             save_subset(train_set, args, Path(args.output_dir, "subset.json"))
+        if args.cache_images and run.epoch < plan.epochs:
+            cache_splits([train_set, val_set], processes)
         return train_epochs(run, build_eval_loader(args, processes, val_set))
 
 

@@ -189,6 +189,18 @@ def test_a_share_of_the_images_is_trained_on_and_kept_with_the_run(data, tmp_pat
     assert json.loads((tmp_path / "one/subset.json").read_text()) == one, "a refused command leaves it alone"
 
 
+def test_cached_images_train_the_same_weights_and_are_decoded_last(data, tmp_path, capsys):
+    assert train(data, tmp_path / "files", *ONE_EPOCH) == 0
+    assert train(data, tmp_path / "memory", *ONE_EPOCH, "--cache-images") == 0
+    assert "240 decoded images" in capsys.readouterr().out
+    files, memory = (runs.content(tmp_path / name) for name in ("files", "memory"))
+    runs.assert_identical(memory["log.txt"], files["log.txt"])
+    runs.assert_identical(memory["checkpoint.pth"]["model"], files["checkpoint.pth"]["model"])
+    for options, code in (((), 0), (("--lr", "1"), 2), (("--total-batch", "30"), 2)):
+        assert train(data, tmp_path / "memory", *ONE_EPOCH, "--cache-images", *options) == code
+        assert "decoded images" not in capsys.readouterr().out, "nothing is left to train, or it is refused"
+
+
 def test_digits_need_nothing_and_stay_in_the_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = "--model vit_tiny_sar --model-kwargs embed_dim=12 depth=1 num_heads=1 --epochs 1 --input-size 8"
