@@ -43,6 +43,7 @@ class Settings:
     rows: list[str]
     launch: list[str]
     overrides: list[str]
+    overrides_path: str
     dry_run: bool
 
 
@@ -100,20 +101,30 @@ def choose(rows: list[Row], wanted: list[str]) -> list[Row]:
 
 
 def plan(settings: Settings, rows: list[Row]) -> list[Job]:
-    """All runs of the rows, parsed as main.py will; a whole table of one seed after the other."""
+    """All runs of the rows, parsed as main.py will; a whole table of one seed after the other.
+
+    Raises:
+        UserError: see ``parse_arguments``.
+    """
     jobs, weights = [], {}
     for seed in settings.seeds:
         for row in rows:
             folder = settings.out / "runs" / row.run / f"seed{seed}"
             words = [locate(word, settings.out, seed) for word in row.words]
-            protocol = resolve(words, weights, settings.dry_run)
-            words += settings.overrides
-            args = resolve(words, weights, settings.dry_run)
+            protocol = args = resolve(words, weights)
+            if settings.overrides:
+                words += settings.overrides
+                try:
+                    args = resolve(words, weights)
+                except UserError as error:
+                    raise UserError(f"OVERRIDES={settings.overrides_path}: {error}") from None
+            last = {"seed": seed, "output_dir": str(folder)}
             data_set = DATASETS[args.data_set]
             if data_set.layout and args.data_path is None:
-                words += ["--data-path", str(settings.data / data_set.folder)]
-            words += ["--seed", str(seed), "--output-dir", str(folder)]
-            args = resolve(words, weights, settings.dry_run)
+                last["data_path"] = str(settings.data / data_set.folder)
+            for name, value in last.items():
+                words += [f"--{name.replace('_', '-')}", str(value)]
+            args = argparse.Namespace(**vars(args) | last)
             weights[str(folder / "checkpoint.pth")] = args.last_block
             jobs.append(Job(row, seed, words, args, protocol))
     return jobs
@@ -127,20 +138,20 @@ def locate(word: str, out: Path, seed: int) -> str:
     return str(out / "runs" / run / f"seed{seed}" / file)
 
 
-def resolve(words: list[str], weights: dict[str, str], dry_run: bool = False) -> argparse.Namespace:
+def resolve(words: list[str], weights: dict[str, str]) -> argparse.Namespace:
     """What main.py will make of ``words``, although a run before may still have to write the weights they name.
 
     Args:
+        words: an argument list.
         weights: the last block of each file that a run before writes; fine-tuning follows it (appendix E.4).
-        dry_run: other weights need not be there either.
     """
     at = words.index("--finetune") if "--finetune" in words else None
-    if at is None or not (words[at + 1] in weights or (dry_run and not Path(words[at + 1]).exists())):
+    if at is None or words[at + 1] not in weights:
         return parse_arguments(words)
     args = parse_arguments(words[:at] + words[at + 2 :])
     args.finetune = words[at + 1]
     if "--last-block" not in words:
-        args.last_block = weights.get(args.finetune, args.last_block)
+        args.last_block = weights[args.finetune]
     return args
 
 

@@ -12,30 +12,37 @@ The environment says the rest:
     OUT         where everything is written (output; output/smoke for SMOKE=1)
     SEEDS       one run of each row for each (0)
     ROWS        only these rows
-    LAUNCH      the words before main.py (torchrun with all GPUs of this machine; python where there is one or none)
+    LAUNCH      the words before main.py (torchrun with all GPUs of this machine; python where there is one or none,
+                but torchrun with 8 for the plan of a machine without any)
     OVERRIDES   an argument file whose options come after every row's: for other hardware or data
     DRY_RUN=1   print the plan and the commands, start and write nothing
     SMOKE=1     OVERRIDES=recipes/smoke.args: everything as it is, but tiny, in seconds a row
 
     OUT/runs/<run>/seed<k>/          main.py's output folder
+    OUT/runs/<run>/seed<k>.lock      held by the script that trains it; another one waits for that
     OUT/<table>/<row>/seed<k>        a link to it
     OUT/<table>/<row>/protocol.json  the row's arguments before OVERRIDES
 """
 
+import fcntl
+import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import expand_arguments
-from datasets import DATASETS
+from build import accumulation
+from datasets import read_split
 from scripts.plan_table import Job, Row, Settings, choose, epochs_done, hours, images, in_words, plan, read_rows
 from utils import RunError, UserError, write_json
 
@@ -56,6 +63,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     overrides = environ.get("OVERRIDES", "")
     if smoke and overrides:
         raise UserError("SMOKE=1 is OVERRIDES=recipes/smoke.args; leave one of the two out")
+    overrides = "recipes/smoke.args" if smoke else overrides
     seeds = (environ.get("SEEDS") or "0").split()
     if not seeds or not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"SEEDS={environ['SEEDS']!r}: use whole numbers with spaces between, for example '0 1 2'")
@@ -64,15 +72,21 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         out=Path(environ.get("OUT") or ("output/smoke" if smoke else "output")).expanduser(),
         seeds=[int(seed) for seed in dict.fromkeys(seeds)],
         rows=environ.get("ROWS", "").split(),
-        launch=launch_words(environ.get("LAUNCH", "")),
-        overrides=read_overrides("recipes/smoke.args" if smoke else overrides),
+        launch=launch_words(environ.get("LAUNCH", ""), elsewhere=flags["DRY_RUN"] == "1" and not overrides),
+        overrides=read_overrides(overrides),
+        overrides_path=overrides,
         dry_run=flags["DRY_RUN"] == "1",
     )
 
 
-def launch_words(text: str) -> list[str]:
-    """The words before main.py. ``python`` and ``torchrun`` are those of the environment that runs this."""
-    gpus = torch.cuda.device_count()
+def launch_words(text: str, elsewhere: bool = False) -> list[str]:
+    """The words before main.py. ``python`` and ``torchrun`` are those of the environment that runs this.
+
+    Args:
+        text: LAUNCH, or nothing.
+        elsewhere: without GPUs here, the runs are meant for the 8 GPUs that the hours are told for.
+    """
+    gpus = torch.cuda.device_count() or (8 if elsewhere else 0)
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -82,31 +96,57 @@ def launch_words(text: str) -> list[str]:
     return own.get(first, [first]) + others
 
 
+def world_size(launch: list[str]) -> int | None:
+    """How many processes these words start; None where they do not say it as plain numbers."""
+    if launch[0] == sys.executable and "-m" not in launch:
+        return 1
+    said = dict(re.findall(r"--(nproc|nnodes)(?:[-_]per[-_]node)?[= ](\S+)", " ".join(launch)))
+    numbers = (said.get("nproc", ""), said.get("nnodes", "1"))
+    return math.prod(map(int, numbers)) if all(number.isdecimal() for number in numbers) else None
+
+
 def read_overrides(path: str) -> list[str]:
     """The words of the file ``path``; none without one."""
-    words = expand_arguments([f"@{path}"]) if path else []
+    try:
+        words = expand_arguments([f"@{path}"]) if path else []
+    except UserError as error:
+        raise UserError(f"OVERRIDES={path}: {error}") from None
     for option, variable in (("--seed", "SEEDS"), ("--output-dir", "OUT")):
-        if option in words:
+        if option in [word.partition("=")[0] for word in words]:
             raise UserError(f"OVERRIDES={path}: leave {option} out and say it with {variable}")
     return words
 
 
 def check(settings: Settings, jobs: list[Job]) -> None:
-    """Refuse before anything starts what would stop a later row: missing data, no such launcher."""
+    """Refuse before anything starts what would stop a later row.
+
+    Raises:
+        UserError: no such launcher, data that are not there or not as they should be, processes that cannot make
+            up a total batch.
+    """
     if shutil.which(settings.launch[0]) is None:
         raise UserError(f"LAUNCH: no program {settings.launch[0]}; give its path, or leave LAUNCH out")
+    processes, seen = world_size(settings.launch), set()
     for job in jobs:
-        path, data_set = job.args.data_path, DATASETS[job.args.data_set]
-        if path is None or job.args.download or Path(path).is_dir() or epochs_done(job) == job.epochs:
+        data = (job.args.data_set, job.args.data_path)
+        if epochs_done(job) == job.epochs:
             continue
-        raise UserError(
-            f"{path}: no such folder; {job} needs one with {data_set.layout}. DATA names the folder of all data sets"
-        )
+        try:
+            if processes:
+                accumulation(job.args, processes)
+            if data not in seen and not job.args.download:
+                for split in ("train", "val"):
+                    read_split(data[0], split, data[1])
+        except UserError as error:
+            mend = "DATA is the folder of all data sets, OVERRIDES a file of options for other hardware"
+            raise UserError(f"{job}: {error} ({mend})") from None
+        seen.add(data)
 
 
 def print_plan(settings: Settings, table: str, jobs: list[Job]) -> None:
     """A line a run: what is done of it, and what the rest costs."""
     print(f"{table}, {len(jobs)} runs in {settings.out}")
+    print(f"started by {shlex.join(settings.launch)} (LAUNCH names another launcher)")
     names, runs = (max(len(getattr(job.row, name)) for job in jobs) for name in ("name", "run"))
     total = 0.0
     for job in jobs:
@@ -136,31 +176,86 @@ def record(table_folder: Path, job: Job) -> None:
     link.symlink_to(os.path.relpath(job.folder, folder))
 
 
+@contextmanager
+def locked(job: Job) -> Iterator[None]:
+    """Hold the run, so that no other script trains it; where one does, wait for that."""
+    path = job.folder.with_name(f"{job.folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{job}: another script is training it; waiting for that", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"warning: {path}: {error.strerror}; let no other script train {job} now", file=sys.stderr)
+        yield
+
+
 def launch(command: list[str]) -> int:
-    """Run the command; its exit code. After SIGTERM or Ctrl-C it has the time to save that it needs."""
-    child = subprocess.Popen(command)
-    on_terminate = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    on_interrupt = signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the run, too
+    """Run the command; its exit code, or 128 + the signal that ended it or that asked this script to stop.
+
+    SIGTERM and SIGUSR1 reach the run as SIGTERM, which main.py and torchrun take for: save and end. Ctrl-C comes to
+    the run from the terminal. The run has the time that it needs.
+    """
+    received, child = [], None
+
+    def stop(number: int, frame) -> None:
+        received.append(number)
+        if child is not None and number != signal.SIGINT:
+            child.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        return child.wait()
+        child = subprocess.Popen(command)
+        if received:  # before there was a child to tell
+            child.terminate()
+        code = child.wait()
     finally:
-        signal.signal(signal.SIGTERM, on_terminate)
-        signal.signal(signal.SIGINT, on_interrupt)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return code if code >= 0 else 128 - code
 
 
 def finish(settings: Settings, job: Job) -> int:
-    """Take the run to its end if it is not there; 0, or the exit code where it did not get there."""
+    """Take the run to its end if it is not there.
+
+    Returns:
+        0: it is there. Else the exit code: 1, the run failed by itself; above 128, something stopped it.
+    """
     if epochs_done(job) == job.epochs:
         print(f"{job}: finished before", flush=True)
         return 0
     print(f"{job}: {shlex.join(command(settings, job))}", flush=True)
     code = launch(command(settings, job))
     done = epochs_done(job)
-    if done == job.epochs:
+    if done == job.epochs and code < 128:
         return 0
-    where = f"epoch {done} of {job.epochs}"
-    print(f"{job}: ended at {where} with exit code {code}; the same command goes on from there", file=sys.stderr)
-    return max(code, 1)
+    again = "" if code == 2 else "; the same command goes on from there"
+    print(f"{job}: ended at epoch {done} of {job.epochs} with exit code {code}{again}", file=sys.stderr)
+    return code or 128 + signal.SIGTERM  # which someone sent to main.py: it saved, and ended with 0
+
+
+def finish_all(settings: Settings, table: str, jobs: list[Job]) -> int:
+    """Take all runs to their end, those of a failed run's files left out; 0, or the first exit code that is not.
+
+    A run that failed by itself leaves the others theirs. Whatever else ended one would meet the next, too.
+    """
+    failed = set()
+    for job in jobs:
+        lost = {(run, job.seed) for run in job.row.needs()} & failed
+        with locked(job):
+            record(settings.out / table, job)
+            code = 1 if lost else finish(settings, job)
+        for run, _ in lost:
+            print(f"{job}: left out; {run} failed, and it needs a file of that", file=sys.stderr)
+        if code > 1:
+            return code
+        if code:
+            failed.add((job.row.run, job.seed))
+    return 1 if failed else 0
 
 
 def command(settings: Settings, job: Job) -> list[str]:
@@ -177,19 +272,17 @@ def run_table(table: str, settings: Settings, rows: list[Row]) -> int:
             print(f"# {job.row.name}: {job}\n{shlex.join(command(settings, job))}")
         return 0
     check(settings, jobs)
-    for job in jobs:
-        record(settings.out / table, job)
-        code = finish(settings, job)
-        if code:
-            return code
+    code = finish_all(settings, table, jobs)
+    if code > 1:
+        return code
     from analysis.report import report  # draws: Matplotlib is of no use to a plan
 
     print(report(settings.out / table))
-    return 0
+    return code
 
 
 def main() -> int:
-    """0: all rows are done. 2: the settings cannot be used. Else the exit code of the run that did not finish."""
+    """0: all rows are done. 1: a row failed. 2: the settings cannot be used. Above 128: 128 + the signal to stop."""
     try:
         return run_table(sys.argv[1], read_settings(os.environ), read_rows(sys.stdin.read()))
     except (UserError, RunError, OSError) as error:

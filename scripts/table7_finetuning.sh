@@ -16,6 +16,13 @@
 #   no-yes 98.72, 88.95, 95.1, 92.34; yes-yes 98.65, 89.21, 96.1, 92.7.
 # Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
 set -euo pipefail
+cd "$(dirname "$0")/.."
+for variable in CKPT_BASE CKPT_SAR; do
+    if [ -n "${!variable:-}" ] && [ ! -f "${!variable}" ]; then
+        echo "error: $variable=${!variable}: no such file (paths are seen from the repository)" >&2
+        exit 2
+    fi
+done
 base=${CKPT_BASE:-run:in1k/vit_small/checkpoint.pth}
 sar=${CKPT_SAR:-run:in1k/vit_small_sar/checkpoint.pth}
 from_base=finetune${CKPT_BASE:+_given} # runs from your weights are others than those from Table 4's
@@ -32,4 +39,4 @@ rows() {
         echo "yes-yes_$set  $from_sar/yes-yes_$set  $tuned --model vit_small_sar --finetune '$sar'"
     done
 }
-exec bash "$(dirname "$0")/run_table.sh" table7 < <(rows)
+exec bash scripts/run_table.sh table7 < <(rows)

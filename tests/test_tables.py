@@ -1,5 +1,6 @@
 """The scripts of the tables: their rows, what they promise before anything starts, and every one of them in small."""
 
+import fcntl
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ import sklearn.datasets
 import torch
 
 import analysis.report
+import datasets
 import engine
 import main
 from arguments import parse_arguments
@@ -120,6 +122,14 @@ class Pretend:
 @pytest.fixture
 def no_report(monkeypatch):
     monkeypatch.setattr(analysis.report, "report", lambda folder: f"report of {folder}")
+
+
+@pytest.fixture
+def data_read(monkeypatch):
+    """Every data set is found; these were looked for."""
+    found = []
+    monkeypatch.setattr(run_table, "read_split", lambda *split: found.append(split))
+    return found
 
 
 def jobs_of(table: str, read_script, **environ) -> list[plan_table.Job]:
@@ -225,22 +235,41 @@ def test_a_dry_run_prints_all_and_does_nothing(table, run, read_script, tmp_path
     assert run(table, DRY_RUN=1, OUT=tmp_path / "out", DATA="/nowhere", SEEDS="3 5") == 0
     assert not (tmp_path / "out").exists()
     text = capsys.readouterr().out
-    commands = [shlex.split(line) for line in text.splitlines() if " main.py @" in line]
+    commands = [shlex.split(line.partition(" main.py ")[2]) for line in text.splitlines() if " main.py @" in line]
     jobs = jobs_of(table, read_script, OUT=str(tmp_path / "out"), DATA="/nowhere", SEEDS="3 5")
-    assert [command[2:] for command in commands] == [job.words for job in jobs]
+    assert commands == [job.words for job in jobs]
     assert {job.seed for job in jobs} == {3, 5}
     for job in jobs:
         assert f"{job.epochs} epochs x {plan_table.images(job.args):>9,} images" in text
 
 
-def test_a_dry_run_needs_no_weights(run, capsys):
-    assert run("table7", DRY_RUN=1, CKPT_BASE="/no where.pth", CKPT_SAR="/nowhere.pth") == 0
+def test_a_dry_run_with_weights_has_no_pre_training(run, tmp_path, capsys):
+    given = tmp_path / "given weights.pth"
+    torch.save({"model": {"blocks.0.norm2.weight": torch.ones(1)}}, given)
+    assert run("table7", DRY_RUN=1, CKPT_BASE=given, CKPT_SAR=given) == 0
     text = capsys.readouterr().out
-    assert "--finetune '/no where.pth'" in text
-    assert "in all about 1.5 hours" in text, "no pre-training, as the head of the script says"
+    assert f"--finetune '{given}'" in text
+    assert "in all about 1.5 hours" in text, "as the head of the script says"
     assert "fine-tuning alone about 1.5 hours" in (ROOT / "scripts/table7_finetuning.sh").read_text()
-    assert run("table7", DATA=ROOT, DRY_RUN="") == 2
-    assert "--finetune /no where.pth: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["CKPT_BASE", "CKPT_SAR"])
+@pytest.mark.parametrize("dry_run", ["", "1"])
+def test_weights_that_are_not_there_are_named_by_their_variable(variable, dry_run):
+    environ = os.environ | {"DRY_RUN": dry_run, variable: "no where.pth"}
+    command = ["bash", ROOT / "scripts/table7_finetuning.sh"]
+    done = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {variable}=no where.pth: no such file (paths are seen from the repository)\n"
+
+
+def test_a_line_is_parsed_no_more_often_than_needed(read_script, monkeypatch):
+    """Fine-tuning reads its weights each time."""
+    parsed = []
+    monkeypatch.setattr(plan_table, "parse_arguments", lambda words: parsed.append(words) or parse_arguments(words))
+    assert len(jobs_of("table1b", read_script, DATA="/data")) == len(parsed) == 6
+    jobs_of("table1b", read_script, SMOKE="1")
+    assert len(parsed) == 6 + 12, "with and without OVERRIDES"
 
 
 def test_hours_of_the_paper_hardware():
@@ -261,10 +290,15 @@ def test_hours_of_the_paper_hardware():
         ({"SMOKE": "1", "OVERRIDES": "recipes/smoke.args"}, "leave one of the two out"),
         ({"SEEDS": "0,1"}, "whole numbers with spaces between"),
         ({"ROWS": "A G"}, "ROWS: no row G; this table has A B C D E F"),
-        ({"OVERRIDES": "nowhere.args"}, "argument file nowhere.args: No such file"),
+        ({"OVERRIDES": "nowhere.args"}, "OVERRIDES=nowhere.args: argument file nowhere.args: No such file"),
         ({"LAUNCH": "no_such_launcher -n 8", "SMOKE": "1"}, "LAUNCH: no program no_such_launcher"),
         ({"LAUNCH": "'open"}, "LAUNCH='open: No closing quotation"),
-        ({"DATA": "/nowhere"}, "/nowhere/imagenet: no such folder; in100_100/vit_small, seed 0 needs one with train/"),
+        ({"DATA": "/nowhere", "LAUNCH": "srun"}, "LAUNCH: no program srun"),
+        ({"DATA": "/nowhere"}, "in100_100/vit_small, seed 0: --data-path /nowhere/imagenet: no such folder"),
+        (
+            {"SMOKE": "1", "LAUNCH": "torchrun --nproc_per_node=3"},
+            "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(environ, message, run, tmp_path, capsys):
@@ -275,11 +309,43 @@ def test_mistakes_are_one_line_before_anything_starts(environ, message, run, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--seed 3", "--output-dir elsewhere"])
+@pytest.mark.parametrize("option", ["--seed 3", "--output-dir elsewhere", "--seed=5", "--output_dir=x"])
 def test_overrides_do_not_say_what_the_environment_says(option, run, tmp_path, capsys):
     (tmp_path / "mine.args").write_text(option)
     assert run("table1b", OVERRIDES=tmp_path / "mine.args") == 2
-    assert f"leave {option.split()[0]} out" in capsys.readouterr().err
+    name = option.replace("_", "-").replace("=", " ").split()[0]
+    assert f"OVERRIDES={tmp_path}/mine.args: leave {name} out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [("--epocs 3", "no option --epocs"), ("--input-size 23", "--input-size 23")]
+)
+def test_a_mistake_in_overrides_names_the_file(words, message, run, tmp_path, capsys):
+    (tmp_path / "mine.args").write_text(words)
+    assert run("table1b", DRY_RUN=1, OVERRIDES=tmp_path / "mine.args") == 2
+    assert f"error: OVERRIDES={tmp_path}/mine.args: {message}" in capsys.readouterr().err
+
+
+def test_data_of_all_unfinished_rows_are_read_first(run, no_report, data_read, tmp_path, capsys, monkeypatch):
+    """An empty folder of a data set is not one; each set is looked through once."""
+    where = {"OUT": tmp_path / "out", "DATA": data_root(tmp_path)}
+    assert run("table7", Pretend(), ROWS="no-no_cifar10 no-yes_cifar10", **where) == 0
+    imagenet, cifar = f"{tmp_path}/data/imagenet", f"{tmp_path}/data"
+    assert data_read == [
+        *(("imagenet", split, imagenet) for split in ("train", "val")),
+        *(("cifar10", split, cifar) for split in ("train", "val")),
+    ]
+    monkeypatch.setattr(run_table, "read_split", datasets.read_split)
+    assert run("table7", start_nothing, ROWS="no-no_cifar100", **where) == 2
+    assert "finetune/no-no_cifar100, seed 0: " in capsys.readouterr().err
+    assert run("table1b", start_nothing, ROWS="A", **where) == 2
+    assert f"in100_100/vit_small, seed 0: {imagenet}" in capsys.readouterr().err
+
+
+def test_what_is_downloaded_need_not_be_there(run, no_report, tmp_path):
+    (tmp_path / "mine.args").write_text("--data-set cifar10 --download")
+    environ = {"OUT": tmp_path / "out", "DATA": "/nowhere", "OVERRIDES": tmp_path / "mine.args"}
+    assert run("table1b", Pretend(), ROWS="A", **environ) == 0
 
 
 @pytest.mark.parametrize("line", ["A in100_100 --model vit_small", "A in100/vit@recipes/x.args", "../A in100/vit"])
@@ -288,26 +354,52 @@ def test_a_line_that_is_no_row(line):
         plan_table.read_rows(line)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
 @pytest.mark.parametrize(
-    ("gpus", "text", "words"),
+    ("gpus", "text", "words", "processes"),
     [
-        (0, "", [sys.executable]),
-        (1, "", [sys.executable]),
-        (8, "", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]),
-        (8, "python", [sys.executable]),
-        (0, "torchrun --nnodes=2", [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]),
-        (0, "srun 'my launcher' -x", ["srun", "my launcher", "-x"]),
+        (0, "", [sys.executable], 1),
+        (1, "", [sys.executable], 1),
+        (8, "", [*TORCHRUN, "--nproc_per_node=8"], 8),
+        (8, "python", [sys.executable], 1),
+        (0, "torchrun --nnodes=2 --nproc-per-node 8", [*TORCHRUN, "--nnodes=2", "--nproc-per-node", "8"], 16),
+        (0, "torchrun --nproc_per_node=gpu", [*TORCHRUN, "--nproc_per_node=gpu"], None),
+        (0, "torchrun --nnodes 1:4 --nproc_per_node 8", [*TORCHRUN, "--nnodes", "1:4", "--nproc_per_node", "8"], None),
+        (0, "srun 'my launcher' -x", ["srun", "my launcher", "-x"], None),
     ],
 )
-def test_the_launcher(gpus, text, words, monkeypatch):
+def test_the_launcher(gpus, text, words, processes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert run_table.launch_words(text) == words
+    assert run_table.world_size(words) == processes
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environ", "words"),
+    [
+        (0, {}, [*TORCHRUN, "--nproc_per_node=8"]),
+        (1, {}, [sys.executable]),
+        (2, {}, [*TORCHRUN, "--nproc_per_node=2"]),
+        (0, {"LAUNCH": "python"}, [sys.executable]),
+        (0, {"SMOKE": 1}, [sys.executable]),
+        (0, {"OVERRIDES": "recipes/smoke.args"}, [sys.executable]),
+    ],
+)
+def test_the_plan_names_the_launcher(gpus, environ, words, run, monkeypatch, capsys):
+    """On a machine without GPUs it is that of the hours' hardware, but not for runs that are meant for this one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert run("table1b", DRY_RUN=1, ROWS="F", **environ) == 0
+    text = capsys.readouterr().out
+    assert f"\nstarted by {shlex.join(words)} (LAUNCH" in text
+    assert f"\n{shlex.join(words)} main.py @recipes" in text
 
 
 # --------------------------------------------------------------------------------------------- while it runs
 
 
-def test_every_seed_of_every_row_is_one_run_and_a_link_in_the_table(run, no_report, tmp_path, capsys):
+def test_every_seed_of_every_row_is_one_run_and_a_link_in_the_table(run, no_report, data_read, tmp_path, capsys):
     launch = Pretend()
     assert run("table1b", launch, OUT=tmp_path, SEEDS="0 4", ROWS="A F", DATA=data_root(tmp_path)) == 0
     assert [(args.model, args.seed) for args in launch.started] == [
@@ -331,7 +423,7 @@ def data_root(folder: Path) -> Path:
     return folder / "data"
 
 
-def test_finished_runs_are_not_started_again_by_any_table(run, no_report, tmp_path, capsys):
+def test_finished_runs_are_not_started_again_by_any_table(run, no_report, data_read, tmp_path, capsys):
     where = {"OUT": tmp_path, "DATA": data_root(tmp_path)}
     assert run("table1b", Pretend(), **where) == 0
     assert run("table1b", start_nothing, **where) == 0
@@ -340,10 +432,12 @@ def test_finished_runs_are_not_started_again_by_any_table(run, no_report, tmp_pa
     assert run("table1a", launch, **where) == 0
     assert [args.sar_weight for args in launch.started] == [0.001, 0.005, 0.05, 0.1], "0 and 0.01 are C and F"
     assert "finished" in capsys.readouterr().out
-    assert run("table1a", start_nothing, OUT=tmp_path, DATA="/nowhere") == 0, "what is finished needs no data"
+    data_read.clear()
+    assert run("table1a", start_nothing, OUT=tmp_path, DATA="/nowhere") == 0
+    assert data_read == [], "what is finished needs no data"
 
 
-def test_overrides_come_after_a_rows_arguments(run, no_report, tmp_path):
+def test_overrides_come_after_a_rows_arguments(run, no_report, data_read, tmp_path):
     (tmp_path / "mine.args").write_text("--data-set folder --epochs 7 --batch-size 32 # mine")
     launch = Pretend()
     environ = {"OUT": tmp_path, "DATA": tmp_path, "OVERRIDES": tmp_path / "mine.args", "ROWS": "E"}
@@ -369,8 +463,8 @@ def test_a_folder_of_another_run_is_refused_before_anything_starts(run, no_repor
     )
 
 
-@pytest.mark.parametrize(("code", "result"), [(0, 1), (1, 1), (2, 2), (130, 130), (-9, 1)])
-def test_the_first_run_that_does_not_finish_ends_the_script(code, result, run, tmp_path, capsys):
+@pytest.mark.parametrize(("code", "result"), [(0, 143), (2, 2), (130, 130), (137, 137)])
+def test_what_would_end_the_next_run_too_ends_the_script(code, result, run, tmp_path, capsys):
     started = []
 
     def fail(command):
@@ -379,14 +473,38 @@ def test_the_first_run_that_does_not_finish_ends_the_script(code, result, run, t
 
     assert run("table1b", fail, SMOKE=1, OUT=tmp_path) == result
     assert len(started) == 1
-    assert f"ended at epoch 0 of 2 with exit code {code}; the same command goes on" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"ended at epoch 0 of 2 with exit code {code}" in error
+    assert ("the same command goes on from there" in error) == (code != 2)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 7), (signal.SIGINT, 0)])
-def test_a_signal_leaves_the_run_the_time_to_save(number, code, tmp_path):
-    """SIGTERM is handed on; Ctrl-C, which a terminal sends to both, ends only the run."""
-    ready = tmp_path / "ready"
-    script = f"trap 'exit 7' TERM; touch {ready}; for i in $(seq 20); do sleep 0.05; done"
+def test_a_failed_row_leaves_the_others_theirs(run, tmp_path, capsys):
+    """But for those that need its files; the report tells of the rest."""
+    launch = Pretend()
+
+    def fail_with_sar(command):
+        return 1 if "in1k/vit_small_sar/" in command[-1] else launch(command)
+
+    environ = {"SMOKE": 1, "OUT": tmp_path, "ROWS": "no-no_pets yes-no_pets no-yes_pets"}
+    assert run("table7", fail_with_sar, **environ) == 1
+    there = [args.output_dir.removeprefix(f"{tmp_path}/runs/") for args in launch.started]
+    assert there == ["in1k/vit_small/seed0", "finetune/no-no_pets/seed0", "finetune/no-yes_pets/seed0"]
+    text = capsys.readouterr()
+    assert "finetune/yes-no_pets, seed 0: left out; in1k/vit_small_sar failed" in text.err
+    assert text.out.endswith((tmp_path / "table7/report.md").read_text() + "\n")
+
+
+def test_a_stop_that_comes_when_the_run_is_done_ends_the_script(run, tmp_path):
+    launch = Pretend()
+    assert run("table1b", lambda command: launch(command) or 128 + signal.SIGTERM, SMOKE=1, OUT=tmp_path) == 143
+    assert len(launch.started) == 1
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, False)])
+def test_a_signal_leaves_the_run_the_time_to_save(number, told, tmp_path):
+    """SIGTERM and SIGUSR1 are handed on as SIGTERM; Ctrl-C reaches a run from its terminal. All are remembered."""
+    ready, end = tmp_path / "ready", tmp_path / "end"
+    script = f"trap 'echo saved > {end}; exit 0' TERM; touch {ready}; for i in $(seq 20); do sleep 0.05; done"
 
     def send():
         while not ready.exists():
@@ -395,8 +513,86 @@ def test_a_signal_leaves_the_run_the_time_to_save(number, code, tmp_path):
 
     before = signal.getsignal(number)
     threading.Thread(target=send).start()
-    assert run_table.launch(["sh", "-c", script]) == code
+    assert run_table.launch(["sh", "-c", script]) == 128 + number
+    assert end.exists() == told
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_comes_while_the_run_starts(monkeypatch):
+    popen = subprocess.Popen
+
+    def interrupted(command):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return popen(command)
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    start = time.monotonic()
+    assert run_table.launch(["sleep", "20"]) == 128 + signal.SIGUSR1
+    assert time.monotonic() - start < 10
+
+
+def test_the_exit_code_of_a_launched_run():
+    assert run_table.launch(["sh", "-c", "exit 7"]) == 7
+    assert run_table.launch(["sh", "-c", "kill -KILL $$"]) == 137
+
+
+def test_a_run_that_another_script_trains_is_waited_for(run, no_report, tmp_path, capsys):
+    """The other script is a thread here: it holds the lock until the run is finished."""
+    environ = {"SMOKE": 1, "OUT": tmp_path, "ROWS": "F"}
+    other = Pretend()
+    assert run("table1b", other, **environ) == 0
+    folder = tmp_path / "runs/in100_100/vit_small_sar/seed0"
+    finished = (folder / "checkpoint.pth").rename(folder / "later.pth")
+    waiting = threading.Event()
+    block = fcntl.flock
+
+    def flock(file, how):
+        if how == fcntl.LOCK_EX:
+            waiting.set()
+        return block(file, how)
+
+    def finish(file):
+        waiting.wait(10)
+        finished.rename(folder / "checkpoint.pth")
+        file.close()
+
+    file = folder.with_name("seed0.lock").open("w")
+    block(file, fcntl.LOCK_EX)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        thread = threading.Thread(target=finish, args=(file,))
+        thread.start()
+        assert run("table1b", start_nothing, **environ) == 0
+        thread.join()
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("in100_100/vit_small_sar, seed 0: another script is training it; waiting for that")
+    assert lines[at + 1] == "in100_100/vit_small_sar, seed 0: finished before"
+
+
+def test_a_run_is_held_while_it_is_trained(run, no_report, tmp_path):
+    launch = Pretend()
+
+    def held(command):
+        lock = Path(command[-1] + ".lock")
+        with lock.open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return launch(command)
+
+    assert run("table1b", held, SMOKE=1, OUT=tmp_path, ROWS="A F") == 0
+    assert len(launch.started) == 2
+
+
+def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    launch = Pretend()
+    assert run("table1b", launch, SMOKE=1, OUT=tmp_path, ROWS="F") == 0
+    assert len(launch.started) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "seed0.lock: Function not implemented; let no other script train in100_100/vit_small_sar" in lines[0]
 
 
 # ----------------------------------------------------------------------------------------------- in small
@@ -508,7 +704,7 @@ def test_an_interrupted_row_goes_on(run, fewer_digits, tmp_path, capsys, monkeyp
     environ = {"SMOKE": 1, "ROWS": "E", "OUT": tmp_path}
     with monkeypatch.context() as patch:
         patch.setattr(engine, "update_weights", terminated_after(6, engine.update_weights))
-        assert run("table1b", in_this_process, **environ) == 1
+        assert run("table1b", in_this_process, **environ) == 143
     assert "ended at epoch 1 of 2 with exit code 0; the same command goes on from there" in capsys.readouterr().err
     assert run("table1b", in_this_process, **environ) == 0
     text = capsys.readouterr().out
