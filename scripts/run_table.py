@@ -82,9 +82,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 def launch_words(text: str, elsewhere: bool = False) -> list[str]:
     """The words before main.py. ``python`` and ``torchrun`` are those of the environment that runs this.
 
-    Args:
-        text: LAUNCH, or nothing.
-        elsewhere: without GPUs here, the runs are meant for the 8 GPUs that the hours are told for.
+    ``elsewhere``: the runs are meant for the hardware that the hours are told for if there is no GPU here.
     """
     gpus = torch.cuda.device_count() or (8 if elsewhere else 0)
     try:
@@ -220,11 +218,7 @@ def launch(command: list[str]) -> int:
 
 
 def finish(settings: Settings, job: Job) -> int:
-    """Take the run to its end if it is not there.
-
-    Returns:
-        0: it is there. Else the exit code: 1, the run failed by itself; above 128, something stopped it.
-    """
+    """Take the run to its end; 0, or the exit code: 1, it failed by itself; above 128, something stopped it."""
     if epochs_done(job) == job.epochs:
         print(f"{job}: finished before", flush=True)
         return 0
@@ -249,10 +243,10 @@ def finish_all(settings: Settings, table: str, jobs: list[Job]) -> int:
         with locked(job):
             record(settings.out / table, job)
             code = 1 if lost else finish(settings, job)
-        for run, _ in lost:
-            print(f"{job}: left out; {run} failed, and it needs a file of that", file=sys.stderr)
         if code > 1:
             return code
+        if lost:
+            print(f"{job}: left out; {', '.join(run for run, _ in lost)} failed, and it needs that", file=sys.stderr)
         if code:
             failed.add((job.row.run, job.seed))
     return 1 if failed else 0
