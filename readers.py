@@ -7,6 +7,7 @@ line in a ``UserError``. :mod:`datasets` names the readers.
 
 import io
 import os
+import pickle
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -304,7 +305,9 @@ def _scan_tars(root: Path) -> TarImages:
         samples, targets, labels, _ = extract_tarinfos(
             str(root), cache_tarinfo=use_index, extensions=set(IMG_EXTENSIONS)
         )
-    except (tarfile.TarError, EOFError, ValueError, AssertionError) as error:
+    except (tarfile.TarError, pickle.UnpicklingError, EOFError, ValueError, AssertionError) as error:
+        if use_index:
+            raise UserError(f"{_index_of(root)}: damaged, or of other tars ({_one_line(error)}); remove it") from error
         raise UserError(f"{root}: damaged, or without images ({_one_line(error)}); expected {TAR_LAYOUT}") from error
     return _tar_images(root, samples, targets, sorted(labels, key=labels.get))
 

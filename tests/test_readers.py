@@ -274,6 +274,26 @@ def test_an_index_older_than_a_tar_is_not_used_and_can_be_renewed(folder, tmp_pa
     assert names_and_messages() == (after, [])
 
 
+def break_index(folder):
+    truncate(folder / "_val_tarinfos.pickle")
+
+
+def break_index_content(folder):
+    (folder / "_val_tarinfos.pickle").write_bytes(pickle.dumps(os.system))  # not run, not even imported
+
+
+def break_index_number(folder):
+    (folder / "bee.tar").unlink()
+
+
+@pytest.mark.parametrize("damage", [break_index, break_index_content, break_index_number])
+def test_a_wrong_index_is_one_line(folder, tmp_path, damage):
+    root = write_tars(folder, tmp_path / "tars", "classes")
+    readers.write_tar_index(str(root / "val"))
+    damage(root / "val")
+    assert re.search(r"_val_tarinfos.pickle: damaged, or of other tars \(.+\); remove it", refusal("tar", "val", root))
+
+
 def test_what_is_wrong_with_tars_is_one_line(folder, tmp_path):
     assert "neither val.tar nor val/*.tar; expected train.tar" in refusal("tar", "val", folder)
     flat = tmp_path / "flat"
