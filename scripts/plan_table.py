@@ -7,10 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import differences, parse_arguments
+from checkpoints import read_checkpoint
 from datasets import DATASETS
 from utils import UserError
 
@@ -164,11 +163,9 @@ def epochs_done(job: Job) -> int:
     if not job.checkpoint.exists():
         return 0
     try:
-        checkpoint = torch.load(
-            job.checkpoint, map_location="cpu", weights_only=True, mmap=True
-        )  # weights stay on disk
+        checkpoint = read_checkpoint(job.checkpoint, lazily=True)
         saved, epoch = checkpoint["args"], checkpoint["epoch"]
-    except Exception as error:  # whatever a damaged file trips over
+    except (UserError, KeyError) as error:
         raise UserError(f"{job.checkpoint} cannot be read; remove it to begin {job} again") from error
     different = differences(job.args, saved)
     if different:
