@@ -286,6 +286,19 @@ def test_a_finetuned_checkpoint_needs_its_pretraining_no_more(trained, data, tmp
     assert capsys.readouterr().out.splitlines()[-1] == records.describe(last_record(tmp_path / "out"), "test_")
 
 
+def test_finetuning_is_in_training_mode(trained, data, tmp_path, monkeypatch):
+    """Unlike the released code's: dropout and drop-path work."""
+    modes, original = set(), engine.loss_terms
+
+    def loss_terms(run, outputs, targets):
+        modes.update(module.training for module in run.network.modules())
+        return original(run, outputs, targets)
+
+    monkeypatch.setattr(engine, "loss_terms", loss_terms)
+    assert train(data, tmp_path, "--finetune", str(trained / "best.pth"), "--epochs", "2") == 0
+    assert modes == {True}
+
+
 def test_finetune_follows_the_weights_that_are_named(trained, tmp_path):
     """As in DINO's files: nothing but the named entry says what the block is."""
     weights = torch.load(trained / "best.pth", weights_only=True)["model"]
