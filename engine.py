@@ -175,7 +175,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
     while going and run.step < plan.updates_per_epoch:
         schedule = run.set_schedules()
         weights = {"cross_entropy": 1.0, sar_term: schedule["sar_weight"], "drloc": schedule.get("drloc_weight")}
-        for micro in range(plan.accumulation):
+        for micro, draws in enumerate(_pair_draws(run)):
             waiting = time.perf_counter()
             images, targets, replaced = next(batches)
             window.data_time += time.perf_counter() - waiting
@@ -187,7 +187,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
                 images, targets = run.mixup(images, targets)
             with _synchronised(run.network, micro == plan.accumulation - 1):
                 with _autocast(device, plan.amp_dtype):
-                    outputs = run.network(images, similarity=args.sar_weight > 0, draws=_pair_draws(run, micro))
+                    outputs = run.network(images, similarity=args.sar_weight > 0, draws=draws)
                     terms = loss_terms(run, outputs, targets)
                 loss = sum(weights[name] * term for name, term in terms.items())
                 run.scaler.scale(loss / plan.accumulation).backward()
@@ -213,21 +213,21 @@ def loss_terms(run: Run, outputs: dict[str, torch.Tensor], targets: torch.Tensor
     return terms
 
 
-def _pair_draws(run: Run, micro: int) -> torch.Tensor | None:
-    """Which pairs of patches DRLoc compares, for ``Trainee``; they go with an image's place in the total batch.
+def _pair_draws(run: Run) -> list[torch.Tensor | None]:
+    """Which pairs of patches DRLoc compares, for each micro-step's ``Trainee``; Nones where it is off.
 
-    So they do not depend on how the batch is split into processes and micro-steps.
+    They go with an image's place in the total batch, so they do not depend on how that is split into processes
+    and micro-steps.
     """
     if run.args.drloc_weight == 0:
-        return None
+        return [None] * run.plan.accumulation
     update = run.epoch * run.plan.updates_per_epoch + run.step
     generator = np.random.default_rng(seed_sequence("drloc", run.args.seed, update))
-    draws = generator.random((run.plan.total_batch, PAIRS, 2, 2), dtype=np.float32)
-    start = (micro * run.processes.world_size + run.processes.rank) * run.args.batch_size
-    mine = torch.from_numpy(draws[start : start + run.args.batch_size])
+    parts = (run.plan.accumulation, run.processes.world_size, run.args.batch_size)
+    draws = torch.from_numpy(generator.random((*parts, PAIRS, 2, 2), dtype=np.float32))[:, run.processes.rank]
     if run.processes.device.type == "cuda":
-        mine = mine.pin_memory()  # a copy from other memory would wait
-    return mine.to(run.processes.device, non_blocking=True)
+        draws = draws.pin_memory()  # a copy from other memory would wait
+    return list(draws.to(run.processes.device, non_blocking=True))
 
 
 def update_weights(run: Run) -> None:
