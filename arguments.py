@@ -36,10 +36,9 @@ NOT_NEEDED = {
     "--dist-eval": "evaluation is always distributed, and counts every image once",
     "--pin-mem": "memory is pinned wherever there is a GPU",
     "--no-pin-mem": "memory is pinned wherever there is a GPU",
-    "--no-repeated-aug": "there is no repeated augmentation",
     "--start-epoch": "a checkpoint knows its epoch",
-    "--dist-url": "torchrun's environment says where the other processes are",
-    "--world-size": "torchrun's environment says how many processes there are",
+    "--dist-url": "the environment of torchrun or srun says where the other processes are",
+    "--world-size": "the environment of torchrun or srun says how many processes there are",
 }
 
 # Arguments of a model that have options of their own.
@@ -167,6 +166,7 @@ def _add_data(parser):
     )
     add("--data-path", default=None, metavar="DIR", help="where the data set lies")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
     workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     add("--num-workers", type=_index, default=workers, help="loading processes of each training process")
     add("--skip-unreadable", action="store_true", help="replace an unreadable image by another and count it")
@@ -250,6 +250,12 @@ def _add_optimiser(parser):
 
 def _add_augmentation(parser):
     add = parser.add_argument_group("augmentation").add_argument
+    add(
+        "--repeated-aug",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="three views of a third of the images in each epoch",
+    )
     add("--color-jitter", type=_size, default=0.4, help="only where --aa is none, as in timm")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of an augmentation policy, or none")
     add("--train-interpolation", choices=("bicubic", "bilinear", "random"), default="bicubic", help="of the crop")

@@ -147,14 +147,30 @@ def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         raise UserError(f"--opt {args.opt}: {error}") from None
 
 
+def wrap(args, plan: Plan, processes: Processes, trainee: Trainee) -> nn.Module:
+    """What a step calls: ``trainee``, exchanging gradients between processes, compiled.
+
+    Every parameter has a gradient in every step, so none is searched for, and the graph is always the same. torch can
+    use that where it does not cut the graph itself (it compiles in parts, so that the exchange begins before the
+    backward pass ends) and where every backward pass exchanges gradients.
+    """
+    network = trainee
+    if processes.world_size > 1:
+        ids = [processes.device.index] if processes.device.type == "cuda" else None
+        network = DistributedDataParallel(
+            trainee,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            static_graph=plan.accumulation == 1 and not args.compile,
+        )
+    return torch.compile(network) if args.compile else network
+
+
 def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set) -> Run:
     """Put the parts of a training run together."""
     device = processes.device
     trainee = build_trainee(args, len(plan.classes), device)
-    network = torch.compile(trainee) if args.compile else trainee
-    if processes.world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        network = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    network = wrap(args, plan, processes, trainee)
     optimizer = build_optimizer(args, trainee, plan.lr)
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -171,7 +187,13 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
     )
     mixup = build_mixup(args, len(plan.classes))
     sampler = TrainSampler(
-        plan.num_images, args.batch_size, plan.accumulation, processes.rank, processes.world_size, args.seed
+        plan.num_images,
+        args.batch_size,
+        plan.accumulation,
+        processes.rank,
+        processes.world_size,
+        args.seed,
+        views=3 if args.repeated_aug else 1,
     )
     return Run(
         args=args,

@@ -8,6 +8,7 @@ An image's augmentation depends on (seed, epoch, position) alone: not on workers
 import difflib
 import os
 import random
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -504,15 +505,17 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_process_group,
+        worker_init_fn=_leave_signals_to_main,
         generator=torch.Generator(),  # without one, every iteration takes a number from the global generator
     )
 
 
-def _leave_process_group(worker_id: int) -> None:
-    """Leave signals to the whole process group (Ctrl-C, timeout, a cluster's notice) to the main process.
+def _leave_signals_to_main(worker_id: int) -> None:
+    """Leave signals to the whole process group (Ctrl-C, timeout) or job (Slurm's) to the main process.
 
     A worker that died of one would break the loader while the run saves. Workers still end with the loader,
     or when orphaned.
     """
     os.setpgrp()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -203,7 +203,11 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
 
 
 def loss_terms(run: Run, outputs: dict[str, torch.Tensor], targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The terms of the loss, by name and not yet weighted: scalars, each a mean over the images."""
+    """The terms of the loss, by name and not yet weighted: scalars, each a mean over the images.
+
+    Also the spatial entropy: an image's maps count alike wherever it is computed. So the mean of equally large
+    micro-batches' gradients, over accumulation and processes, is the gradient of the whole total batch.
+    """
     terms = {"cross_entropy": run.criterion(outputs["logits"], targets)}
     if "similarity" in outputs:
         name, regulariser = SAR_TERMS[run.args.sar_loss]
@@ -223,8 +227,8 @@ def _pair_draws(run: Run) -> list[torch.Tensor | None]:
         return [None] * run.plan.accumulation
     update = run.epoch * run.plan.updates_per_epoch + run.step
     generator = np.random.default_rng(seed_sequence("drloc", run.args.seed, update))
-    parts = (run.plan.accumulation, run.processes.world_size, run.args.batch_size)
-    draws = torch.from_numpy(generator.random((*parts, PAIRS, 2, 2), dtype=np.float32))[:, run.processes.rank]
+    parts = (run.plan.accumulation, run.args.batch_size, run.processes.world_size)
+    draws = torch.from_numpy(generator.random((*parts, PAIRS, 2, 2), dtype=np.float32))[:, :, run.processes.rank]
     if run.processes.device.type == "cuda":
         draws = draws.pin_memory()  # a copy from other memory would wait
     return list(draws.to(run.processes.device, non_blocking=True))

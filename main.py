@@ -14,10 +14,13 @@ Where a run begins (``begin`` below), the first that applies:
 import math
 import os
 import sys
+import textwrap
+import time
 import traceback
 from pathlib import Path
 
 import torch
+from timm.utils import distribute_bn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from arguments import differences, parse_arguments
@@ -33,7 +36,9 @@ from utils import (
     UserError,
     end_processes,
     logger,
+    lost_another,
     prepare_output_dir,
+    processes_here,
     start_logging,
     start_processes,
     write_atomically,
@@ -44,23 +49,47 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code.
 
     0: done, or ended by SIGTERM or SIGUSR1 with everything saved. 1: the run failed. 2: the command cannot
-    be carried out as it stands. 130: ended by Ctrl-C (training has saved everything).
+    be carried out as it stands. 75: ended by SIGUSR2 with everything saved, to be started again. 130: ended by
+    Ctrl-C (training has saved everything).
     """
+    processes = None
     try:
         args = parse_arguments(argv)
         processes = start_processes(args.device)
         start_logging(processes.rank)
         code = evaluate_only(argv, args, processes) if args.eval else train(args, processes)
-    except (UserError, RunError, OSError) as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the loader, whose workers would end one by one
-        rank = os.environ.get("RANK", "0")
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
-        code = 2 if isinstance(error, UserError) else 1
-        if torch.distributed.is_initialized():
-            os._exit(code)  # the other ranks wait for this one, and a clean farewell would wait for them
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        code = tell(error, processes)
+        traceback.clear_frames(error.__traceback__)  # they hold the loader, whose workers would end one by one
     end_processes()
+    return code
+
+
+def tell(error: Exception, processes: Processes | None) -> int:
+    """Say on standard error what ended this process, and where; returns the exit code.
+
+    One among several leaves its last words for the others and ends at once: they wait for it, and a clean farewell
+    would wait for them.
+    """
+    place = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+    if processes is not None and lost_another(error):
+        error = RunError(f"lost {processes.missing()}{place}; the same command goes on from the last checkpoint")
+    elif processes is not None:
+        processes.say(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}{place}")
+    expected = isinstance(error, UserError | RunError | OSError)
+    if not expected and not torch.distributed.is_initialized():
+        raise error
+    rank, _, _ = processes_here()
+    if expected and rank > 0:
+        time.sleep(2)  # rank 0 has mostly the same to say, and what started the processes then ends this one
+    text = f"error: {error}\n" if expected else "".join(traceback.format_exception(error))
+    mark = f"[rank {rank}] " if rank > 0 else ""
+    print(textwrap.indent(text, mark), end="", file=sys.stderr, flush=True)
+    code = 2 if isinstance(error, UserError) else 1
+    if torch.distributed.is_initialized():
+        os._exit(code)
     return code
 
 
@@ -186,7 +215,9 @@ def train(args, processes: Processes) -> int:
             save_subset(train_set, args, Path(args.output_dir, "subset.json"))
         if args.cache_images and run.epoch < plan.epochs:
             cache_splits([train_set, val_set], processes)
-        return train_epochs(run, build_eval_loader(args, processes, val_set))
+        code = train_epochs(run, build_eval_loader(args, processes, val_set))
+        processes.leave_together()
+        return code
 
 
 def train_epochs(run: Run, val_loader) -> int:
@@ -197,7 +228,12 @@ def train_epochs(run: Run, val_loader) -> int:
         return 0
     with Records(run) as records:
         while run.epoch < plan.epochs:
-            if not one_epoch(run, val_loader, records):
+            try:
+                finished = one_epoch(run, val_loader, records)
+            except Exception as error:
+                error.add_note(f"at epoch {run.epoch}, step {run.step}")
+                raise
+            if not finished:
                 save(run, "checkpoint.pth")
                 logger.info(f"saved at epoch {run.epoch}, step {run.step}; the same command goes on from there")
                 return run.stop.exit_code
@@ -248,6 +284,8 @@ def evaluate_run(run: Run, loader) -> dict:
     results = {}
     models = {"test": run.model} | ({"test_ema": run.ema.module.model} if run.ema else {})
     for name, model in models.items():
+        if run.processes.world_size > 1:
+            distribute_bn(model, run.processes.world_size)  # rank 0's statistics, which are the checkpoint's, for all
         means = evaluate(model, loader, run.processes, run.plan.amp_dtype, run.stop.poll)
         if means is None:
             return {}

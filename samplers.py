@@ -38,10 +38,14 @@ class TrainSampler(Sampler[Draw]):
 
     The global order of an epoch is a permutation of all images that depends on ``(seed, epoch)`` alone. With
     the total batch ``T = batch_size * accumulation * world_size``, update ``u`` trains on the positions
-    ``[u * T, (u + 1) * T)``; in its micro-step ``a`` the process ``rank`` takes the ``batch_size`` of them
-    from ``u * T + (a * world_size + rank) * batch_size`` on. So an update sees the same images at the same
-    positions however its total batch is split. The images left over at the end of the permutation (less than
-    one total batch) sit this epoch out.
+    ``[u * T, (u + 1) * T)``; in each of its micro-steps the processes take the next ``batch_size * world_size`` of
+    them in turn, one position each. So an update sees the same images at the same positions however its total batch
+    is split. What is left over at the end of the permutation (less than one total batch) sits this epoch out; nothing
+    else is cut.
+
+    With ``views`` = 3 (repeated augmentation, Hoffer et al., 2020, as in DeiT) each image stands at three consecutive
+    positions: consecutive processes get its differently augmented views, and an epoch of as many updates as before
+    sees a third of the images.
 
     Args:
         num_images: size of the training set.
@@ -49,6 +53,7 @@ class TrainSampler(Sampler[Draw]):
         accumulation: micro-steps of an update.
         rank, world_size: this process among all of them.
         seed: not negative.
+        views: of each image that an epoch sees.
 
     Raises:
         ValueError: a size below 1, or a rank outside the world.
@@ -62,9 +67,10 @@ class TrainSampler(Sampler[Draw]):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        views: int = 1,
     ):
-        if min(num_images, batch_size, accumulation) < 1:
-            raise ValueError("num_images, batch_size and accumulation must be at least 1")
+        if min(num_images, batch_size, accumulation, views) < 1:
+            raise ValueError("num_images, batch_size, accumulation and views must be at least 1")
         _check_rank(rank, world_size)
         self.num_images = num_images
         self.batch_size = batch_size
@@ -72,6 +78,7 @@ class TrainSampler(Sampler[Draw]):
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.views = views
         self.updates_per_epoch = num_images // (batch_size * accumulation * world_size)
         self.set_epoch(0)
 
@@ -85,11 +92,10 @@ class TrainSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         epoch = self.epoch
         order = np.random.default_rng(seed_sequence("order", self.seed, epoch)).permutation(self.num_images)
-        micro_steps = range(self.first_update * self.accumulation, self.updates_per_epoch * self.accumulation)
-        for micro_step in micro_steps:
-            start = (micro_step * self.world_size + self.rank) * self.batch_size
-            for position in range(start, start + self.batch_size):
-                yield Draw(int(order[position]), epoch, position)
+        total_batch = self.batch_size * self.accumulation * self.world_size
+        first, last = (update * total_batch for update in (self.first_update, self.updates_per_epoch))
+        for position in range(first + self.rank, last, self.world_size):
+            yield Draw(int(order[position // self.views]), epoch, position)
 
     def __len__(self) -> int:
         return (self.updates_per_epoch - self.first_update) * self.accumulation * self.batch_size

@@ -1,14 +1,17 @@
 """What every process of a run needs: errors for users, the processes, seeds, signals, safe files, the log."""
 
+import contextlib
 import gc
 import json
 import logging
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +42,10 @@ class RunError(Exception):
 # --------------------------------------------------------------------------------------------- processes
 
 
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: rank 0 may list a large data set alone."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run: its rank, their number, the device it computes on, its place on its node."""
@@ -47,6 +54,8 @@ class Processes:
     world_size: int
     device: torch.device
     local_rank: int = 0
+    store: dist.Store | None = None
+    """Where they leave short messages for each other; None for a process alone."""
 
     @property
     def is_main(self) -> bool:
@@ -60,23 +69,80 @@ class Processes:
         dist.all_gather(parts, rows)
         return torch.stack(parts).cpu()
 
+    def leave_together(self) -> None:
+        """Wait until all ranks are here: a launcher may end the others soon after the first has gone."""
+        self.gather(torch.zeros((), device=self.device))
+
+    def say(self, words: str) -> None:
+        """Leave this rank's last words for the others; empty: it is well, and misses another."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # the store's own process may be the one that died
+                self.store.set(f"last words/{self.rank}", words)
+
+    def missing(self, seconds: float = 2.0) -> str:
+        """Which ranks have failed or say nothing within so many seconds, and their last words.
+
+        Called by those whose exchange with another failed.
+        """
+        self.say("")
+        keys = [f"last words/{rank}" for rank in range(self.world_size)]
+        give_up = time.monotonic() + seconds
+        try:
+            while not self.store.check(keys) and time.monotonic() < give_up:
+                time.sleep(0.1)
+            words = [self.store.get(key).decode() if self.store.check([key]) else "silent" for key in keys]
+            if self.is_main:
+                time.sleep(1)  # it mostly holds the store, where the others are still reading
+        except RuntimeError:
+            return "the process that holds the others together"
+        return ", ".join(f"rank {rank} ({said})" for rank, said in enumerate(words) if said) or "one of the processes"
+
+
+def processes_here() -> tuple[int, int, int]:
+    """Rank, number of processes, and place on the node: torchrun's, or srun's without it, or alone."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none, only srun's tasks
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, alone)) for name, alone in zip(names, (0, 1, 0), strict=True)
+    )
+    return rank, world_size, local_rank
+
+
+def meeting_point() -> str:
+    """Where the processes meet, as a URL: as torchrun's environment has it, or on the first node of srun's step.
+
+    The port is another one for every life of a job that is requeued, so that no process meets an earlier life's.
+    """
+    if "MASTER_ADDR" in os.environ or "SLURM_STEP_NODELIST" not in os.environ:
+        return "env://"
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job, step, life = (int(os.environ.get(name, 0)) for name in names)
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]  # n[01-04,7] -> n01
+    return f"tcp://{first}:{20_000 + (job * 64 + step * 8 + life) % 12_000}"  # below what systems hand out themselves
+
 
 def start_processes(device_name: str) -> Processes:
-    """Join the other processes of the run as torchrun's environment describes them; alone without it.
+    """Join the other processes of the run as torchrun's environment describes them, or srun's; alone without.
 
     Args:
         device_name: ``auto`` (a GPU if there is one), or what ``torch.device`` understands.
     Raises:
         UserError: no such device here, or a GPU that this torch has no kernels for.
+        RunError: the others did not come.
     """
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, world_size, local_rank = processes_here()
     device = _pick_device(device_name, local_rank)
-    if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return Processes(rank, world_size, device, local_rank)
+    if world_size == 1:
+        return Processes(rank, world_size, device, local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, _, _ = next(dist.rendezvous(meeting_point(), rank, world_size, timeout=GROUP_TIMEOUT))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"the {world_size} processes could not meet: {reason}") from error
+    return Processes(rank, world_size, device, local_rank, store)
 
 
 def end_processes() -> None:
@@ -84,6 +150,11 @@ def end_processes() -> None:
     if dist.is_initialized():
         gc.collect()  # a DistributedDataParallel that outlives its group can spin at exit
         dist.destroy_process_group()
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an exchange failed because another process is gone or silent."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def _pick_device(name: str, local_rank: int) -> torch.device:
@@ -94,7 +165,8 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
         raise UserError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:0")
     if kind == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", int(index or local_rank))
+    own = 0 if torch.cuda.device_count() == 1 and "RANK" not in os.environ else local_rank  # srun may show each its own
+    device = torch.device("cuda", int(index or own))
     if device.index >= torch.cuda.device_count():
         raise UserError(
             f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
@@ -142,21 +214,21 @@ def seed_step(seed: int, rank: int, micro_step: int) -> None:
 
 
 class StopSignal:
-    """Notices SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), so that a run can save between two steps and end.
+    """Notices SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C), so that a run can save between two steps and end.
 
-    ``poll`` is called once a step by every rank and gives the same answer on all of them: the ranks' flags
-    are added up on the host while the step is computed, and read one step later. It never waits for a GPU.
+    ``poll`` is called once a step by every rank and gives the same answer on all of them: the ranks' signals
+    are exchanged on the host while the step is computed, and read one step later. It never waits for a GPU.
     A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, processes: Processes):
-        self.received: int | None = None
+        self.received = 0
         self._alone = processes.world_size == 1
-        self._group = None if self._alone else dist.new_group(backend="gloo")
+        self._group = None if self._alone else dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         self._pending = None
 
     def __enter__(self):
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
         self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
@@ -167,22 +239,26 @@ class StopSignal:
     def _receive(self, number, frame):
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number  # a cluster's SIGTERM follows its SIGUSR2
 
     @property
     def exit_code(self) -> int:
-        """0: saved and ended as asked. 130 after Ctrl-C, so that a script around the run ends too."""
-        return 130 if self.received == signal.SIGINT else 0
+        """0: saved and ended as asked. 75 after SIGUSR2: start it again. 130 after Ctrl-C: end what started it, too.
+
+        All ranks have the same code. 75 is the system's own for a failure that passes (``EX_TEMPFAIL``).
+        """
+        return {signal.SIGINT: 130, signal.SIGUSR2: os.EX_TEMPFAIL}.get(self.received, 0)
 
     def poll(self) -> bool:
         """Whether all ranks are to stop now."""
         if self._alone:
-            return self.received is not None
-        earlier, flag = self._pending, torch.tensor([int(self.received is not None)])
-        self._pending = (dist.all_reduce(flag, group=self._group, async_op=True), flag)
+            return bool(self.received)
+        earlier, numbers = self._pending, torch.tensor([self.received])
+        self._pending = (dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group, async_op=True), numbers)
         if earlier is None:
             return False
         earlier[0].wait()
+        self.received = int(earlier[1]) or self.received
         return bool(earlier[1])
 
 

@@ -57,8 +57,10 @@ class Child:
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         self.context.set_forkserver_preload(["runs"])
 
-    def __call__(self, output: Path, *more: str, before=None, ranks: int = 1) -> int:
+    def __call__(self, output: Path, *more: str, before=None, everywhere=None, ranks: int = 1) -> int:
         """Run ``main.py`` after ``before()`` (on the last of ``ranks`` processes); its text is in ``text()``.
+
+        ``everywhere(rank)`` is called on all of them.
 
         Returns:
             Rank 0's exit code; -9 if it was killed.
@@ -74,7 +76,7 @@ class Child:
                 args=(
                     argv,
                     self.log if rank == 0 else Path(f"{self.log}{rank}"),
-                    before if rank == ranks - 1 else None,
+                    [before if rank == ranks - 1 else None, everywhere and functools.partial(everywhere, rank)],
                     environment | {"RANK": str(rank)},
                 ),
             )
@@ -86,19 +88,19 @@ class Child:
             child.join()
         return children[0].exitcode
 
-    def text(self) -> str:
-        """What the last run printed, errors included."""
-        return self.log.read_text()
+    def text(self, rank: int = 0) -> str:
+        """What this process of the last run printed, errors included."""
+        return Path(f"{self.log}{rank or ''}").read_text()
 
 
-def _main(argv: list[str], log: Path, before, environment: dict) -> None:
+def _main(argv: list[str], log: Path, hooks: list, environment: dict) -> None:
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    if before is not None:
-        before()
+    for hook in filter(None, hooks):
+        hook()
     sys.exit(main.main(argv))
 
 

@@ -25,7 +25,7 @@ def test_the_recipe_names_every_number_of_the_protocol():
     words = (ROOT / "recipes/deit_in1k.args").read_text().split()
     groups = {"batch and length", "optimiser and schedule", "augmentation"}
     options = {
-        action.option_strings[0]
+        next((name for name in action.option_strings if name in words), action.option_strings[0])
         for group in build_parser()._action_groups
         if group.title in groups
         for action in group._group_actions
@@ -184,7 +184,7 @@ def test_nothing_on_the_command_line_is_one_word():
 
 def test_every_option_trains_something_in_a_test():
     """By name, in the files whose tests train; what only asks (--help) and the negations are in this file."""
-    files = ("test_main.py", "test_engine.py", "test_resume.py", "runs.py")
+    files = ("test_main.py", "test_engine.py", "test_resume.py", "test_processes.py", "runs.py")
     words = set(re.findall(r"--[a-z][a-z0-9-]*", "".join((ROOT / "tests" / name).read_text() for name in files)))
     for action in build_parser()._actions:
         assert words & set(action.option_strings) or action.dest == "help", action.option_strings

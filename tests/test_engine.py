@@ -1,10 +1,6 @@
-"""The training step itself: nothing waits for the device, and many processes do the mathematics of one."""
-
-import subprocess
-import sys
+"""The training step itself: nothing waits for the device."""
 
 import pytest
-import runs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,35 +83,3 @@ def test_a_gpu_learns_the_digits(options, tmp_path):
     assert main.main([*words.split(), "--epochs", "10", *options.split(), "--output-dir", str(tmp_path)]) == 0
     best = torch.load(tmp_path / "best.pth", weights_only=True)["best"]
     assert best["acc1"] > 50
-
-
-def test_two_processes_do_the_mathematics_of_one(tmp_path):
-    """Same total batch, same images at the same positions: the same weights to rounding; each image evaluated once."""
-    data = runs.write_digits(tmp_path / "digits", val=7)  # 70 images: an odd number for two processes of 2 x 12
-    alike = "--drop 0 --drop-path 0 --mixup 0 --cutmix 0 --opt sgd --lr 1 --epochs 2 --drloc-weight 1 --batch-size"
-    contents = []
-    for processes, batch_size in ((1, "48"), (2, "12")):
-        output = tmp_path / str(processes)
-        command = runs.command(data, output, *alike.split(), batch_size)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), "main.py", *command],
-            cwd=runs.ROOT,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("batch  ") == 1, "only rank 0 speaks"
-        contents.append(runs.content(output))
-    one, two = contents
-    for line_one, line_two in zip(one["log.txt"], two["log.txt"], strict=True):
-        assert line_two["test_images"] == 70
-        assert line_two["train_loss"] == pytest.approx(line_one["train_loss"], abs=1e-5)
-        assert line_two["test_loss"] == pytest.approx(line_one["test_loss"], abs=1e-5)
-        assert line_two["test_spatial_entropy"] == pytest.approx(line_one["test_spatial_entropy"], abs=1e-3)
-    for part in ("model", "localiser"):
-        weights, others = (content["checkpoint.pth"][part] for content in (one, two))
-        weights, others = (values["model"] if part == "localiser" else values for values in (weights, others))
-        for name, weight in weights.items():
-            assert torch.allclose(others[name], weight, atol=1e-5), name

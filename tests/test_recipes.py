@@ -45,6 +45,7 @@ COMMON = {
     "drloc_weight": 0.0,
     "last_block": "sar",
     "sampling_ratio": 1.0,
+    "repeated_aug": False,
     "report": "model",
 }
 DEIT = {

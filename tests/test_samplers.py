@@ -19,11 +19,11 @@ SPLITS = [
 ]  # batch size, accumulation, processes
 
 
-def draws_of_updates(batch_size, accumulation, world_size, num_images=50, epoch=3, seed=5):
+def draws_of_updates(batch_size, accumulation, world_size, num_images=50, epoch=3, seed=5, views=1):
     """Per update the set of draws that all processes make in it."""
     per_rank = []
     for rank in range(world_size):
-        sampler = TrainSampler(num_images, batch_size, accumulation, rank, world_size, seed)
+        sampler = TrainSampler(num_images, batch_size, accumulation, rank, world_size, seed, views)
         sampler.set_epoch(epoch)
         per_rank.append(list(BatchSampler(sampler, batch_size * accumulation, drop_last=False)))
     return [set().union(*update) for update in zip(*per_rank, strict=True)]
@@ -45,10 +45,39 @@ def test_a_total_batch_holds_the_same_draws_however_it_is_split(split):
     assert updates == draws_of_updates(TOTAL_BATCH, 1, 1)
 
 
-def test_micro_batches_lie_where_the_docstring_says():
+def test_processes_take_the_positions_in_turn():
     sampler = TrainSampler(48, batch_size=2, accumulation=3, rank=1, world_size=4)  # total batch 24
     positions = [draw.position for draw in sampler]
-    assert positions == [2, 3, 10, 11, 18, 19, 26, 27, 34, 35, 42, 43]
+    assert positions == [1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_total_batch_holds_the_same_views_however_it_is_split(split):
+    updates = draws_of_updates(*split, views=3)
+    assert len(updates) == 50 // TOTAL_BATCH
+    assert updates == draws_of_updates(TOTAL_BATCH, 1, 1, views=3)
+
+
+def test_the_three_views_of_an_image_go_to_consecutive_processes():
+    ranks = [list(TrainSampler(50, 4, rank=rank, world_size=4, views=3)) for rank in range(4)]
+    in_turn = [draw for step in zip(*ranks, strict=True) for draw in step]  # rank 0's first, rank 1's first, ...
+    assert [draw.position for draw in in_turn] == list(range(48))  # of 50: only the incomplete total batch is cut
+    images = [draw.index for draw in in_turn]
+    for first in range(0, 48, 3):
+        assert len(set(images[first : first + 3])) == 1
+    assert len(set(images)) == 48 // 3  # a third of an epoch's images
+
+
+def test_repeated_augmentation_sees_other_images_in_every_epoch_and_with_every_seed():
+    """timm's sampler shuffles by the epoch alone. A set of fewer than 256 images, too, has an epoch."""
+    thirds = set()
+    for seed in range(3):
+        sampler = TrainSampler(60, 10, seed=seed, views=3)
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            thirds.add(frozenset(draw.index for draw in sampler))
+    assert len(thirds) == 9
+    assert all(len(third) == 20 for third in thirds)
 
 
 def test_an_incomplete_total_batch_is_left_out_and_differs_by_epoch():
