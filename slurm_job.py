@@ -1,0 +1,108 @@
+"""What a SLURM job runs: main.py's ``main``, and then what Slurm has to be told.
+
+This module imports next to nothing: until submitit has loaded the job a signal would end the process, so everything
+heavy waits until submitit's handlers are in place.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit import JobEnvironment
+from submitit.helpers import DelayedSubmission
+
+CLIENT_SECONDS = 30  # the longest that a Slurm client may take to answer
+
+
+def ask_slurm(*command: str) -> str:
+    """What a Slurm client prints.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it is not there, fails (``stderr`` says why), or does not answer.
+    """
+    return subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_SECONDS, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train on the cluster; one call is one task of one life of a job.
+
+    Attributes:
+        words: main.py's command line.
+        folder: its output folder.
+        epochs: at the end of the run.
+        commit: of the files when the job was submitted; None outside a git repository.
+    """
+
+    words: list[str]
+    folder: str
+    epochs: int
+    commit: str | None
+
+    def __call__(self) -> None:
+        """Train; then requeue the job if the run was told to save and come back, else end with main's exit code."""
+        from main import main
+
+        environment = JobEnvironment()
+        if environment.global_rank == 0:
+            self._compare_commit()
+        code = main(self.words)
+        come_back = code == os.EX_TEMPFAIL
+        if environment.global_rank == 0:
+            done = self._epochs_done()
+            stopped = code == 0 and done < self.epochs
+            if come_back or (stopped and _is_preempted(environment.job_id)):
+                sys.exit(_requeue(environment.job_id, done))
+            if stopped:
+                _say(f"stopped after {done} of {self.epochs} epochs; the command that submitted it goes on from there")
+                sys.exit(os.EX_TEMPFAIL)  # not 0: a job that waits for this run's weights must not start
+        if code and not come_back:
+            sys.exit(code)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """For a signal that comes before training: begin once more. (In training, main.py's own handlers save.)"""
+        return DelayedSubmission(self)
+
+    def _epochs_done(self) -> int:
+        from launcher import epochs_saved
+
+        return epochs_saved(Path(self.folder))
+
+    def _compare_commit(self) -> None:
+        from utils import environment
+
+        now = environment()
+        if now["commit"] != self.commit:
+            _say(f"submitted at commit {self.commit}, started at {now['commit']}: the files have changed since")
+        if now["uncommitted_changes"]:
+            _say(f"the files have uncommitted changes beside commit {now['commit']}")
+
+
+def _is_preempted(job_id: str) -> bool:
+    """Whether another job needs the place; Slurm does not requeue a job that ends before it is killed for that."""
+    try:
+        answer = ask_slurm("scontrol", "-o", "show", "job", job_id)
+    except (OSError, subprocess.SubprocessError) as error:
+        _say(f"cannot ask whether the job is being preempted: {error}")
+        return False
+    since = re.search(r"\bPreemptTime=(\S+)", answer)
+    return since is not None and since[1] not in ("None", "N/A", "Unknown")
+
+
+def _requeue(job_id: str, done: int) -> int:
+    """Put the job back into the queue; the exit code of this task, 0 if that worked."""
+    try:
+        ask_slurm("scontrol", "requeue", job_id)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        _say(f"error: job {job_id} cannot be requeued ({reason}); the command that submitted it goes on from there")
+        return os.EX_TEMPFAIL
+    _say(f"requeued job {job_id} with everything saved, {done} epochs done")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
