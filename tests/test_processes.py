@@ -36,7 +36,7 @@ def torchrun(*words: str, processes: int = 2) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------------------------ the same mathematics
 
 # Ten updates of 48 images; nothing is drawn by rank (dropout, drop-path, Mixup), and augmentation is the position's.
-ALIKE = "--drop 0 --drop-path 0 --mixup 0 --cutmix 0 --opt sgd --lr 1 --epochs 2 --drloc-weight 1 --batch-size".split()
+ALIKE = "--drop 0 --drop-path 0 --mixup 0 --cutmix 0 --opt sgd --lr 1 --epochs 2 --drloc-weight 20 --batch-size".split()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def assert_alike(one: dict, two: dict) -> None:
         weights, others = (values["model"] if part == "localiser" else values for values in (weights, others))
         moved = {name: (others[name] - weight).abs().max().item() for name, weight in weights.items()}
         print(f"{part}: largest difference {max(moved.values()):.1e}")  # shown by pytest -s
-        assert max(moved.values()) < 1e-5, moved
+        assert max(moved.values()) < 3e-5, moved  # with the wrong pairs of patches: 1e-4
 
 
 @pytest.mark.parametrize(
