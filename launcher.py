@@ -6,7 +6,9 @@ many, each run as `Cluster` asks for it, and leaves ``job.json`` in the output f
 """
 
 import argparse
+import contextlib
 import fcntl
+import io
 import json
 import os
 import re
@@ -18,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from arguments import differences, expand_arguments
 from checkpoints import read_checkpoint
-from slurm_job import Job, ask_slurm
+from slurm_job import Job, ask_slurm, reason_of
 from utils import UserError, environment, write_json
 
 ROOT = Path(__file__).resolve().parent
@@ -142,7 +143,7 @@ def finish(point: Point, command: list[str]) -> int:
     return code or 128 + signal.SIGTERM  # which someone sent to main.py: it saved, and ended with 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
     """Hold the file, so that no other launcher is ``doing`` the same; where one is, wait for that."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +246,8 @@ def submit(cluster: Cluster, points: Sequence[Point], folder: Path, after: Seque
     tasks = [Job(expand_arguments(point.words), str(point.folder), point.epochs, commit) for point in points]
     before = set(folder.iterdir())
     try:
-        jobs = executor.submit_array(tasks)
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error says
+            jobs = executor.submit_array(tasks)
     except FailedJobError as error:
         for path in set(folder.iterdir()) - before:
             path.unlink()
@@ -282,13 +284,13 @@ def submit_all(cluster: Cluster, points: Sequence[Point], folder: Path) -> None:
     with locked(folder / "lock", f"submitting with {folder}"):
         queue = jobs_in_queue()
         waiting, ids = sort_out(points, queue)
-        states = {name: f"in the queue before ({queue[job_id].lower()})" for name, job_id in ids.items()}
-        if waiting and environment()["uncommitted_changes"]:
-            print("warning: uncommitted changes; a job runs the files as they are when it starts", file=sys.stderr)
+        states = {name: f"in the queue before, {queue[job_id]}" for name, job_id in ids.items()}
         for needs, group in arrays(waiting, ids).items():
             new = submit(cluster, group, folder, [ids[name] for name in needs])
             ids |= {point.name: job_id for point, job_id in zip(group, new, strict=True)}
             states |= {point.name: f"submitted, after {', '.join(needs)}" if needs else "submitted" for point in group}
+    if waiting and environment()["uncommitted_changes"]:
+        print("warning: uncommitted changes; a job runs the files as they are when it starts", file=sys.stderr)
     rows = [[point.name, ids.get(point.name, "-"), states.get(point.name, "finished before")] for point in points]
     print(table(["run", "job", ""], rows))
 
@@ -376,19 +378,21 @@ def _partitions() -> str:
 
 
 def jobs_in_queue() -> dict[str, str]:
-    """Slurm's state of each job of this user that is not over, by job id (``12``, or ``12_3`` in an array).
+    """What each job of this user is doing that is not over, by job id (``12``, or ``12_3`` in an array).
+
+    ``running``, ``pending: <Slurm's reason>``, or another of Slurm's states in lower case.
 
     Raises:
         UserError: Slurm cannot be asked.
     """
     try:
-        lines = ask_slurm("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i %T").splitlines()
+        lines = ask_slurm("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i %T %r").splitlines()
     except FileNotFoundError:
-        raise UserError("no squeue on this machine: ask on a login node of the cluster") from None
+        raise UserError("no squeue on this machine; ask on a login node of the cluster") from None
     except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().replace("\n", "; ")
-        raise UserError(f"Slurm does not answer ({reason}); try again later") from None
-    return dict(line.split() for line in lines)
+        raise UserError(f"Slurm does not answer ({reason_of(error)}); try again later") from None
+    jobs = (line.split(maxsplit=2) for line in lines)
+    return {job_id: f"pending: {why}" if state == "PENDING" else state.lower() for job_id, state, why in jobs}
 
 
 def read_job(folder: Path) -> dict | None:
@@ -436,8 +440,8 @@ def state_of(folder: Path, queue: dict[str, str] | None) -> tuple[str, str]:
     if queue is None:
         return "unknown", progress
     if job["job_id"] in queue:
-        state = queue[job["job_id"]]
-        return ("pending" if state == "PENDING" else "running"), progress
+        state, _, why = queue[job["job_id"]].partition(": ")
+        return state, f"{progress} ({why})" if why else progress
     own, slurms = last_errors(Path(job["log"]))
     return ("failed" if own else "stopped"), "\n".join(filter(None, [progress, own or slurms, f"log: {job['log']}"]))
 

@@ -26,6 +26,12 @@ def ask_slurm(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_SECONDS, check=True).stdout
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong in `ask_slurm`, in one line."""
+    text = getattr(error, "stderr", None) or str(error)
+    return "; ".join((text if isinstance(text, str) else text.decode()).split("\n")).strip("; ")
+
+
 @dataclass(frozen=True)
 class Job:
     """Train on the cluster; one call is one task of one life of a job.
@@ -43,33 +49,32 @@ class Job:
     commit: str | None
 
     def __call__(self) -> None:
-        """Train; then requeue the job if the run was told to save and come back, else end with main's exit code."""
+        """Train, tell Slurm if the job has to come back, and end with an exit code, 0 if all is well."""
         from main import main
 
         environment = JobEnvironment()
         if environment.global_rank == 0:
             self._compare_commit()
         code = main(self.words)
-        come_back = code == os.EX_TEMPFAIL
-        if environment.global_rank == 0:
-            done = self._epochs_done()
-            stopped = code == 0 and done < self.epochs
-            if come_back or (stopped and _is_preempted(environment.job_id)):
-                sys.exit(_requeue(environment.job_id, done))
-            if stopped:
-                _say(f"stopped after {done} of {self.epochs} epochs; the command that submitted it goes on from there")
-                sys.exit(os.EX_TEMPFAIL)  # not 0: a job that waits for this run's weights must not start
-        if code and not come_back:
-            sys.exit(code)
+        if environment.global_rank == 0 and code in (0, os.EX_TEMPFAIL):
+            code = self._come_back(code == os.EX_TEMPFAIL, environment.job_id)
+        sys.exit(0 if code == os.EX_TEMPFAIL and environment.global_rank else code)
 
     def checkpoint(self) -> DelayedSubmission:
         """For a signal that comes before training: begin once more. (In training, main.py's own handlers save.)"""
         return DelayedSubmission(self)
 
-    def _epochs_done(self) -> int:
+    def _come_back(self, told_to: bool, job_id: str) -> int:
+        """Requeue the job if its time was up or if it is being preempted; returns the exit code."""
         from launcher import epochs_saved
 
-        return epochs_saved(Path(self.folder))
+        done = epochs_saved(Path(self.folder))
+        if done == self.epochs and not told_to:
+            return 0
+        if told_to or _is_preempted(job_id):
+            return _requeue(job_id, done)
+        _say(f"stopped after {done} of {self.epochs} epochs; the same command submits what is left")
+        return os.EX_TEMPFAIL  # not 0: a job that waits for this run's weights must not start
 
     def _compare_commit(self) -> None:
         from utils import environment
@@ -86,7 +91,7 @@ def _is_preempted(job_id: str) -> bool:
     try:
         answer = ask_slurm("scontrol", "-o", "show", "job", job_id)
     except (OSError, subprocess.SubprocessError) as error:
-        _say(f"cannot ask whether the job is being preempted: {error}")
+        _say(f"cannot ask whether the job is being preempted: {reason_of(error)}")
         return False
     since = re.search(r"\bPreemptTime=(\S+)", answer)
     return since is not None and since[1] not in ("None", "N/A", "Unknown")
@@ -97,8 +102,7 @@ def _requeue(job_id: str, done: int) -> int:
     try:
         ask_slurm("scontrol", "requeue", job_id)
     except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip()
-        _say(f"error: job {job_id} cannot be requeued ({reason}); the command that submitted it goes on from there")
+        _say(f"error: job {job_id} cannot be requeued ({reason_of(error)}); the same command submits what is left")
         return os.EX_TEMPFAIL
     _say(f"requeued job {job_id} with everything saved, {done} epochs done")
     return 0
