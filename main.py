@@ -13,6 +13,7 @@ Where a run begins (``begin`` below), the first that applies:
 
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -75,6 +76,8 @@ def tell(error: Exception, processes: Processes | None) -> int:
     """
     place = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
     if processes is not None and lost_another(error):
+        if processes.is_main:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for all that are left: the word first
         error = RunError(f"lost {processes.missing()}{place}; the same command goes on from the last checkpoint")
     elif processes is not None:
         processes.say(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}{place}")
