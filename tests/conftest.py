@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a process (the suite runs one a core), and the golden numbers."""
+"""Shared by all tests: one thread a process (the suite runs one a core), the golden numbers, and a Slurm."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import slurm_cluster
 import torch
 
 torch.set_num_threads(1)
@@ -17,6 +18,15 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden():
     """Read one file of numbers printed by a reference implementation: ``golden("sar_bloblosses.pt")``."""
     return lambda name: torch.load(GOLDEN / name, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A Slurm of this machine's own, for the whole suite; yields the path for SLURM_CONF."""
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as configuration:
+        yield configuration
 
 
 def pytest_collection_modifyitems(items):
