@@ -54,6 +54,10 @@ class Point:
         return Path(self.args.output_dir)
 
     @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pth"
+
+    @property
     def epochs(self) -> int:
         return self.args.epochs + self.args.cooldown_epochs
 
@@ -72,14 +76,13 @@ def epochs_done(point: Point) -> int:
     Raises:
         UserError: its folder holds another run, or a damaged file.
     """
-    path = point.folder / "checkpoint.pth"
-    if not path.exists():
+    if not point.checkpoint.exists():
         return 0
     try:
-        checkpoint = read_checkpoint(path, lazily=True)
+        checkpoint = read_checkpoint(point.checkpoint, lazily=True)
         saved, epoch = checkpoint["args"], checkpoint["epoch"]
     except (UserError, KeyError) as error:
-        raise UserError(f"{path} cannot be read; remove it to begin {point} again") from error
+        raise UserError(f"{point.checkpoint} cannot be read; remove it to begin {point} again") from error
     different = differences(point.args, saved)
     if different:
         raise UserError(
@@ -321,7 +324,7 @@ def print_submission(cluster: Cluster, points: Sequence[Point], folder: Path) ->
     try:
         queue = jobs_in_queue()
     except UserError as error:
-        print(f"# taken for not queued: {error}")
+        print(f"# as if nothing were in the queue: {error}")
         queue = {}
     waiting, queued = sort_out(points, queue)
     for point in points:
@@ -329,7 +332,8 @@ def print_submission(cluster: Cluster, points: Sequence[Point], folder: Path) ->
             print(f"# {point}: " + (f"job {queued[point.name]} has it" if point.name in queued else "finished before"))
     for needs, group in arrays(waiting, queued).items():
         after = [queued.get(name, f"<job of {name}>") for name in needs]
-        print(f"\n{sbatch_file(cluster, folder, len(group), after)}")
+        print(f"\n# {len(group)} {'runs, one job array' if len(group) > 1 else 'run, one job'}; sbatch gets:")
+        print(f"{sbatch_file(cluster, folder, len(group), after)}")
         for index, point in enumerate(group):
             print(f"# {index}: {point}\nmain.py {shlex.join(point.words)}")
 
@@ -341,7 +345,7 @@ def _prepare_folder(folder: Path) -> None:
         UserError: no sbatch here, or a folder that cannot be written.
     """
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise UserError("no sbatch on this machine; submit from a login node of the cluster, or run here with --local")
+        raise UserError("no sbatch on this machine; submit on a login node of the cluster (--local runs without Slurm)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -425,6 +429,24 @@ def queued_job(point: Point, queue: dict[str, str]) -> str | None:
         listed = "; ".join(line.replace("in the checkpoint", "in the job") for line in different)
         raise UserError(f"{point.folder}: job {job['job_id']} has other arguments; scancel it first ({listed})")
     return job["job_id"]
+
+
+def refuse_queued(points: Iterable[Point]) -> None:
+    """Refuse to run here what a job in the queue has.
+
+    Raises:
+        UserError: one of the runs is in the queue.
+    """
+    submitted = [point for point in points if read_job(point.folder)]
+    try:
+        queue = jobs_in_queue() if submitted else {}
+    except UserError as error:
+        print(f"warning: {error}; let no job train here, too: {', '.join(map(str, submitted))}", file=sys.stderr)
+        return
+    for point in submitted:
+        job_id = queued_job(point, queue)
+        if job_id:
+            raise UserError(f"{point}: job {job_id} has this run ({queue[job_id]}); wait for it, or scancel {job_id}")
 
 
 def state_of(folder: Path, queue: dict[str, str] | None) -> tuple[str, str]:

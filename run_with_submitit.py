@@ -33,6 +33,7 @@ from launcher import (
     epochs_done,
     finish,
     print_submission,
+    refuse_queued,
     status,
     submit_all,
 )
@@ -50,6 +51,7 @@ NOT_FOR_SLURM_ARG = {
     "array_parallelism": "--max-parallel",
     "output": "--job-dir",
     "error": "--job-dir",
+    "chdir": "cd, before this command",
 }
 
 
@@ -195,7 +197,7 @@ def build_point(job_dir: Path, words: list[str], chosen: tuple[str, ...]) -> Poi
 
 
 def check(points: list[Point], processes: int) -> None:
-    """Refuse before anything is submitted what would stop a later run.
+    """Refuse before anything is started what would stop a later run.
 
     Raises:
         UserError: processes that cannot make up a total batch, or a folder of another run.
@@ -213,6 +215,7 @@ def run_here(points: list[Point], processes: int) -> int:
 
     A run that failed by itself leaves the others theirs. Whatever else ended one would meet the next, too.
     """
+    refuse_queued(points)
     codes = [0]
     for point in points:
         codes.append(finish(point, local_command(point, processes)))

@@ -27,9 +27,9 @@ def ask_slurm(*command: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong in `ask_slurm`, in one line."""
-    text = getattr(error, "stderr", None) or str(error)
-    return "; ".join((text if isinstance(text, str) else text.decode()).split("\n")).strip("; ")
+    """What went wrong in `ask_slurm`: the last line that the client said, or what became of it."""
+    said = getattr(error, "stderr", None)
+    return (said if isinstance(said, str) and said else str(error)).strip().rpartition("\n")[2]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import differences, parse_arguments
-from checkpoints import read_checkpoint
+from arguments import parse_arguments
 from datasets import DATASETS
+from launcher import Cluster, Point
 from utils import UserError
 
 # What a run costs at the paper's hardware is an estimate: DeiT's paper has (from memory) 53 hours for ViT-B, 300
@@ -41,35 +41,28 @@ class Settings:
     seeds: list[int]
     rows: list[str]
     launch: list[str]
+    cluster: Cluster | None
     overrides: list[str]
     overrides_path: str
     dry_run: bool
 
 
 @dataclass(frozen=True)
-class Job:
-    """One seed of a row: the words after main.py, what they come to, and without OVERRIDES."""
+class Job(Point):
+    """One seed of a row; ``protocol`` is what its words come to without OVERRIDES."""
 
     row: Row
     seed: int
-    words: list[str]
-    args: argparse.Namespace
     protocol: argparse.Namespace
 
     @property
-    def folder(self) -> Path:
-        return Path(self.args.output_dir)
+    def needs(self) -> tuple[str, ...]:
+        return tuple(name_of(run, self.seed) for run in sorted(self.row.needs()))
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pth"
 
-    @property
-    def epochs(self) -> int:
-        return self.args.epochs + self.args.cooldown_epochs
-
-    def __str__(self) -> str:
-        return f"{self.row.run}, seed {self.seed}"
+def name_of(run: str, seed: int) -> str:
+    """One seed of a run, for people."""
+    return f"{run}, seed {seed}"
 
 
 def read_rows(text: str) -> list[Row]:
@@ -125,7 +118,7 @@ def plan(settings: Settings, rows: list[Row]) -> list[Job]:
                 words += [f"--{name.replace('_', '-')}", str(value)]
             args = argparse.Namespace(**vars(args) | last)
             weights[str(folder / "checkpoint.pth")] = args.last_block
-            jobs.append(Job(row, seed, words, args, protocol))
+            jobs.append(Job(name_of(row.run, seed), words, args, row, seed, protocol))
     return jobs
 
 
@@ -152,25 +145,6 @@ def resolve(words: list[str], weights: dict[str, str]) -> argparse.Namespace:
     if "--last-block" not in words:
         args.last_block = weights[args.finetune]
     return args
-
-
-def epochs_done(job: Job) -> int:
-    """Finished epochs of its run.
-
-    Raises:
-        UserError: the folder holds another run, or a damaged file.
-    """
-    if not job.checkpoint.exists():
-        return 0
-    try:
-        checkpoint = read_checkpoint(job.checkpoint, lazily=True)
-        saved, epoch = checkpoint["args"], checkpoint["epoch"]
-    except (UserError, KeyError) as error:
-        raise UserError(f"{job.checkpoint} cannot be read; remove it to begin {job} again") from error
-    different = differences(job.args, saved)
-    if different:
-        raise UserError(f"{job.folder} holds a run with other arguments; give another OUT ({'; '.join(different)})")
-    return epoch
 
 
 def images(args: argparse.Namespace) -> int | None:

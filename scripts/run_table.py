@@ -13,28 +13,26 @@ The environment says the rest:
     SEEDS       one run of each row for each (0)
     ROWS        only these rows
     LAUNCH      the words before main.py (torchrun with all GPUs of this machine; python where there is one or none,
-                but torchrun with 8 for the plan of a machine without any)
+                but torchrun with 8 for the plan of a machine without any); or "submitit", which gives the runs to a
+                SLURM cluster as job arrays, and run_with_submitit.py's options: "submitit --partition gpu --nodes 2"
     OVERRIDES   an argument file whose options come after every row's: for other hardware or data
     DRY_RUN=1   print the plan and the commands, start and write nothing
     SMOKE=1     OVERRIDES=recipes/smoke.args: everything as it is, but tiny, in seconds a row
 
     OUT/runs/<run>/seed<k>/          main.py's output folder
     OUT/runs/<run>/seed<k>.lock      held by the script that trains it; another one waits for that
+    OUT/submitit/                    logs of jobs, and what submitit keeps
     OUT/<table>/<row>/seed<k>        a link to it
     OUT/<table>/<row>/protocol.json  the row's arguments before OVERRIDES
 """
 
-import fcntl
 import math
 import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -43,7 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import expand_arguments
 from build import accumulation
 from datasets import read_split
-from scripts.plan_table import Job, Row, Settings, choose, epochs_done, hours, images, in_words, plan, read_rows
+from launcher import Cluster, epochs_done, finish, locked, print_submission, refuse_queued, submit_all
+from run_with_submitit import cluster_of
+from scripts.plan_table import Job, Row, Settings, choose, hours, images, in_words, plan, read_rows
 from utils import RunError, UserError, write_json
 
 # ------------------------------------------------------------------------------------------- what is asked for
@@ -67,12 +67,14 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     seeds = (environ.get("SEEDS") or "0").split()
     if not seeds or not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"SEEDS={environ['SEEDS']!r}: use whole numbers with spaces between, for example '0 1 2'")
+    launch = launch_words(environ.get("LAUNCH", ""), elsewhere=flags["DRY_RUN"] == "1" and not overrides)
     return Settings(
         data=Path(environ.get("DATA") or "data").expanduser(),
         out=Path(environ.get("OUT") or ("output/smoke" if smoke else "output")).expanduser(),
         seeds=[int(seed) for seed in dict.fromkeys(seeds)],
         rows=environ.get("ROWS", "").split(),
-        launch=launch_words(environ.get("LAUNCH", ""), elsewhere=flags["DRY_RUN"] == "1" and not overrides),
+        launch=launch,
+        cluster=read_cluster(launch),
         overrides=read_overrides(overrides),
         overrides_path=overrides,
         dry_run=flags["DRY_RUN"] == "1",
@@ -92,6 +94,16 @@ def launch_words(text: str, elsewhere: bool = False) -> list[str]:
     first, *others = words or (["torchrun", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"])
     own = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     return own.get(first, [first]) + others
+
+
+def read_cluster(launch: list[str]) -> Cluster | None:
+    """What is asked of Slurm; None where these words start the runs here."""
+    if launch[0] != "submitit":
+        return None
+    try:
+        return cluster_of(launch[1:])
+    except UserError as error:
+        raise UserError(f"LAUNCH={shlex.join(launch)}: {error}") from None
 
 
 def world_size(launch: list[str]) -> int | None:
@@ -119,16 +131,17 @@ def check(settings: Settings, jobs: list[Job]) -> None:
     """Refuse before anything starts what would stop a later row.
 
     Raises:
-        UserError: no such launcher, data that are not there or not as they should be, processes that cannot make
-            up a total batch.
+        UserError: no such launcher, a run that a job in Slurm's queue has, data that are not there or not as they
+            should be, processes that cannot make up a total batch.
     """
-    if shutil.which(settings.launch[0]) is None:
+    if settings.cluster is None and shutil.which(settings.launch[0]) is None:
         raise UserError(f"LAUNCH: no program {settings.launch[0]}; give its path, or leave LAUNCH out")
-    processes, seen = world_size(settings.launch), set()
-    for job in jobs:
+    processes = settings.cluster.processes if settings.cluster else world_size(settings.launch)
+    unfinished, seen = [job for job in jobs if epochs_done(job) < job.epochs], set()
+    if settings.cluster is None:
+        refuse_queued(unfinished)
+    for job in unfinished:
         data = (job.args.data_set, job.args.data_path)
-        if epochs_done(job) == job.epochs:
-            continue
         try:
             if processes:
                 accumulation(job.args, processes)
@@ -174,64 +187,6 @@ def record(table_folder: Path, job: Job) -> None:
     link.symlink_to(os.path.relpath(job.folder, folder))
 
 
-@contextmanager
-def locked(job: Job) -> Iterator[None]:
-    """Hold the run, so that no other script trains it; where one does, wait for that."""
-    path = job.folder.with_name(f"{job.folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{job}: another script is training it; waiting for that", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            print(f"warning: {path}: {error.strerror}; let no other script train {job} now", file=sys.stderr)
-        yield
-
-
-def launch(command: list[str]) -> int:
-    """Run the command; its exit code, or 128 + the signal that ended it or that asked this script to stop.
-
-    SIGTERM and SIGUSR1 reach the run as SIGTERM, which main.py and torchrun take for: save and end. Ctrl-C comes to
-    the run from the terminal. The run has the time that it needs.
-    """
-    received, child = [], None
-
-    def stop(number: int, frame) -> None:
-        received.append(number)
-        if child is not None and number != signal.SIGINT:
-            child.terminate()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        child = subprocess.Popen(command)
-        if received:  # before there was a child to tell
-            child.terminate()
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        return 128 + received[0]
-    return code if code >= 0 else 128 - code
-
-
-def finish(settings: Settings, job: Job) -> int:
-    """Take the run to its end; 0, or the exit code: 1, it failed by itself; above 128, something stopped it."""
-    if epochs_done(job) == job.epochs:
-        print(f"{job}: finished before", flush=True)
-        return 0
-    print(f"{job}: {shlex.join(command(settings, job))}", flush=True)
-    code = launch(command(settings, job))
-    done = epochs_done(job)
-    if done == job.epochs and code < 128:
-        return 0
-    again = "" if code == 2 else "; the same command goes on from there"
-    print(f"{job}: ended at epoch {done} of {job.epochs} with exit code {code}{again}", file=sys.stderr)
-    return code or 128 + signal.SIGTERM  # which someone sent to main.py: it saved, and ended with 0
-
-
 def finish_all(settings: Settings, table: str, jobs: list[Job]) -> int:
     """Take all runs to their end, those of a failed run's files left out; 0, or the first exit code that is not.
 
@@ -240,9 +195,9 @@ def finish_all(settings: Settings, table: str, jobs: list[Job]) -> int:
     failed = set()
     for job in jobs:
         lost = {(run, job.seed) for run in job.row.needs()} & failed
-        with locked(job):
+        with locked(job.folder.with_name(f"{job.folder.name}.lock"), f"training {job}"):
             record(settings.out / table, job)
-            code = 1 if lost else finish(settings, job)
+            code = 1 if lost else finish(job, command(settings, job))
         if code > 1:
             return code
         if lost:
@@ -257,15 +212,35 @@ def command(settings: Settings, job: Job) -> list[str]:
     return [*settings.launch, "main.py", *job.words]
 
 
+def submit_table(settings: Settings, table: str, jobs: list[Job]) -> int:
+    """Give Slurm what is neither finished nor queued; always 0: what becomes of it, the jobs tell."""
+    submit_all(settings.cluster, jobs, settings.out / "submitit")
+    for job in jobs:
+        record(settings.out / table, job)
+    print(f"how far they are: python run_with_submitit.py --job-dir {shlex.quote(str(settings.out))} --status")
+    print("when all are finished, the same command prints the report")
+    return 0
+
+
+def print_commands(settings: Settings, jobs: list[Job]) -> None:
+    """What would be started."""
+    if settings.cluster:
+        print_submission(settings.cluster, jobs, settings.out / "submitit")
+        return
+    for job in jobs:
+        print(f"# {job.row.name}: {job}\n{shlex.join(command(settings, job))}")
+
+
 def run_table(table: str, settings: Settings, rows: list[Row]) -> int:
     """Print the plan, do it, print the report; returns the exit code."""
     jobs = plan(settings, choose(rows, settings.rows))
     print_plan(settings, table, jobs)
     if settings.dry_run:
-        for job in jobs:
-            print(f"# {job.row.name}: {job}\n{shlex.join(command(settings, job))}")
+        print_commands(settings, jobs)
         return 0
     check(settings, jobs)
+    if settings.cluster and any(epochs_done(job) < job.epochs for job in jobs):
+        return submit_table(settings, table, jobs)
     code = finish_all(settings, table, jobs)
     if code > 1:
         return code

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ import torch
 import analysis.report
 import datasets
 import engine
+import launcher
 import main
 from arguments import parse_arguments
 from scripts import plan_table, run_table
@@ -89,7 +89,7 @@ def run(read_script, monkeypatch):
         name, rows = read_script(table)
         monkeypatch.setattr(sys, "argv", ["scripts/run_table.py", name])
         monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
-        monkeypatch.setattr(run_table, "launch", launch or start_nothing)
+        monkeypatch.setattr(launcher, "launch", launch or start_nothing)
         return run_table.main()
 
     return run
@@ -293,7 +293,7 @@ def test_hours_of_the_paper_hardware():
         ({"OVERRIDES": "nowhere.args"}, "OVERRIDES=nowhere.args: argument file nowhere.args: No such file"),
         ({"LAUNCH": "no_such_launcher -n 8", "SMOKE": "1"}, "LAUNCH: no program no_such_launcher"),
         ({"LAUNCH": "'open"}, "LAUNCH='open: No closing quotation"),
-        ({"DATA": "/nowhere", "LAUNCH": "srun"}, "LAUNCH: no program srun"),
+        ({"DATA": "/nowhere", "LAUNCH": "no_launcher"}, "LAUNCH: no program no_launcher"),
         ({"DATA": "/nowhere"}, "in100_100/vit_small, seed 0: --data-path /nowhere/imagenet: no such folder"),
         (
             {"SMOKE": "1", "LAUNCH": "torchrun --nproc_per_node=3"},
@@ -500,42 +500,6 @@ def test_a_stop_that_comes_when_the_run_is_done_ends_the_script(run, tmp_path):
     assert len(launch.started) == 1
 
 
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, False)])
-def test_a_signal_leaves_the_run_the_time_to_save(number, told, tmp_path):
-    """SIGTERM and SIGUSR1 are handed on as SIGTERM; Ctrl-C reaches a run from its terminal. All are remembered."""
-    ready, end = tmp_path / "ready", tmp_path / "end"
-    script = f"trap 'echo saved > {end}; exit 0' TERM; touch {ready}; for i in $(seq 20); do sleep 0.05; done"
-
-    def send():
-        while not ready.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    before = signal.getsignal(number)
-    threading.Thread(target=send).start()
-    assert run_table.launch(["sh", "-c", script]) == 128 + number
-    assert end.exists() == told
-    assert signal.getsignal(number) is before
-
-
-def test_a_signal_that_comes_while_the_run_starts(monkeypatch):
-    popen = subprocess.Popen
-
-    def interrupted(command):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        return popen(command)
-
-    monkeypatch.setattr(subprocess, "Popen", interrupted)
-    start = time.monotonic()
-    assert run_table.launch(["sleep", "20"]) == 128 + signal.SIGUSR1
-    assert time.monotonic() - start < 10
-
-
-def test_the_exit_code_of_a_launched_run():
-    assert run_table.launch(["sh", "-c", "exit 7"]) == 7
-    assert run_table.launch(["sh", "-c", "kill -KILL $$"]) == 137
-
-
 def test_a_run_that_another_script_trains_is_waited_for(run, no_report, tmp_path, capsys):
     """The other script is a thread here: it holds the lock until the run is finished."""
     environ = {"SMOKE": 1, "OUT": tmp_path, "ROWS": "F"}
@@ -565,7 +529,7 @@ def test_a_run_that_another_script_trains_is_waited_for(run, no_report, tmp_path
         assert run("table1b", start_nothing, **environ) == 0
         thread.join()
     lines = capsys.readouterr().out.splitlines()
-    at = lines.index("in100_100/vit_small_sar, seed 0: another script is training it; waiting for that")
+    at = lines.index("another launcher is training in100_100/vit_small_sar, seed 0; waiting for that")
     assert lines[at + 1] == "in100_100/vit_small_sar, seed 0: finished before"
 
 
@@ -592,7 +556,7 @@ def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypat
     assert len(launch.started) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "seed0.lock: Function not implemented; let no other script train in100_100/vit_small_sar" in lines[0]
+    assert "seed0.lock: Function not implemented; let no other launcher be training in100_100/vit_small_sar" in lines[0]
 
 
 # ----------------------------------------------------------------------------------------------- in small
