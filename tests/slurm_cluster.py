@@ -1,7 +1,7 @@
 """A real Slurm on this machine for the tests: munge, slurmctld and two slurmd, each with eight fake GPUs.
 
-``python tests/slurm_cluster.py FOLDER`` starts the daemons as its children, with all that they write in FOLDER, prints a
-line when both nodes are idle, and ends them when its standard input is closed. So they end with the process that
+``python tests/slurm_cluster.py FOLDER`` starts the daemons as its children, with all that they write in FOLDER, prints
+a line when both nodes are idle, and ends them when its standard input is closed. So they end with the process that
 holds the other end of that pipe, whatever becomes of it.
 
 Two partitions share the nodes: a job in ``high`` preempts those in ``main``, which get GRACE seconds and are requeued.

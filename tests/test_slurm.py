@@ -1,5 +1,7 @@
 """On a real Slurm: what is started, signalled, requeued, preempted, killed or cancelled there ends as it should."""
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -16,15 +18,12 @@ from slurm_cluster import NODES, client, wait_until
 
 import run_with_submitit
 
-UPDATES = 60
+UPDATES = 80
 """An epoch of the runs that are interrupted: long enough to be met in its middle."""
 LIFE = "Starting with JobEnvironment"
 """What submitit writes first in every life of a job."""
-
-
-def run_words(processes: int) -> tuple[str, ...]:
-    """Two epochs of the small run in so many processes: eight images an update."""
-    return tuple(f"--device cpu --batch-size {8 // processes} --total-batch 8 --epochs 2".split())
+WORDS = "--device cpu --batch-size 4 --total-batch 8 --epochs 2".split()
+"""Two epochs of the small run in one or two processes."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,11 +45,16 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(digits, tmp_path_factory):
-    """What a run of two processes leaves that met no Slurm."""
+    """What the run of so many processes leaves that meets no Slurm."""
     folder = tmp_path_factory.mktemp("undisturbed")
     child = runs.Child(digits, folder / "text")
-    assert child(folder / "out", *run_words(2), ranks=2) == 0, child.text()
-    return runs.content(folder / "out")
+
+    @functools.cache
+    def finished(processes: int) -> dict:
+        assert child(folder / str(processes), *WORDS, ranks=processes) == 0, child.text()
+        return runs.content(folder / str(processes))
+
+    return finished
 
 
 @dataclass
@@ -121,9 +125,25 @@ def launch(job_dir: Path, *words: str) -> Submitted:
 
 @pytest.fixture
 def train(digits, tmp_path):
-    """Give the run of two processes to Slurm, on one node if nothing else is said; again with the same result."""
-    small = [*runs.SMALL, "--data-path", str(digits), *run_words(2)]
-    return lambda *words: launch(tmp_path / "run", "--ngpus", "2", "--timeout", "9", *small, *words)
+    """Give the run to Slurm, on one node if nothing else is said; the same run every time."""
+
+    def submit(*words: str, processes: int = 2) -> Submitted:
+        small = [*runs.SMALL, "--data-path", str(digits), *WORDS]
+        return launch(tmp_path / "run", "--ngpus", str(processes), "--timeout", "9", *small, *words)
+
+    return submit
+
+
+@pytest.fixture
+def status(tmp_path, capsys):
+    """What --status says of the run, on one line."""
+
+    def ask() -> str:
+        capsys.readouterr()
+        assert run_with_submitit.main(["--job-dir", str(tmp_path / "run"), "--status"]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    return ask
 
 
 def pid_of(job_id: str, rank: int) -> int:
@@ -157,28 +177,52 @@ def preempt(job_id: str) -> None:
     client("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
 
 
+def processes_with(folder: Path) -> list[str]:
+    """Command lines of the living processes that name this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            found.append(path.read_text().replace("\0", " "))
+    return [line for line in found if str(folder) in line]
+
+
 # ------------------------------------------------------------------------------------------------ begin and end
 
 
+def test_the_cluster_ends_with_the_tests_even_if_they_are_killed(tmp_path):
+    """With jobs and all; the daemons name the folder of the cluster on their command lines."""
+    hold = "import pathlib, slurm_cluster, sys, time\nwith slurm_cluster.running(pathlib.Path(sys.argv[1])) as path:\n"
+    hold += "    print('up', flush=True)\n    time.sleep(600)"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, cwd=runs.ROOT / "tests", stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout.readline() == "up\n"
+        job = ["sbatch", "--output=/dev/null", f"--wrap=: {tmp_path}; sleep 600"]
+        subprocess.run(job, env=os.environ | {"SLURM_CONF": f"{tmp_path}/slurm.conf"}, check=True, timeout=20)
+        assert len(processes_with(tmp_path)) >= 6, "these tests, the keeper, munged, slurmctld and two slurmd"
+        tests.kill()
+    wait_until(lambda: not processes_with(tmp_path), 30, "end of all daemons")
+
+
+@pytest.mark.slow
 def test_srun_alone_joins_its_tasks(digits, undisturbed, tmp_path):
-    command = [sys.executable, "main.py", *runs.command(digits, tmp_path / "out", *run_words(2))]
+    command = [sys.executable, "main.py", *runs.command(digits, tmp_path / "out", *WORDS)]
     text = client("srun", "--nodes=2", "--ntasks-per-node=1", *command, seconds=120)
     assert "batch  4 a process x 2 x 1 accumulated = 8" in text
-    runs.assert_identical(runs.content(tmp_path / "out"), undisturbed)
+    runs.assert_identical(runs.content(tmp_path / "out"), undisturbed(2))
 
 
 def test_two_nodes_and_one_node_train_alike(train, digits, undisturbed, tmp_path):
     """One command as typed in a shell, both jobs at once: the same weights as two processes that met no Slurm."""
     folder = tmp_path / "two nodes"
     command = ["run_with_submitit.py", "--job-dir", str(folder), "--nodes", "2", "--ngpus", "1"]
-    words = [*runs.SMALL, "--data-path", str(digits), *run_words(2)]
+    words = [*runs.SMALL, "--data-path", str(digits), *WORDS]
     done = subprocess.run([sys.executable, *command, *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for nodes, run in enumerate((train(), Submitted(folder)), start=1):
         job = run.wait_for_state("COMPLETED")
         assert (job["NumNodes"], job["NumTasks"], job["Restarts"]) == (str(nodes), "2", "0")
         assert run.lives[0].count("(59 images)") == 4, "each image once: two epochs, the weights and their average"
-        runs.assert_identical(runs.content(run.folder), undisturbed)
+        runs.assert_identical(runs.content(run.folder), undisturbed(2))
 
 
 def test_the_default_request_is_accepted_as_it_stands(tmp_path):
@@ -230,52 +274,48 @@ def test_a_signal_in_the_middle_requeues_and_loses_nothing(train, undisturbed):
     job = run.wait_for_state("COMPLETED")
     assert job["Restarts"] == "1"
     assert_went_on(run, life=2)
-    runs.assert_identical(runs.content(run.folder), undisturbed)
+    runs.assert_identical(runs.content(run.folder), undisturbed(2))
 
 
-def test_a_bare_requeue_and_a_preemption_lose_nothing(train, undisturbed):
-    """Slurm requeues without a word, then wants the nodes for another job."""
-    run = train()
-    for life, interrupt in enumerate((requeue, preempt), start=1):
+def test_a_preemption_and_a_bare_requeue_lose_nothing(train, undisturbed):
+    """Slurm wants the nodes for another job, then requeues without a word."""
+    run = train(processes=1)
+    for life, interrupt in enumerate((preempt, requeue), start=1):
         run.wait_for_training(life)
         interrupt(run.record["job_id"])
         run.wait_for_restarts(life)
-    job = run.wait_for_state("COMPLETED")
-    assert job["Restarts"] == "2"
+    assert run.wait_for_state("COMPLETED")["Restarts"] == "2"
     assert_went_on(run, life=2)
     assert_went_on(run, life=3)
-    runs.assert_identical(runs.content(run.folder), undisturbed)
+    runs.assert_identical(runs.content(run.folder), undisturbed(1))
 
 
-def test_a_killed_process_ends_all_and_a_cancelled_run_is_kept(train, undisturbed, capsys):
-    """Neither comes back by itself; the same command goes on."""
-
-    def status() -> str:
-        capsys.readouterr()
-        assert run_with_submitit.main(["--job-dir", str(run.folder), "--status"]) == 0
-        return capsys.readouterr().out
-
+def test_a_killed_process_ends_the_whole_job(train, status):
     run = train()
+    job_id = run.record["job_id"]
     run.wait_for_training(life=1)
-    assert re.search(rf"run +{run.record['job_id']} +running", status())
-    os.kill(pid_of(run.record["job_id"], rank=1), signal.SIGKILL)
+    os.kill(pid_of(job_id, rank=1), signal.SIGKILL)
     run.wait_for_state("FAILED", seconds=20)
     assert "error: lost rank 1" in run.lives[0]
-    assert re.search(rf"run +{run.record['job_id']} +failed .*lost rank 1", status(), re.DOTALL)
+    assert re.search(rf"run {job_id} failed .*lost rank 1", status())
 
-    run = train()
+
+def test_a_cancelled_run_is_kept_and_the_same_command_goes_on(train, status, undisturbed):
+    run = train(processes=1)
+    first = run.record["job_id"]
     run.wait_for_training(life=1)
-    client("scancel", run.record["job_id"])
+    assert f"run {first} running" in status()
+    client("scancel", first)
     run.wait_for_state("CANCELLED")
     epoch, step = run.saved()
     assert 0 < step < UPDATES
-    assert re.search(rf"run +{run.record['job_id']} +stopped", status())
+    assert f"run {first} stopped" in status()
 
-    run = train()
-    run.wait_for_state("COMPLETED")
+    run = train(processes=1)
+    assert run.wait_for_state("COMPLETED")["Restarts"] == "0"
     assert run.began(life=1) == (epoch, step)
-    assert re.search(rf"run +{run.record['job_id']} +finished", status())
-    runs.assert_identical(runs.content(run.folder), undisturbed)
+    assert f"run {run.record['job_id']} finished" in status()
+    runs.assert_identical(runs.content(run.folder), undisturbed(1))
 
 
 @pytest.mark.slow
@@ -309,7 +349,7 @@ def test_a_signal_before_training_begins_the_job_anew(train, undisturbed):
     run.wait_for_restarts(1)
     assert run.wait_for_state("COMPLETED")["Restarts"] == "1"
     assert "epoch" not in run.lives[0]
-    runs.assert_identical(runs.content(run.folder), undisturbed)
+    runs.assert_identical(runs.content(run.folder), undisturbed(2))
 
 
 @pytest.mark.slow
@@ -324,7 +364,7 @@ def test_a_lost_node_loses_nothing_that_is_saved(train, undisturbed):
     client("scontrol", "update", f"nodename={NODES[1]}", "state=resume")
     assert run.wait_for_state("COMPLETED")["Restarts"] == "1"
     assert run.began(life=2) > (0, 0)
-    runs.assert_identical(runs.content(run.folder), undisturbed)
+    runs.assert_identical(runs.content(run.folder), undisturbed(2))
 
 
 # ------------------------------------------------------------------------------------------------------- sweeps
@@ -352,3 +392,22 @@ def test_a_sweep_of_four_points(digits, tmp_path, capsys):
     assert run_with_submitit.main(command) == 0
     assert capsys.readouterr().out.count("finished before") == 4
     assert client("squeue", "-h") == ""
+
+
+@pytest.mark.slow
+def test_a_table_is_submitted_and_then_reported(tmp_path):
+    """The table script again, when its runs are over, prints the report."""
+    settings = {"LAUNCH": "submitit --ngpus 2", "SMOKE": "1", "ROWS": "A F", "OUT": str(tmp_path)}
+
+    def table() -> str:
+        command = ["env", *(f"{name}={value}" for name, value in settings.items()), f"PYTHON={sys.executable}"]
+        command += ["bash", "scripts/table1b_components.sh"]
+        return client(*command, seconds=60)
+
+    assert "submitted" in table()
+    submitted = [Submitted(path.parent) for path in tmp_path.glob("runs/**/job.json")]
+    assert len(submitted) == 2
+    assert "in the queue before" in table()
+    for run in submitted:
+        run.wait_for_state("COMPLETED")
+    assert re.search(r"F +C \+ spatial entropy", table())
