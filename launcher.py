@@ -358,8 +358,8 @@ def _explain_refusal(error: str) -> str:
     """What sbatch said, in one line with the mend."""
     said = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in error.splitlines() if line)
     mends = {
-        "partition": f"--partition: this cluster has {_partitions()}",
         "account": "--slurm-arg account=NAME says whose time it is",
+        "partition": f"--partition: this cluster has {_partitions()}",
         "qos": "--slurm-arg qos=NAME",
         "time limit": "--timeout, in minutes",
         "memory": "--slurm-arg mem=...",

@@ -28,6 +28,7 @@ from arguments import HelpFormatter, Parser, _at_least, build_parser, expand_arg
 from build import accumulation
 from launcher import (
     ROOT,
+    SIGNAL_DELAY_S,
     Cluster,
     Point,
     epochs_done,
@@ -44,6 +45,7 @@ NOT_FOR_SLURM_ARG = {
     "nodes": "--nodes",
     "time": "--timeout",
     "partition": "--partition",
+    "gpus": "--ngpus",
     "gpus_per_node": "--ngpus",
     "ntasks": "--ngpus, one task a GPU",
     "ntasks_per_node": "--ngpus, one task a GPU",
@@ -52,7 +54,11 @@ NOT_FOR_SLURM_ARG = {
     "output": "--job-dir",
     "error": "--job-dir",
     "chdir": "cd, before this command",
+    "signal": "--slurm-arg signal_delay_s=SECONDS",
 }
+
+# Parameters of submitit that it makes no option of sbatch of.
+NOT_OF_SBATCH = ("additional_parameters", "num_gpus", "setup", "srun_args", "stderr_to_stdout", "teardown", "use_srun")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -80,17 +86,28 @@ def read_cluster(options: argparse.Namespace) -> Cluster:
     Raises:
         UserError: an option that has to be said in another way, or a time that is too short to do anything in.
     """
-    slurm_args = {}
-    for word in options.slurm_arg or []:
-        key, equals, value = word.lstrip("-").partition("=")
-        key = key.replace("-", "_")
-        if key in NOT_FOR_SLURM_ARG:
-            raise UserError(f"--slurm-arg {word}: say it with {NOT_FOR_SLURM_ARG[key]}")
-        if not key or (equals and not value):
-            raise UserError(f"--slurm-arg {word!r}: expected KEY=VALUE, or KEY for an option of sbatch without a value")
-        slurm_args[key] = value if equals else True
+    slurm_args = dict(read_slurm_arg(word) for word in options.slurm_arg or [])
+    delay = str(slurm_args.get("signal_delay_s", SIGNAL_DELAY_S))
+    if not delay.isdecimal() or int(delay) >= 60 * options.timeout:
+        raise UserError(
+            f"--timeout {options.timeout}: a job is told to save {delay} s before its time is up; "
+            "give it more minutes, or --slurm-arg signal_delay_s=SECONDS"
+        )
     ngpus = 8 if options.ngpus is None else options.ngpus
     return Cluster(options.nodes, ngpus, options.timeout, options.partition, slurm_args, options.max_parallel)
+
+
+def read_slurm_arg(word: str) -> tuple[str, str | bool]:
+    """``KEY=VALUE``, or ``KEY`` for an option of sbatch without a value; the key with underscores."""
+    key, equals, value = word.lstrip("-").partition("=")
+    key = key.replace("-", "_")
+    if key in NOT_FOR_SLURM_ARG:
+        raise UserError(f"--slurm-arg {word}: say it with {NOT_FOR_SLURM_ARG[key]}")
+    if key in NOT_OF_SBATCH:
+        raise UserError(f"--slurm-arg {word}: no option of sbatch")
+    if not key or (equals and not value):
+        raise UserError(f"--slurm-arg {word!r}: expected KEY=VALUE, or KEY for an option of sbatch without a value")
+    return key, value if equals else True
 
 
 def cluster_of(words: list[str]) -> Cluster:

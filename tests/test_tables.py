@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import sklearn.datasets
 import torch
+from fake_slurm import FakeSlurm, sbatch_options
 
 import analysis.report
 import datasets
@@ -299,6 +300,13 @@ def test_hours_of_the_paper_hardware():
             {"SMOKE": "1", "LAUNCH": "torchrun --nproc_per_node=3"},
             "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
         ),
+        (
+            {"SMOKE": "1", "LAUNCH": "submitit --nodes 3 --ngpus 1"},
+            "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
+        ),
+        ({"LAUNCH": "submitit --partion x"}, "LAUNCH=submitit --partion x: no option --partion; did you mean --partit"),
+        ({"LAUNCH": "submitit --slurm-arg time=3"}, "LAUNCH=submitit --slurm-arg time=3: --slurm-arg time=3: say it"),
+        ({"LAUNCH": "submitit", "DATA": "/nowhere"}, "--data-path /nowhere/imagenet: no such folder"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(environ, message, run, tmp_path, capsys):
@@ -557,6 +565,96 @@ def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypat
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "seed0.lock: Function not implemented; let no other launcher be training in100_100/vit_small_sar" in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------ on a cluster
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{fake.folder}:/usr/bin:/bin")
+    code = {"commit": "c0ffee", "uncommitted_changes": False}
+    monkeypatch.setattr(launcher, "environment", lambda: code)
+    return fake
+
+
+def finished(out: Path, table: str, read_script, **environ) -> None:
+    """Leave what the table's runs would leave at their end."""
+    for job in jobs_of(table, read_script, OUT=str(out), **environ):
+        Pretend()(["main.py", *job.words])
+
+
+def test_a_table_is_one_job_array(run, read_script, no_report, slurm, tmp_path, capsys):
+    """Recorded as usual; the same command leaves what is queued or finished alone, and in the end reports."""
+    launch = "submitit --partition gpu --ngpus 2 --slurm-arg account=lab"
+    environ = {"SMOKE": 1, "OUT": tmp_path / "out", "ROWS": "A F", "SEEDS": "0 1", "LAUNCH": launch}
+    assert run("table1b", **environ) == 0
+    (text,) = slurm.submitted
+    options = sbatch_options(text)
+    assert (options["array"], options["partition"], options["account"]) == ("0-3%4", "gpu", "lab")
+    assert options["output"] == f"{tmp_path}/out/submitit/%A_%a_0_log.out"
+    told = capsys.readouterr().out
+    assert re.search(r"^in100_100/vit_small_sar, seed 1 +70_3 +submitted$", told, re.MULTILINE)
+    assert "when all are finished, the same command prints the report" in told
+    job = json.loads((tmp_path / "out/runs/in100_100/vit_small_sar/seed1/job.json").read_text())
+    assert (job["job_id"], job["args"]["seed"], job["epochs"]) == ("70_3", 1, 2)
+    assert os.readlink(tmp_path / "out/table1b/F/seed1") == "../../runs/in100_100/vit_small_sar/seed1"
+    assert (tmp_path / "out/table1b/A/protocol.json").exists()
+
+    finished(tmp_path / "out", "table1b", read_script, SMOKE="1", ROWS="A", SEEDS="0 1")
+    slurm.queue("70_3 RUNNING None")
+    assert run("table1b", **environ) == 0
+    assert "array" not in sbatch_options(slurm.submitted[1]), "the other seed of F is queued"
+    finished(tmp_path / "out", "table1b", read_script, SMOKE="1", ROWS="F", SEEDS="0 1")
+    assert run("table1b", **environ) == 0
+    assert len(slurm.submitted) == 2
+    assert capsys.readouterr().out.endswith(f"report of {tmp_path}/out/table1b\n")
+
+
+def test_fine_tuning_waits_for_the_weights_that_it_needs(run, read_script, slurm, tmp_path, capsys):
+    """Those from one run wait for no other, and are taken away if it fails; a queued run is waited for as well."""
+    environ = {"SMOKE": 1, "OUT": tmp_path / "out", "ROWS": "no-no_pets yes-no_pets no-yes_pets", "LAUNCH": "submitit"}
+    assert run("table7", **environ) == 0
+    first, *others = map(sbatch_options, slurm.submitted)
+    assert first["array"] == "0-1%2"
+    assert "dependency" not in first
+    assert [(options.get("array"), options["dependency"]) for options in others] == [
+        ("0-1%2", "afterok:70_0"),
+        (None, "afterok:70_1"),
+    ]
+    assert {options["kill-on-invalid-dep"] for options in others} == {"yes"}
+    assert "submitted, after in1k/vit_small_sar, seed 0" in capsys.readouterr().out
+
+    finished(tmp_path / "out", "table7", read_script, SMOKE="1", ROWS="no-no_pets")
+    slurm.queue("70_1 RUNNING None")
+    environ["LAUNCH"] = "submitit --slurm-arg dependency=singleton"
+    assert run("table7", **environ) == 0
+    assert [sbatch_options(text)["dependency"] for text in slurm.submitted[3:]] == [
+        "singleton,afterok:70_1",
+        "singleton",
+    ], "the baseline is finished"
+
+
+def test_a_dry_run_prints_what_slurm_would_get(run, slurm, tmp_path, capsys):
+    environ = {"SMOKE": 1, "OUT": tmp_path / "out", "LAUNCH": "submitit --ngpus 4 --max-parallel 2"}
+    assert run("table1a", DRY_RUN=1, **environ) == 0
+    assert not (tmp_path / "out").exists()
+    text = capsys.readouterr().out
+    assert run("table1a", DRY_RUN=0, **environ) == 0
+    (submitted,) = slurm.submitted
+    assert submitted in text
+    folder = tmp_path / "out/runs/in100_100/vit_small_sar_lambda0.1/seed0"
+    words = json.loads((folder / "job.json").read_text())["words"]
+    assert f"# 5: in100_100/vit_small_sar_lambda0.1, seed 0\nmain.py {shlex.join(words)}\n" in text
+
+
+def test_a_run_that_a_job_has_is_not_trained_here_too(run, slurm, tmp_path, capsys):
+    environ = {"SMOKE": 1, "OUT": tmp_path, "ROWS": "F"}
+    assert run("table1b", LAUNCH="submitit", **environ) == 0
+    slurm.queue("70 RUNNING None")
+    assert run("table1b", LAUNCH="", **environ) == 2
+    assert "in100_100/vit_small_sar, seed 0: job 70 has this run (running)" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------- in small

@@ -1,0 +1,633 @@
+"""The launcher without a cluster: what it would give Slurm, what a job does, what it tells, and runs without Slurm.
+
+Slurm's clients are shell scripts here (`fake_slurm.py`). `test_slurm.py` has the real ones.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from fake_slurm import FakeSlurm, sbatch_options
+
+import launcher
+import main
+import run_with_submitit
+import slurm_job
+from arguments import parse_arguments
+from slurm_job import Job
+
+TINY = ["--data-set", "digits", "--batch-size", "4", "--total-batch", "32", "--epochs", "2", "--warmup-epochs", "0"]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    """Nothing of a job that the tests themselves may run in, a clean repository, and no cluster at all."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin_without_slurm")
+    code = {"commit": "c0ffee", "uncommitted_changes": False}
+    monkeypatch.setattr(launcher, "environment", lambda: code)
+    return code
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", str(fake.folder))
+    return fake
+
+
+def call(*words: str, job_dir: str = "dir") -> int:
+    """The launcher's command line with a tiny run's."""
+    return run_with_submitit.main(["--job-dir", job_dir, *TINY, *words])
+
+
+def pretend(folder: Path, *words: str, epoch: int = 2) -> None:
+    """Leave the checkpoint of a run that stands at this epoch."""
+    args = parse_arguments([*TINY, *words])
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"args": vars(args), "epoch": epoch}, folder / "checkpoint.pth")
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "job.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------ what Slurm is asked
+
+
+def test_the_papers_request(slurm, tmp_path, capsys):
+    assert call("--batch-size", "4") == 0
+    (text,) = slurm.submitted
+    assert sbatch_options(text) == {
+        "nodes": "1",
+        "gpus-per-node": "8",
+        "ntasks-per-node": "8",
+        "cpus-per-task": "10",
+        "time": "2800",
+        "job-name": "sar",
+        "signal": "USR2@120",
+        "requeue": "",
+        "open-mode": "append",
+        "output": f"{tmp_path}/dir/submitit/%j_0_log.out",
+        "wckey": "submitit",
+    }
+    (srun,) = [line for line in text.splitlines() if line.startswith("srun")]
+    assert "--kill-on-bad-exit=1 --cpus-per-task=10" in srun
+    assert f"{sys.executable} -u -m submitit.core._submit {tmp_path}/dir/submitit" in srun
+    assert re.search(r"^dir +70 +submitted$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_else_is_asked(slurm):
+    words = "--nodes 2 --ngpus 4 --timeout 60 --partition gpu --slurm-arg account=lab --slurm-arg mail-user=a@b"
+    more = "--slurm-arg cpus_per_task=6 --slurm-arg exclusive --slurm-arg signal_delay_s=300 --slurm-arg job-name=x"
+    assert call(*words.split(), *more.split()) == 0
+    (text,) = slurm.submitted
+    options = sbatch_options(text)
+    assert "--cpus-per-task=6" in text.partition("srun")[2]
+    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("2", "4", "4")
+    assert (options["time"], options["partition"], options["cpus-per-task"]) == ("60", "gpu", "6")
+    assert (options["account"], options["mail-user"], options["job-name"]) == ("lab", "a@b", "x")
+    assert (options["exclusive"], options["signal"]) == ("", "USR2@300")
+
+
+def test_no_gpus(slurm):
+    assert call("--ngpus", "0", "--nodes", "2") == 0
+    options = sbatch_options(slurm.submitted[0])
+    assert options["ntasks-per-node"] == "1"
+    assert "gpus-per-node" not in options
+
+
+def test_underscores_and_argument_files_hold_the_launchers_options_too(slurm, tmp_path):
+    Path("site.args").write_text("--partition gpu --slurm_arg account=lab\n--lr 1e-3 # a comment")
+    assert run_with_submitit.main(["--job_dir", "dir", *TINY, "--slurm_arg", "qos=x", "@site.args"]) == 0
+    options = sbatch_options(slurm.submitted[0])
+    assert (options["partition"], options["account"], options["qos"]) == ("gpu", "lab", "x")
+    assert record(tmp_path / "dir")["args"]["lr"] == 1e-3
+
+
+def test_a_job_finds_the_program_wherever_it_starts(slurm, tmp_path):
+    """The lines before srun, run by a shell in a folder that has a main.py of its own."""
+    assert call() == 0
+    setup = slurm.submitted[0].partition("# setup\n")[2].partition("\n\n")[0]
+    (tmp_path / "main.py").write_text("raise SystemExit('the wrong one')")
+    code = "import slurm_job, importlib.util as util; print(util.find_spec('main').origin)"
+    shell = f"{setup}\n{shlex.join([sys.executable, '-c', code])}"
+    environ = {"PYTHONPATH": "elsewhere", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.stdout.strip() == str(runs.ROOT / "main.py"), done.stderr
+
+
+def test_the_pickled_job_is_main_with_the_words_as_they_are_now(slurm, tmp_path):
+    """An argument file that changes while the job waits changes nothing."""
+    from submitit.core.utils import DelayedSubmission
+
+    Path("my.args").write_text("--lr 1e-3")
+    assert call("@my.args", "--sweep", "seed=3,4") == 0
+    delayed = DelayedSubmission.load(tmp_path / "dir/submitit/70_1_submitted.pkl")
+    job = delayed.function
+    assert isinstance(job, Job)
+    assert job.words == ["--lr", "1e-3", *TINY, "--seed=4", "--output-dir", f"{tmp_path}/dir/seed=4"]
+    assert (job.folder, job.epochs, job.commit) == (f"{tmp_path}/dir/seed=4", 2, "c0ffee")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--slurm-arg time=5", "--slurm-arg time=5: say it with --timeout"),
+        ("--slurm-arg gpus-per-node=5", "say it with --ngpus"),
+        ("--slurm-arg array=0-3", "say it with --sweep"),
+        ("--slurm-arg =3", "expected KEY=VALUE"),
+        ("--slurm-arg account=", "expected KEY=VALUE"),
+        ("--slurm-arg setup=x", "--slurm-arg setup=x: no option of sbatch"),
+        ("--timeout 2", "--timeout 2: a job is told to save 120 s before its time is up"),
+        ("--ngpus 3", "--batch-size 4 x 3 processes does not divide --total-batch 32"),
+        ("--output-dir x", "leave --output-dir out; --job-dir says"),
+        ("--eval", "--eval takes minutes"),
+        ("--partitoin gpu", "no option --partitoin; did you mean --partition"),
+        ("--epocs 3", "no option --epocs; did you mean --epochs"),
+        ("--nodes 0", "'0' is not a whole number of at least 1"),
+        ("--job-dir dir/%j", "--job-dir dir/%j: leave % out"),
+        ("--sweep sar_weight", "--sweep sar_weight: expected NAME=VALUE,VALUE"),
+        ("--sweep sar_weight=", "--sweep sar_weight=: expected NAME=VALUE,VALUE"),
+        ("--sweep sar_weight=0,,1", "expected NAME=VALUE,VALUE"),
+        ("--sweep sar_wieght=0,1", "sar_wieght=0: no option --sar-wieght; did you mean --sar-weight"),
+        ("--sweep sar_weight=0,x", "sar_weight=x: argument --sar-weight: 'x' is not a number"),
+        ("--sweep seed=0,1 --seed 5", "--sweep goes over --seed, which is given a second time"),
+        ("--sweep seed=0 --sweep seed=1", "--sweep goes over --seed, which is given a second time"),
+        ("--sweep seed=0,1,0", "--sweep: 2 runs would be called seed=0"),
+        ("--sweep output_dir=a,b", "leave --output-dir out"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_submitted(words, message, slurm, tmp_path, capsys):
+    assert call(*words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not slurm.submitted
+    assert not (tmp_path / "dir").exists()
+
+
+def test_the_job_dir_is_required(capsys):
+    assert run_with_submitit.main(["--status"]) == 2
+    assert capsys.readouterr().err.startswith("error: --job-dir DIR is missing")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed",
+            "invalid partition specified: x; Batch job submission failed (--partition: this cluster has gpu, cpu)",
+        ),
+        ("sbatch: error: Requested node configuration is not available", "(ask for less with --nodes, --ngpus or"),
+        ("sbatch: error: Invalid account or account/partition combination", "account=NAME"),
+        ("sbatch: error: out of luck", "error: Slurm refuses: out of luck\n"),
+    ],
+)
+def test_what_slurm_refuses_is_one_line_with_the_mend(said, told, slurm, tmp_path, capsys):
+    slurm.script("sbatch", f"printf '%s\n' '{said}' >&2; exit 1")
+    assert call("--sweep", "seed=0,1") == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert len(error.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "dir/submitit").iterdir()] == ["lock"]
+    assert not (tmp_path / "dir/seed=0").exists()
+
+
+def test_no_slurm_here(tmp_path, capsys):
+    assert call() == 2
+    assert "no sbatch on this machine; submit on a login node" in capsys.readouterr().err
+    assert not (tmp_path / "dir").exists()
+
+
+def test_a_slurm_that_does_not_answer(slurm, monkeypatch, capsys):
+    monkeypatch.setattr(slurm_job, "CLIENT_SECONDS", 0.2)
+    slurm.script("squeue", "exec sleep 20")
+    begun = time.monotonic()
+    assert call() == 2
+    assert time.monotonic() - begun < 10
+    assert "Slurm does not answer (" in capsys.readouterr().err
+    slurm.script("squeue", "echo first >&2; echo 'slurm_load_jobs error: no controller' >&2; exit 1")
+    assert call() == 2
+    assert "Slurm does not answer (slurm_load_jobs error: no controller); try again" in capsys.readouterr().err
+
+
+def test_a_job_dir_that_cannot_be_written(slurm, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert call(job_dir="file/dir") == 2
+    assert f"{tmp_path}/file/dir/submitit: Not a directory; name one that can be written" in capsys.readouterr().err
+
+
+def test_data_that_only_the_nodes_have(slurm, capsys):
+    assert call("--data-set", "folder", "--data-path", "/only/there") == 0
+    assert "warning: --data-path /only/there is not on this machine" in capsys.readouterr().err
+
+
+def test_a_dirty_tree_is_said_and_recorded(slurm, clean, tmp_path, capsys):
+    assert call() == 0
+    assert capsys.readouterr().err == ""
+    clean["uncommitted_changes"] = True
+    assert call(job_dir="other") == 0
+    assert "warning: uncommitted changes" in capsys.readouterr().err
+    assert [record(tmp_path / name)["uncommitted_changes"] for name in ("dir", "other")] == [False, True]
+
+
+def test_the_record_of_a_submission(slurm, tmp_path):
+    assert call() == 0
+    job = record(tmp_path / "dir")
+    assert (job["job_id"], job["epochs"], job["commit"]) == ("70", 2, "c0ffee")
+    assert (job["python"], job["working_directory"]) == (sys.executable, str(tmp_path))
+    assert job["log"] == f"{tmp_path}/dir/submitit/70_0_log.out"
+    assert job["words"] == [*TINY, "--output-dir", f"{tmp_path}/dir"]
+    assert time.strptime(job["submitted"], "%Y-%m-%dT%H:%M:%S%z")
+
+
+def test_help_is_the_launchers(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_with_submitit.main(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "for example: run_with_submitit.py --job-dir DIR" in text
+    assert "Everything else is main.py's" in text
+    assert "--weight-decay" not in text
+    assert "[]" not in text
+
+
+# ------------------------------------------------------------------------------------------------------- sweeps
+
+
+def test_a_sweep_is_one_array_of_all_combinations(slurm, tmp_path, capsys):
+    assert call("--sweep", "sar_weight=0,0.01,0.1", "--sweep", "seed=0,1", "--max-parallel", "4") == 0
+    (text,) = slurm.submitted
+    assert sbatch_options(text)["array"] == "0-5%4"
+    names = [f"sar_weight={weight},seed={seed}" for weight in ("0", "0.01", "0.1") for seed in (0, 1)]
+    table = capsys.readouterr().out.splitlines()[1:7]
+    assert [line.split() for line in table] == [[name, f"70_{k}", "submitted"] for k, name in enumerate(names)]
+    for index, name in enumerate(names):
+        job = record(tmp_path / "dir" / name)
+        assert (job["job_id"], job["log"]) == (f"70_{index}", f"{tmp_path}/dir/submitit/70_{index}_0_log.out")
+        assert f"sar_weight={job['args']['sar_weight']:g},seed={job['args']['seed']}" == name
+
+
+def test_a_sweep_may_go_over_an_option_of_an_argument_file(slurm, tmp_path):
+    Path("my.args").write_text("--lr 1e-3")
+    assert call("@my.args", "--sweep", "lr=0.5,1") == 0
+    assert record(tmp_path / "dir/lr=0.5")["args"]["lr"] == 0.5
+
+
+def test_values_with_slashes_name_folders_too(slurm, tmp_path):
+    (tmp_path / "w").mkdir()
+    for name in ("a", "b"):
+        torch.save({"model": {"blocks.0.norm2.weight": torch.ones(1)}}, tmp_path / "w" / name)
+    assert call("--sweep", "finetune=w/a,w/b") == 0
+    assert record(tmp_path / "dir/finetune=w_a")["args"]["finetune"] == "w/a"
+
+
+def test_what_is_finished_or_queued_is_left_alone(slurm, tmp_path, capsys):
+    sweep = ("--sweep", "seed=0,1,2,3")
+    assert call(*sweep) == 0
+    pretend(tmp_path / "dir/seed=0", "--seed", "0")
+    pretend(tmp_path / "dir/seed=3", "--seed", "3", epoch=1)
+    slurm.queue("70_1 RUNNING None", "70_2 PENDING Resources", "99_3 RUNNING None")
+    capsys.readouterr()
+    assert call(*sweep) == 0
+    assert [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:5]] == [
+        ["seed=0", "-", "finished before"],
+        ["seed=1", "70_1", "in the queue before, running"],
+        ["seed=2", "70_2", "in the queue before, pending: Resources"],
+        ["seed=3", "71", "submitted"],
+    ]
+    assert "--array" not in slurm.submitted[1]
+    pretend(tmp_path / "dir/seed=3", "--seed", "3")
+    slurm.queue("70_1 RUNNING None", "70_2 PENDING Resources")
+    assert call(*sweep) == 0
+    assert len(slurm.submitted) == 2, "nothing is left to submit"
+
+
+def test_a_folder_or_a_queued_job_of_another_run_is_refused(slurm, tmp_path, capsys):
+    pretend(tmp_path / "dir/seed=1", "--seed", "1", "--lr", "3")
+    assert call("--sweep", "seed=0,1") == 2
+    assert "dir/seed=1 holds a run with other arguments; name another folder (--lr: 3.0 in" in capsys.readouterr().err
+    assert call("--scale", "0.2", "0.9", job_dir="other") == 0
+    slurm.queue("70 PENDING Priority")
+    assert call("--scale", "0.2", "0.9", job_dir="other") == 0, "the same run"
+    assert call(job_dir="other") == 2
+    error = capsys.readouterr().err
+    assert "other: job 70 has other arguments; scancel it first (--scale: [0.2, 0.9] in the job, [0.08, 1.0]" in error
+    assert len(slurm.submitted) == 1
+
+
+def test_a_damaged_record_is_named(slurm, tmp_path, capsys):
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/job.json").write_text("{")
+    assert call() == 2
+    assert "dir/job.json cannot be read; remove it if no job" in capsys.readouterr().err
+
+
+def test_two_launchers_do_not_submit_the_same(slurm, tmp_path, capsys, monkeypatch):
+    """The second waits while the first asks what is queued, and submits."""
+    slurm.queue("70 RUNNING None")
+    asked, ask = [], launcher.jobs_in_queue
+
+    def slow():
+        asked.append(1)
+        if len(asked) == 1:
+            other = threading.Thread(target=call)
+            other.start()
+            time.sleep(0.5)
+            others.append(other)
+        return {} if len(asked) == 1 else ask()
+
+    others: list[threading.Thread] = []
+    monkeypatch.setattr(launcher, "jobs_in_queue", slow)
+    assert call() == 0
+    others[0].join()
+    assert len(slurm.submitted) == 1
+    assert f"another launcher is submitting with {tmp_path}/dir/submitit; waiting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sweep", [(), ("--sweep", "seed=0,1,2")])
+def test_a_dry_run_prints_exactly_what_is_submitted(sweep, slurm, tmp_path, capsys):
+    assert call("--dry-run", "--partition", "gpu", *sweep) == 0
+    assert not slurm.submitted
+    assert not (tmp_path / "dir").exists()
+    text = capsys.readouterr().out
+    assert call("--partition", "gpu", *sweep) == 0
+    assert slurm.submitted[0] in text
+    seeds = sweep[1].partition("=")[2].split(",") if sweep else []
+    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("main.py ")]
+    assert commands == (
+        [[*TINY, f"--seed={seed}", "--output-dir", f"{tmp_path}/dir/seed={seed}"] for seed in seeds]
+        or [[*TINY, "--output-dir", f"{tmp_path}/dir"]]
+    )
+
+
+def test_a_dry_run_knows_the_queue_where_there_is_one(slurm, tmp_path, capsys, monkeypatch):
+    assert call("--sweep", "seed=0,1,2") == 0
+    pretend(tmp_path / "dir/seed=0", "--seed", "0")
+    slurm.queue("70_1 RUNNING None")
+    capsys.readouterr()
+    assert call("--dry-run", "--sweep", "seed=0,1,2") == 0
+    text = capsys.readouterr().out
+    assert "# seed=0: finished before\n# seed=1: job 70_1 has it\n" in text
+    assert text.count("main.py ") == 1
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert call("--dry-run", "--sweep", "seed=0,1,2") == 0
+    text = capsys.readouterr().out
+    assert "# as if nothing were in the queue: no squeue on this machine" in text
+    assert text.count("main.py ") == 2
+
+
+# ------------------------------------------------------------------------------------------- what became of it
+
+
+def test_the_status_of_every_run(slurm, tmp_path, capsys):
+    """Of each kind one; a link to a run is no second one; nothing of main.py need be said."""
+    assert call("--sweep", "seed=0,1,2,3,4,5") == 0
+    for seed, epoch in {0: 2, 1: 1, 3: 1}.items():
+        pretend(tmp_path / f"dir/seed={seed}", "--seed", str(seed), epoch=epoch)
+    (tmp_path / "dir/seed=5/checkpoint.pth").write_bytes(b"\0")
+    slurm.queue("70_1 RUNNING None", "70_2 PENDING Dependency")
+    logs = tmp_path / "dir/submitit"
+    life = "submitit INFO - Starting with JobEnvironment(...)\n"
+    (logs / "70_3_0_log.out").write_text(f"{life}error: an old one\n{life}epoch 1\nsrun: error: killed\n")
+    (logs / "70_3_1_log.out").write_text(f"{life}[rank 1] ValueError: not this life\n{life}[rank 1] OSError: no disk\n")
+    (logs / "70_4_0_log.out").write_text(f"{life}error: an old one\n{life}slurmstepd: error: *** CANCELLED ***\n")
+    (tmp_path / "dir/link").symlink_to("seed=0")
+    capsys.readouterr()
+    assert run_with_submitit.main(["--job-dir", "dir", "--status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:6]] == [
+        ["run", "job", "state"],
+        *("seed=0 70_0 finished 2 of 2 epochs".split(), "seed=1 70_1 running 1 of 2 epochs".split()),
+        "seed=2 70_2 pending 0 of 2 epochs (Dependency)".split(),
+        "seed=3 70_3 failed 1 of 2 epochs".split(),
+        ["[rank", "1]", "OSError:", "no", "disk"],
+    ]
+    assert lines[6:9] == [
+        f"    log: {logs}/70_3_0_log.out",
+        "seed=4  70_4  stopped   0 of 2 epochs",
+        "    slurmstepd: error: *** CANCELLED ***",
+    ]
+    assert re.match(r"seed=5 +70_5 +failed +\S*checkpoint.pth is truncated", lines[10])
+    assert lines[11] == "6 runs: 1 finished, 1 running, 1 pending, 2 failed, 1 stopped"
+
+
+def test_the_status_without_slurm_and_without_runs(slurm, tmp_path, capsys, monkeypatch):
+    assert call("--sweep", "seed=0,1") == 0
+    pretend(tmp_path / "dir/seed=0", "--seed", "0")
+    monkeypatch.setenv("PATH", "/nowhere")
+    capsys.readouterr()
+    assert run_with_submitit.main(["--job-dir", "dir", "--status"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"seed=0 +70_0 +finished +2 of 2 epochs\nseed=1 +70_1 +unknown +0 of 2 epochs\n", text)
+    assert text.endswith("waiting, running or over: no squeue on this machine; ask on a login node of the cluster\n")
+    assert run_with_submitit.main(["--job-dir", "nowhere", "--status"]) == 0
+    assert capsys.readouterr().out == f"nothing was submitted in {tmp_path}/nowhere\n"
+
+
+# ----------------------------------------------------------------------------------------------- a job at work
+
+
+@pytest.fixture
+def work(slurm, tmp_path, monkeypatch):
+    """A job's task: ``work(code, epoch)`` calls it with a main that leaves this epoch and returns this code."""
+    monkeypatch.setattr("utils.environment", lambda: {"commit": "c0ffee", "uncommitted_changes": False})
+    variables = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}
+
+    def work(code: int, epoch: int = 1, **environ: str) -> int:
+        for name, value in (variables | environ).items():
+            monkeypatch.setenv(name, value)
+        words = ["--words"]
+
+        def train(argv):
+            assert argv == words
+            pretend(tmp_path / "run", epoch=epoch)
+            return code
+
+        monkeypatch.setattr(main, "main", train)
+        with pytest.raises(SystemExit) as end:
+            Job(words, str(tmp_path / "run"), 2, "c0ffee")()
+        return end.value.code
+
+    return work
+
+
+def test_a_finished_run_ends_its_job(work, slurm, capsys):
+    assert work(0, epoch=2) == 0
+    assert slurm.told == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_whose_time_is_up_is_requeued_by_rank_0(work, slurm, capsys):
+    assert work(75, SLURM_PROCID="1") == 0
+    assert slurm.told == []
+    assert work(75) == 0
+    assert slurm.told == ["requeue 7"]
+    assert capsys.readouterr().out == "requeued job 7 with everything saved, 1 epochs done\n"
+    assert work(75, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3") == 0
+    assert slurm.told[-1] == "requeue 5_3"
+
+
+def test_a_job_that_cannot_be_requeued_fails(work, slurm, capsys):
+    slurm.script("scontrol", "echo 'Job is not requeueable' >&2; exit 1")
+    assert work(75) == 75
+    assert "error: job 7 cannot be requeued (Job is not requeueable); the same" in capsys.readouterr().out
+
+
+def test_a_preempted_run_is_requeued_and_a_cancelled_one_is_not(work, slurm, capsys):
+    """Both got SIGTERM. A job of a stopped run has not ended well: what waits for its weights must not start."""
+    assert work(0) == 75
+    assert slurm.told == ["-o show job 7"]
+    assert "stopped after 1 of 2 epochs; the same command" in capsys.readouterr().out
+    slurm.script("scontrol", f'echo "$@" >> {slurm.folder}/told; echo "PreemptTime=2026-01-01T00:00:00 Restarts=0"')
+    assert work(0) == 0
+    assert slurm.told[1:] == ["-o show job 7", "requeue 7"]
+    slurm.script("scontrol", "exit 1")
+    assert work(0) == 75
+    assert "cannot ask whether the job is being preempted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [1, 2, 130])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_failed_run_fails_its_job(code, rank, work, slurm):
+    assert work(code, SLURM_PROCID=rank) == code
+    assert slurm.told == []
+
+
+def test_a_signal_before_training_begins_once_more():
+    job = Job(["--words"], "run", 2, None)
+    assert job.checkpoint().function == job
+    assert (job.checkpoint().args, job.checkpoint().kwargs) == ((), {})
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"commit": "beef", "uncommitted_changes": False}, "submitted at commit c0ffee, started at beef"),
+        ({"commit": "c0ffee", "uncommitted_changes": True}, "uncommitted changes beside commit c0ffee"),
+    ],
+)
+def test_a_job_says_which_code_it_runs(now, said, work, capsys, monkeypatch):
+    monkeypatch.setattr("utils.environment", lambda: now)
+    work(0, epoch=2, SLURM_PROCID="1")
+    assert capsys.readouterr().out == ""
+    work(0, epoch=2)
+    assert said in capsys.readouterr().out
+
+
+def test_a_job_imports_nothing_heavy_before_signals_are_taken():
+    code = "import slurm_job, sys; print(any(name in sys.modules for name in ('torch', 'timm', 'main')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+# ----------------------------------------------------------------------------------------------- without Slurm
+
+
+def test_a_sweep_without_slurm(tmp_path, capfd, monkeypatch):
+    """Really trained, in processes of their own; a second time, nothing is left to do."""
+    data = runs.write_digits(tmp_path / "data", train=5, val=2)
+    words = [*runs.command(data, tmp_path), "--epochs", "1", "--warmup-epochs", "0"]
+    at = words.index("--output-dir")
+    words = ["--job-dir", "dir", *words[:at], *words[at + 2 :], "--local", "--ngpus", "1", "--sweep", "seed=0,1"]
+    assert run_with_submitit.main([*words, "--dry-run"]) == 0
+    assert capfd.readouterr().out.splitlines()[1].endswith(f"--output-dir {tmp_path}/dir/seed=1")
+    assert run_with_submitit.main(words) == 0
+    for seed in (0, 1):
+        checkpoint = torch.load(tmp_path / f"dir/seed={seed}/checkpoint.pth", weights_only=True)
+        assert (checkpoint["epoch"], checkpoint["args"]["seed"]) == (1, seed)
+    assert not (tmp_path / "dir/submitit").exists()
+    monkeypatch.setattr(launcher, "launch", lambda command: pytest.fail(f"started {command}"))
+    assert run_with_submitit.main(words) == 0
+    assert "seed=1: finished before" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "processes"), [(0, (), 1), (4, (), 4), (4, ("--ngpus", "2"), 2), (0, ("--ngpus", "2"), 2)]
+)
+def test_as_many_processes_as_there_are_gpus(gpus, words, processes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert call("--local", "--dry-run", *words) == 0
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = start if processes > 1 else [sys.executable]
+    command = [*start, str(runs.ROOT / "main.py"), *TINY, "--output-dir", f"{tmp_path}/dir"]
+    assert shlex.split(capsys.readouterr().out) == command
+
+
+@pytest.mark.parametrize(("codes", "started", "result"), [((1, 0), 2, 1), ((2, 0), 1, 2), ((0, 0), 1, 143)])
+def test_a_run_that_fails_leaves_the_others_theirs(codes, started, result, tmp_path, monkeypatch, capsys):
+    """But what would end the next one, too, ends all: a mistake, or a signal that main.py met with 0."""
+    commands, answers = [], iter(codes)
+    monkeypatch.setattr(launcher, "launch", lambda command: commands.append(command) or next(answers))
+    monkeypatch.setattr(launcher, "epochs_done", lambda point: 2 * (len(commands) == 2))
+    assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == result
+    assert len(commands) == started
+    assert f"seed=0: ended at epoch 0 of 2 with exit code {codes[0]}" in capsys.readouterr().err
+
+
+def test_a_run_that_a_job_has_is_not_trained_here_too(slurm, tmp_path, monkeypatch, capsys):
+    assert call("--sweep", "seed=0,1") == 0
+    slurm.queue("70_1 PENDING Resources")
+    started = []
+    monkeypatch.setattr(launcher, "launch", lambda command: started.append(command) or 130)
+    assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == 2
+    assert "seed=1: job 70_1 has this run (pending: Resources); wait for it, or scancel" in capsys.readouterr().err
+    assert started == []
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == 130
+    assert "let no job train here, too: seed=0, seed=1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, False)])
+def test_a_signal_leaves_the_run_the_time_to_save(number, told, shell, tmp_path):
+    """SIGTERM and SIGUSR1 are handed on as SIGTERM; Ctrl-C reaches a run from its terminal. All are remembered."""
+    ready, end = tmp_path / "ready", tmp_path / "end"
+    script = f"trap 'echo saved > {end}; exit 0' TERM; touch {ready}; for i in $(seq 20); do sleep 0.05; done"
+
+    def send():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=send).start()
+    assert launcher.launch(["sh", "-c", script]) == 128 + number
+    assert end.exists() == told
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_comes_while_the_run_starts(shell, monkeypatch):
+    popen = subprocess.Popen
+
+    def interrupted(command):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return popen(command)
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    start = time.monotonic()
+    assert launcher.launch(["sleep", "20"]) == 128 + signal.SIGUSR1
+    assert time.monotonic() - start < 10
+
+
+def test_the_exit_code_of_a_launched_run(shell):
+    assert launcher.launch(["sh", "-c", "exit 7"]) == 7
+    assert launcher.launch(["sh", "-c", "kill -KILL $$"]) == 137
