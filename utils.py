@@ -119,7 +119,8 @@ def meeting_point() -> str:
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     job, step, life = (int(os.environ.get(name, 0)) for name in names)
     first = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]  # n[01-04,7] -> n01
-    return f"tcp://{first}:{20_000 + (job * 64 + step * 8 + life) % 12_000}"  # below what systems hand out themselves
+    number = job * 101 + step * 10 + life  # 101 has no divisor in common with 12,000: neighbouring jobs never meet
+    return f"tcp://{first}:{20_000 + number % 12_000}"  # below what systems hand out themselves
 
 
 def start_processes(device_name: str) -> Processes:

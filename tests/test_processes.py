@@ -290,13 +290,13 @@ def test_srun_s_tasks_meet_on_the_first_node(nodes, first, environ):
 
 def test_every_life_of_a_job_and_every_step_has_a_meeting_point_of_its_own(environ):
     points = set()
-    for job in (100, 101):
+    for job in (100, 101, 475):
         for step in (0, 1):
             for life in ("", "1", "2"):
                 environ(**STEP | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
                 os.environ |= {"SLURM_RESTART_COUNT": life} if life else {}
                 points.add(utils.meeting_point())
-    assert len(points) == 12
+    assert len(points) == 18
 
 
 def test_a_given_meeting_point_counts(environ):
