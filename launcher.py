@@ -25,6 +25,7 @@ from pathlib import Path
 
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError
+from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string
 
 from arguments import differences, expand_arguments
@@ -249,7 +250,8 @@ def submit(cluster: Cluster, points: Sequence[Point], folder: Path, after: Seque
     tasks = [Job(expand_arguments(point.words), str(point.folder), point.epochs, commit) for point in points]
     before = set(folder.iterdir())
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error says
+        # submitit prints what its error says, too
+        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
             jobs = executor.submit_array(tasks)
     except FailedJobError as error:
         for path in set(folder.iterdir()) - before:
@@ -336,6 +338,17 @@ def print_submission(cluster: Cluster, points: Sequence[Point], folder: Path) ->
         print(f"{sbatch_file(cluster, folder, len(group), after)}")
         for index, point in enumerate(group):
             print(f"# {index}: {point}\nmain.py {shlex.join(point.words)}")
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Hide what describes the job or the process group that this program itself may run in; sbatch would hand it on."""
+    of_the_user = {
+        name: value for name, value in os.environ.items() if re.match("SBATCH_|SLURM_CONF|SLURM_CLUSTERS", name)
+    }
+    with clean_env():
+        os.environ.update(of_the_user)
+        yield
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -464,18 +477,21 @@ def state_of(folder: Path, queue: dict[str, str] | None) -> tuple[str, str]:
     if job["job_id"] in queue:
         state, _, why = queue[job["job_id"]].partition(": ")
         return state, f"{progress} ({why})" if why else progress
-    own, slurms = last_errors(Path(job["log"]))
-    return ("failed" if own else "stopped"), "\n".join(filter(None, [progress, own or slurms, f"log: {job['log']}"]))
+    log = Path(job["log"])
+    own, slurms = last_errors(log)
+    lines = [progress, own or slurms, f"log: {log}" if log.exists() else "its job never began"]
+    return ("failed" if own else "stopped"), "\n".join(filter(None, lines))
 
 
 def last_errors(log: Path) -> tuple[str, str]:
     """The last lines that tell of errors in the tasks' last lives, the run's own and Slurm's; empty if none."""
-    own, slurms = [""], [""]
+    own, steps, sruns = [""], [""], [""]
     for path in sorted(log.parent.glob(log.name.replace("_0_log", "_*_log"))):
         last_life = path.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
         own += re.findall(r"^(?:\[rank \d+\] )?(?:error|[\w.]*(?:Error|Exception)): .*", last_life, re.MULTILINE)
-        slurms += re.findall(r"^(?:slurmstepd|srun): error: .*", last_life, re.MULTILINE)
-    return own[-1], slurms[-1]
+        steps += re.findall(r"^slurmstepd\S*: error: .*", last_life, re.MULTILINE)
+        sruns += re.findall(r"^srun: error: .*", last_life, re.MULTILINE)
+    return own[-1], steps[-1] or sruns[-1]  # srun only sees that a step has ended
 
 
 def status(job_dir: Path) -> str:

@@ -72,7 +72,7 @@ class Job:
         if done == self.epochs and not told_to:
             return 0
         if told_to or _is_preempted(job_id):
-            return _requeue(job_id, done)
+            return _requeue(job_id)
         _say(f"stopped after {done} of {self.epochs} epochs; the same command submits what is left")
         return os.EX_TEMPFAIL  # not 0: a job that waits for this run's weights must not start
 
@@ -97,14 +97,14 @@ def _is_preempted(job_id: str) -> bool:
     return since is not None and since[1] not in ("None", "N/A", "Unknown")
 
 
-def _requeue(job_id: str, done: int) -> int:
+def _requeue(job_id: str) -> int:
     """Put the job back into the queue; the exit code of this task, 0 if that worked."""
     try:
         ask_slurm("scontrol", "requeue", job_id)
     except (OSError, subprocess.SubprocessError) as error:
         _say(f"error: job {job_id} cannot be requeued ({reason_of(error)}); the same command submits what is left")
         return os.EX_TEMPFAIL
-    _say(f"requeued job {job_id} with everything saved, {done} epochs done")
+    _say(f"requeued job {job_id}; everything is saved")
     return 0
 
 

@@ -2,6 +2,7 @@
 
     DRY_RUN=1 bash scripts/table1b_components.sh                        # the commands and what they cost
     DATA=/data OUT=output SEEDS="0 1 2" bash scripts/table1b_components.sh
+    DATA=/data LAUNCH="submitit --partition gpu" bash scripts/table1b_components.sh        # on a SLURM cluster
 
 The scripts hand over their rows, one a line: id, run, arguments of main.py. A run is a protocol's: rows of several
 tables that share one share its folder. The row ``-`` belongs to no table; it is done where another row needs it, by

@@ -129,6 +129,19 @@ def test_a_job_finds_the_program_wherever_it_starts(slurm, tmp_path):
     assert done.stdout.strip() == str(runs.ROOT / "main.py"), done.stderr
 
 
+def test_a_job_inherits_nothing_of_the_job_that_submits_it(slurm, monkeypatch):
+    """But where Slurm's configuration is, and the user's own defaults for sbatch."""
+    mine = {"SLURM_CONF": "here", "SBATCH_ACCOUNT": "lab", "MINE": "1"}
+    for name, value in {**mine, "SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "3", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    slurm.script("sbatch", f"env > {slurm.folder}/environment; echo job 70")
+    assert call() == 0
+    there = dict(line.split("=", 1) for line in (slurm.folder / "environment").read_text().splitlines())
+    assert {name: there[name] for name in mine} == mine
+    assert not {"SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "RANK"} & there.keys()
+    assert os.environ["SLURM_JOB_ID"] == "3"
+
+
 def test_the_pickled_job_is_main_with_the_words_as_they_are_now(slurm, tmp_path):
     """An argument file that changes while the job waits changes nothing."""
     from submitit.core.utils import DelayedSubmission
@@ -405,7 +418,9 @@ def test_the_status_of_every_run(slurm, tmp_path, capsys):
     life = "submitit INFO - Starting with JobEnvironment(...)\n"
     (logs / "70_3_0_log.out").write_text(f"{life}error: an old one\n{life}epoch 1\nsrun: error: killed\n")
     (logs / "70_3_1_log.out").write_text(f"{life}[rank 1] ValueError: not this life\n{life}[rank 1] OSError: no disk\n")
-    (logs / "70_4_0_log.out").write_text(f"{life}error: an old one\n{life}slurmstepd: error: *** CANCELLED ***\n")
+    (logs / "70_4_0_log.out").write_text(
+        f"{life}error: an old one\n{life}slurmstepd-n1: error: *** CANCELLED ***\nsrun: error: out\n"
+    )
     (tmp_path / "dir/link").symlink_to("seed=0")
     capsys.readouterr()
     assert run_with_submitit.main(["--job-dir", "dir", "--status"]) == 0
@@ -420,7 +435,7 @@ def test_the_status_of_every_run(slurm, tmp_path, capsys):
     assert lines[6:9] == [
         f"    log: {logs}/70_3_0_log.out",
         "seed=4  70_4  stopped   0 of 2 epochs",
-        "    slurmstepd: error: *** CANCELLED ***",
+        "    slurmstepd-n1: error: *** CANCELLED ***",
     ]
     assert re.match(r"seed=5 +70_5 +failed +\S*checkpoint.pth is truncated", lines[10])
     assert lines[11] == "6 runs: 1 finished, 1 running, 1 pending, 2 failed, 1 stopped"
@@ -477,7 +492,7 @@ def test_a_run_whose_time_is_up_is_requeued_by_rank_0(work, slurm, capsys):
     assert slurm.told == []
     assert work(75) == 0
     assert slurm.told == ["requeue 7"]
-    assert capsys.readouterr().out == "requeued job 7 with everything saved, 1 epochs done\n"
+    assert capsys.readouterr().out == "requeued job 7; everything is saved\n"
     assert work(75, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3") == 0
     assert slurm.told[-1] == "requeue 5_3"
 
