@@ -71,7 +71,7 @@ class Job:
         done = epochs_saved(Path(self.folder))
         if done == self.epochs and not told_to:
             return 0
-        if told_to or _is_preempted(job_id):
+        if _is_wanted_back(job_id, told_to):
             return _requeue(job_id)
         _say(f"stopped after {done} of {self.epochs} epochs; the same command submits what is left")
         return os.EX_TEMPFAIL  # not 0: a job that waits for this run's weights must not start
@@ -86,15 +86,20 @@ class Job:
             _say(f"the files have uncommitted changes beside commit {now['commit']}")
 
 
-def _is_preempted(job_id: str) -> bool:
-    """Whether another job needs the place; Slurm does not requeue a job that ends before it is killed for that."""
+def _is_wanted_back(job_id: str, told_to: bool) -> bool:
+    """Whether to requeue the job: its time was up, or another job needs the place.
+
+    Slurm does not requeue one that ends before it is killed for that. A job that is no longer RUNNING is being
+    cancelled (or requeued by Slurm itself), and would rise again.
+    """
     try:
         answer = ask_slurm("scontrol", "-o", "show", "job", job_id)
     except (OSError, subprocess.SubprocessError) as error:
-        _say(f"cannot ask whether the job is being preempted: {reason_of(error)}")
-        return False
-    since = re.search(r"\bPreemptTime=(\S+)", answer)
-    return since is not None and since[1] not in ("None", "N/A", "Unknown")
+        _say(f"cannot ask what Slurm does with the job: {reason_of(error)}")
+        return told_to
+    facts = dict(re.findall(r"(\w+)=(\S*)", answer))
+    preempted = facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
+    return facts.get("JobState") == "RUNNING" and (told_to or preempted)
 
 
 def _requeue(job_id: str) -> int:

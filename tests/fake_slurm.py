@@ -14,7 +14,7 @@ class FakeSlurm:
         self.script("squeue", f"cat {folder}/queue 2>/dev/null; true")
         self.script("srun", "exit 1")
         self.script("sinfo", "printf 'gpu\\ncpu\\n'")
-        self.script("scontrol", f'echo "$@" >> {folder}/told; echo "JobId=7 PreemptTime=None"')
+        self.script("scontrol", f'echo "$@" >> {folder}/told; echo "JobState=RUNNING PreemptTime=None"')
 
     def script(self, name: str, text: str) -> None:
         path = self.folder / name

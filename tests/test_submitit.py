@@ -491,7 +491,7 @@ def test_a_run_whose_time_is_up_is_requeued_by_rank_0(work, slurm, capsys):
     assert work(75, SLURM_PROCID="1") == 0
     assert slurm.told == []
     assert work(75) == 0
-    assert slurm.told == ["requeue 7"]
+    assert slurm.told == ["-o show job 7", "requeue 7"]
     assert capsys.readouterr().out == "requeued job 7; everything is saved\n"
     assert work(75, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3") == 0
     assert slurm.told[-1] == "requeue 5_3"
@@ -508,12 +508,19 @@ def test_a_preempted_run_is_requeued_and_a_cancelled_one_is_not(work, slurm, cap
     assert work(0) == 75
     assert slurm.told == ["-o show job 7"]
     assert "stopped after 1 of 2 epochs; the same command" in capsys.readouterr().out
-    slurm.script("scontrol", f'echo "$@" >> {slurm.folder}/told; echo "PreemptTime=2026-01-01T00:00:00 Restarts=0"')
+    preempted = "JobState=RUNNING PreemptTime=2026-01-01T00:00:00 Restarts=0"
+    slurm.script("scontrol", f'echo "$@" >> {slurm.folder}/told; echo "{preempted}"')
     assert work(0) == 0
     assert slurm.told[1:] == ["-o show job 7", "requeue 7"]
     slurm.script("scontrol", "exit 1")
     assert work(0) == 75
-    assert "cannot ask whether the job is being preempted" in capsys.readouterr().out
+    assert "cannot ask what Slurm does with the job" in capsys.readouterr().out
+
+
+def test_a_job_that_is_cancelled_while_it_saves_does_not_rise_again(work, slurm, capsys):
+    slurm.script("scontrol", f'echo "$@" >> {slurm.folder}/told; echo "JobState=COMPLETING PreemptTime=None"')
+    assert work(75) == 75
+    assert slurm.told == ["-o show job 7"]
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])
