@@ -95,7 +95,7 @@ def _nearest(name: str, known) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _at_least(convert, low, high=math.inf, open_low=False):
+def at_least(convert, low, high=math.inf, open_low=False):
     """A type for argparse: ``convert(text)`` within bounds, or an error that states them."""
     kind = "a whole number" if convert is int else "a number"
     bounds = f"{'above' if open_low else 'of at least'} {low}"
@@ -113,9 +113,9 @@ def _at_least(convert, low, high=math.inf, open_low=False):
     return parse
 
 
-_count, _index = _at_least(int, 1), _at_least(int, 0)
-_positive, _size = _at_least(float, 0, open_low=True), _at_least(float, 0)
-_fraction = _at_least(float, 0, 1)
+_count, _index = at_least(int, 1), at_least(int, 0)
+_positive, _size = at_least(float, 0, open_low=True), at_least(float, 0)
+_fraction = at_least(float, 0, 1)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -174,7 +174,7 @@ def _add_data(parser):
     add("--cache-images", action="store_true", help="in training, keep decoded images in memory, one copy a machine")
     add(
         "--sampling-ratio",
-        type=_at_least(float, 0, 1, open_low=True),
+        type=at_least(float, 0, 1, open_low=True),
         default=1.0,
         help="train on this share of each class's images (Table 3)",
     )
@@ -226,7 +226,7 @@ def _add_batch(parser):
     add("--batch-size", type=_count, default=128, help="images a process computes at once")
     add("--total-batch", type=_count, default=1024, help="images an update; accumulation follows from it")
     add("--epochs", type=_count, default=300, help="each sees every image once")
-    add("--seed", type=_at_least(int, 0, 2**63 - 1), default=0, help="of weights, order, augmentation, dropout")
+    add("--seed", type=at_least(int, 0, 2**63 - 1), default=0, help="of weights, order, augmentation, dropout")
 
 
 def _add_optimiser(parser):
@@ -278,7 +278,7 @@ def _add_augmentation(parser):
     add(
         "--crop-pct",
         "--eval-crop-ratio",
-        type=_at_least(float, 0, 1, open_low=True),
+        type=at_least(float, 0, 1, open_low=True),
         default=None,
         help="in evaluation: 0.875 (256 -> 224), all of small images",
     )

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from arguments import differences, expand_arguments
 from checkpoints import read_checkpoint
 from slurm_job import Job, ask_slurm, reason_of
-from utils import UserError, environment, write_json
+from utils import RunError, UserError, environment, write_json
 
 ROOT = Path(__file__).resolve().parent
 
@@ -100,6 +100,17 @@ def epochs_saved(folder: Path) -> int:
     """
     path = folder / "checkpoint.pth"
     return read_checkpoint(path, lazily=True).get("epoch", 0) if path.exists() else 0
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """What ``work`` returns, or the code of the error that it prints: 1, or 2 where the user's input cannot be used."""
+    try:
+        return work()
+    except (UserError, RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 130
 
 
 # ------------------------------------------------------------------------------------------------------ here

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from arguments import HelpFormatter, Parser, _at_least, build_parser, expand_arguments, parse_arguments
+from arguments import HelpFormatter, Parser, at_least, build_parser, expand_arguments, parse_arguments
 from build import accumulation
 from launcher import (
     ROOT,
@@ -32,13 +32,14 @@ from launcher import (
     Cluster,
     Point,
     epochs_done,
+    exit_code,
     finish,
     print_submission,
     refuse_queued,
     status,
     submit_all,
 )
-from utils import RunError, UserError
+from utils import UserError
 
 # Options of sbatch that have options of their own here, or that the launcher needs for itself.
 NOT_FOR_SLURM_ARG = {
@@ -67,9 +68,9 @@ NOT_OF_SBATCH = ("additional_parameters", "num_gpus", "setup", "srun_args", "std
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """What is asked of Slurm."""
     add = parser.add_argument_group("asked of Slurm for each run").add_argument
-    add("--nodes", type=_at_least(int, 1), default=1, help="machines")
-    add("--ngpus", type=_at_least(int, 0), default=None, help="GPUs a node, one task each, 10 CPUs a task (default: 8)")
-    add("--timeout", type=_at_least(int, 1), default=2800, metavar="MIN", help="minutes; then it is requeued")
+    add("--nodes", type=at_least(int, 1), default=1, help="machines")
+    add("--ngpus", type=at_least(int, 0), default=None, help="GPUs a node, one task each, 10 CPUs a task (default: 8)")
+    add("--timeout", type=at_least(int, 1), default=2800, metavar="MIN", help="minutes; then it is requeued")
     add("--partition", default=None, metavar="NAME", help="default: the cluster's own")
     add(
         "--slurm-arg",
@@ -77,7 +78,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any other option of sbatch: account=lab, qos=..., constraint=..., mem=480G, exclusive; may be repeated",
     )
-    add("--max-parallel", type=_at_least(int, 1), default=None, help="runs of a sweep at once (default: all)")
+    add("--max-parallel", type=at_least(int, 1), default=None, help="runs of a sweep at once (default: all)")
 
 
 def read_cluster(options: argparse.Namespace) -> Cluster:
@@ -274,13 +275,7 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """0: done or submitted. 1: a run failed here. 2: it cannot be done so. Above 128: 128 + the signal to stop."""
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except (UserError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import expand_arguments
 from build import accumulation
 from datasets import read_split
-from launcher import Cluster, epochs_done, finish, locked, print_submission, refuse_queued, submit_all
+from launcher import Cluster, epochs_done, exit_code, finish, locked, print_submission, refuse_queued, submit_all
 from run_with_submitit import cluster_of
 from scripts.plan_table import Job, Row, Settings, choose, hours, images, in_words, plan, read_rows
-from utils import RunError, UserError, write_json
+from utils import UserError, write_json
 
 # ------------------------------------------------------------------------------------------- what is asked for
 
@@ -253,13 +253,7 @@ def run_table(table: str, settings: Settings, rows: list[Row]) -> int:
 
 def main() -> int:
     """0: all rows are done. 1: a row failed. 2: the settings cannot be used. Above 128: 128 + the signal to stop."""
-    try:
-        return run_table(sys.argv[1], read_settings(os.environ), read_rows(sys.stdin.read()))
-    except (UserError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: run_table(sys.argv[1], read_settings(os.environ), read_rows(sys.stdin.read())))
 
 
 if __name__ == "__main__":
