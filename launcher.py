@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent
 
 CPUS_PER_TASK = 10  # the paper's nodes: 80 cores for 8 GPUs
 SIGNAL_DELAY_S = 120  # so long before a job's time is up it is told to save
+SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint")  # a user's environment may set them
 
 
 # ---------------------------------------------------------------------------------------------------- a run
@@ -61,6 +62,11 @@ class Point:
     @property
     def epochs(self) -> int:
         return self.args.epochs + self.args.cooldown_epochs
+
+    @property
+    def lock(self) -> Path:
+        """Held by the launcher that trains the run here."""
+        return self.folder / "launcher.lock"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -119,8 +125,8 @@ def exit_code(work: Callable[[], int]) -> int:
 def launch(command: list[str]) -> int:
     """Run the command; its exit code, or 128 + the signal that ended it or that asked this program to stop.
 
-    SIGTERM and SIGUSR1 reach the run as SIGTERM, which main.py and torchrun take for: save and end. Ctrl-C comes to
-    the run from the terminal. The run has the time that it needs.
+    SIGTERM, SIGUSR1 and SIGUSR2 reach the run as SIGTERM, which main.py and torchrun take for: save and end. Ctrl-C
+    comes to the run from the terminal. The run has the time that it needs.
     """
     received, child = [], None
 
@@ -129,7 +135,8 @@ def launch(command: list[str]) -> int:
         if child is not None and number != signal.SIGINT:
             child.terminate()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         child = subprocess.Popen(command)
         if received:  # before there was a child to tell
@@ -173,6 +180,18 @@ def locked(path: Path, doing: str) -> Iterator[None]:
         yield
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a launcher holds the file."""
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return False
+
+
 # -------------------------------------------------------------------------------------------- on a cluster
 
 
@@ -212,7 +231,7 @@ class Cluster:
         known = SlurmExecutor._valid_parameters()
         optional = {
             "partition": self.partition,
-            "gpus_per_node": self.ngpus or None,
+            "gpus_per_node": self.ngpus if self.ngpus and "gres" not in asked else None,
             "array_parallelism": self.max_parallel,
         }
         return {
@@ -262,7 +281,7 @@ def submit(cluster: Cluster, points: Sequence[Point], folder: Path, after: Seque
     before = set(folder.iterdir())
     try:
         # submitit prints what its error says, too
-        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
+        with _outside_of_jobs(cluster), contextlib.redirect_stderr(io.StringIO()):
             jobs = executor.submit_array(tasks)
     except FailedJobError as error:
         for path in set(folder.iterdir()) - before:
@@ -300,6 +319,9 @@ def submit_all(cluster: Cluster, points: Sequence[Point], folder: Path) -> None:
     with locked(folder / "lock", f"submitting with {folder}"):
         queue = jobs_in_queue()
         waiting, ids = sort_out(points, queue)
+        for point in waiting:
+            if is_locked(point.lock):
+                raise UserError(f"{point}: another launcher is training it without Slurm; end that, or wait for it")
         states = {name: f"in the queue before, {queue[job_id]}" for name, job_id in ids.items()}
         for needs, group in arrays(waiting, ids).items():
             new = submit(cluster, group, folder, [ids[name] for name in needs])
@@ -309,6 +331,15 @@ def submit_all(cluster: Cluster, points: Sequence[Point], folder: Path) -> None:
         print("warning: uncommitted changes; a job runs the files as they are when it starts", file=sys.stderr)
     rows = [[point.name, ids.get(point.name, "-"), states.get(point.name, "finished before")] for point in points]
     print(table(["run", "job", ""], rows))
+
+
+def warn_of_data_elsewhere(points: Sequence[Point]) -> set[str]:
+    """Say which data folders this machine does not have; the nodes may. Returns them."""
+    paths = {point.args.data_path for point in points} - {None}
+    missing = {path for path in paths if not Path(path).exists()}
+    for path in sorted(missing):
+        print(f"warning: --data-path {path} is not on this machine; the nodes must have it", file=sys.stderr)
+    return missing
 
 
 def sort_out(points: Sequence[Point], queue: dict[str, str]) -> tuple[list[Point], dict[str, str]]:
@@ -352,11 +383,16 @@ def print_submission(cluster: Cluster, points: Sequence[Point], folder: Path) ->
 
 
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Hide what describes the job or the process group that this program itself may run in; sbatch would hand it on."""
-    of_the_user = {
-        name: value for name, value in os.environ.items() if re.match("SBATCH_|SLURM_CONF|SLURM_CLUSTERS", name)
-    }
+def _outside_of_jobs(cluster: Cluster) -> Iterator[None]:
+    """Hide the variables that sbatch would hand on from a job that this program itself runs in, or take for options.
+
+    What the user's environment says on place and account stays, where ``cluster`` says nothing: to sbatch a variable
+    counts more than what its file says.
+    """
+    said = cluster.slurm_args.keys() | ({"partition"} if cluster.partition else set())
+    stay = {"SLURM_CONF", "SLURM_CLUSTERS"}
+    stay |= {f"SBATCH_{name.upper()}" for name in SITE_OPTIONS if name not in said}
+    of_the_user = {name: value for name, value in os.environ.items() if name in stay}
     with clean_env():
         os.environ.update(of_the_user)
         yield
@@ -387,6 +423,8 @@ def _explain_refusal(error: str) -> str:
         "qos": "--slurm-arg qos=NAME",
         "time limit": "--timeout, in minutes",
         "memory": "--slurm-arg mem=...",
+        "feature": "--slurm-arg constraint=...",
+        "array": "sweep over fewer values in one command",
         "node|cpu|gres|gpu": "ask for less with --nodes, --ngpus or --slurm-arg cpus_per_task=N",
     }
     for pattern, mend in mends.items():
@@ -442,11 +480,13 @@ def queued_job(point: Point, queue: dict[str, str]) -> str | None:
     """The id of the job in ``queue`` that has this run; None if there is none.
 
     Raises:
-        UserError: it was submitted with other arguments.
+        UserError: it was submitted with other arguments, or is about to end.
     """
     job = read_job(point.folder)
     if job is None or job["job_id"] not in queue:
         return None
+    if queue[job["job_id"]] == "completing":
+        raise UserError(f"{point}: its job {job['job_id']} is just ending; give the command again in a minute")
     mine = argparse.Namespace(**json.loads(json.dumps(vars(point.args))))  # as job.json keeps it
     different = differences(mine, job["args"])
     if different:
@@ -491,7 +531,8 @@ def state_of(folder: Path, queue: dict[str, str] | None) -> tuple[str, str]:
     log = Path(job["log"])
     own, slurms = last_errors(log)
     lines = [progress, own or slurms, f"log: {log}" if log.exists() else "its job never began"]
-    return ("failed" if own else "stopped"), "\n".join(filter(None, lines))
+    told_to = not slurms or re.search("CANCELLED|exit code 75", slurms)
+    return ("stopped" if told_to and not own else "failed"), "\n".join(filter(None, lines))
 
 
 def last_errors(log: Path) -> tuple[str, str]:

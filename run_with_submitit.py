@@ -17,6 +17,7 @@ command may be given again: what is finished or queued is left alone, the rest i
 
 import argparse
 import itertools
+import os
 import shlex
 import sys
 from collections import Counter
@@ -34,10 +35,12 @@ from launcher import (
     epochs_done,
     exit_code,
     finish,
+    locked,
     print_submission,
     refuse_queued,
     status,
     submit_all,
+    warn_of_data_elsewhere,
 )
 from utils import UserError
 
@@ -54,6 +57,7 @@ NOT_FOR_SLURM_ARG = {
     "array_parallelism": "--max-parallel",
     "output": "--job-dir",
     "error": "--job-dir",
+    "cpus_per_gpu": "--slurm-arg cpus_per_task=N",
     "chdir": "cd, before this command",
     "signal": "--slurm-arg signal_delay_s=SECONDS",
 }
@@ -76,7 +80,8 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         "--slurm-arg",
         action="append",
         metavar="KEY=VALUE",
-        help="any other option of sbatch: account=lab, qos=..., constraint=..., mem=480G, exclusive; may be repeated",
+        help="any other option of sbatch: account=lab, qos=..., mem=480G, exclusive, gres=gpu:v100:8 (in place of the "
+        "GPUs that --ngpus asks for); may be repeated",
     )
     add("--max-parallel", type=at_least(int, 1), default=None, help="runs of a sweep at once (default: all)")
 
@@ -94,6 +99,8 @@ def read_cluster(options: argparse.Namespace) -> Cluster:
             f"--timeout {options.timeout}: a job is told to save {delay} s before its time is up; "
             "give it more minutes, or --slurm-arg signal_delay_s=SECONDS"
         )
+    if os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2") != "USR2":
+        raise UserError("SUBMITIT_PREEMPT_SIGNAL is set: unset it; a job is told by SIGUSR2 to save and come back")
     ngpus = 8 if options.ngpus is None else options.ngpus
     return Cluster(options.nodes, ngpus, options.timeout, options.partition, slurm_args, options.max_parallel)
 
@@ -150,12 +157,15 @@ def read_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     add_launcher_options(parser)
+    for at, word in enumerate(argv[1:]):
+        if argv[at] == "--sweep" and word.startswith("--"):
+            raise UserError(f"--sweep {word}: leave the hyphens out, --sweep {word[2:]}")
     words = expand_arguments(sorted(argv, key=lambda word: not word.startswith("@")))
     options, of_main = parser.parse_known_args(words)
     everything = build_parser()
     add_launcher_options(everything)
     everything.parse_args(words)  # to know every option that a mistyped one is near to
-    if options.job_dir is None:
+    if not options.job_dir:
         raise UserError("--job-dir DIR is missing: where everything is written; all nodes must see it")
     return options, of_main
 
@@ -202,6 +212,8 @@ def build_point(job_dir: Path, words: list[str], chosen: tuple[str, ...]) -> Poi
         f"{option.removeprefix('--').replace('-', '_')}={value.replace('/', '_')}"
         for option, _, value in (word.partition("=") for word in chosen)
     )
+    if len(name) > 200:
+        raise UserError(f"--sweep: {name[:40]}... is too long for the name of a folder; sweep shorter values")
     words = [*words, *chosen, "--output-dir", str(job_dir / name)]
     try:
         args = parse_arguments(words)
@@ -223,9 +235,7 @@ def check(points: list[Point], processes: int) -> None:
     for point in points:
         epochs_done(point)
         accumulation(point.args, processes)
-    for path in dict.fromkeys(point.args.data_path for point in points):
-        if path is not None and not Path(path).exists():
-            print(f"warning: --data-path {path} is not on this machine; the nodes must have it", file=sys.stderr)
+    warn_of_data_elsewhere(points)
 
 
 def run_here(points: list[Point], processes: int) -> int:
@@ -236,7 +246,8 @@ def run_here(points: list[Point], processes: int) -> int:
     refuse_queued(points)
     codes = [0]
     for point in points:
-        codes.append(finish(point, local_command(point, processes)))
+        with locked(point.lock, f"training {point}"):
+            codes.append(finish(point, local_command(point, processes)))
         if codes[-1] > 1:
             return codes[-1]
     return max(codes)
@@ -255,6 +266,8 @@ def run(argv: list[str]) -> int:
     if options.status:
         print(status(job_dir))
         return 0
+    if options.local and options.nodes > 1:
+        raise UserError("--local runs on this machine alone; leave --nodes out")
     cluster = read_cluster(options)
     points = build_points(options, words, expand_arguments([word for word in argv if not word.startswith("@")]))
     processes = cluster.processes

@@ -6,6 +6,7 @@ heavy waits until submitit's handlers are in place.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -50,15 +51,22 @@ class Job:
 
     def __call__(self) -> None:
         """Train, tell Slurm if the job has to come back, and end with an exit code, 0 if all is well."""
-        from main import main
-
         environment = JobEnvironment()
-        if environment.global_rank == 0:
-            self._compare_commit()
-        code = main(self.words)
+        signal.signal(signal.SIGTERM, _end)
+        try:
+            code = self._train(environment.global_rank)
+        except SystemExit as end:
+            code = end.code
         if environment.global_rank == 0 and code in (0, os.EX_TEMPFAIL):
             code = self._come_back(code == os.EX_TEMPFAIL, environment.job_id)
         sys.exit(0 if code == os.EX_TEMPFAIL and environment.global_rank else code)
+
+    def _train(self, rank: int) -> int:
+        from main import main
+
+        if rank == 0:
+            self._compare_commit()
+        return main(self.words)
 
     def checkpoint(self) -> DelayedSubmission:
         """For a signal that comes before training: begin once more. (In training, main.py's own handlers save.)"""
@@ -111,6 +119,11 @@ def _requeue(job_id: str) -> int:
         return os.EX_TEMPFAIL
     _say(f"requeued job {job_id}; everything is saved")
     return 0
+
+
+def _end(number: int, frame) -> None:
+    """For SIGTERM outside of training, which submitit would ignore: there is nothing to save, so end."""
+    sys.exit(0)
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,7 @@ The environment says the rest:
     SMOKE=1     OVERRIDES=recipes/smoke.args: everything as it is, but tiny, in seconds a row
 
     OUT/runs/<run>/seed<k>/          main.py's output folder
-    OUT/runs/<run>/seed<k>.lock      held by the script that trains it; another one waits for that
+    .../seed<k>/launcher.lock        held by the script that trains it; another one waits for that
     OUT/submitit/                    logs of jobs, and what submitit keeps
     OUT/<table>/<row>/seed<k>        a link to it
     OUT/<table>/<row>/protocol.json  the row's arguments before OVERRIDES
@@ -42,7 +42,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import expand_arguments
 from build import accumulation
 from datasets import read_split
-from launcher import Cluster, epochs_done, exit_code, finish, locked, print_submission, refuse_queued, submit_all
+from launcher import (
+    Cluster,
+    epochs_done,
+    exit_code,
+    finish,
+    locked,
+    print_submission,
+    refuse_queued,
+    submit_all,
+    warn_of_data_elsewhere,
+)
 from run_with_submitit import cluster_of
 from scripts.plan_table import Job, Row, Settings, choose, hours, images, in_words, plan, read_rows
 from utils import UserError, write_json
@@ -139,6 +149,7 @@ def check(settings: Settings, jobs: list[Job]) -> None:
         raise UserError(f"LAUNCH: no program {settings.launch[0]}; give its path, or leave LAUNCH out")
     processes = settings.cluster.processes if settings.cluster else world_size(settings.launch)
     unfinished, seen = [job for job in jobs if epochs_done(job) < job.epochs], set()
+    elsewhere = warn_of_data_elsewhere(unfinished) if settings.cluster else set()
     if settings.cluster is None:
         refuse_queued(unfinished)
     for job in unfinished:
@@ -146,7 +157,7 @@ def check(settings: Settings, jobs: list[Job]) -> None:
         try:
             if processes:
                 accumulation(job.args, processes)
-            if data not in seen and not job.args.download:
+            if data not in seen and data[1] not in elsewhere and not job.args.download:
                 for split in ("train", "val"):
                     read_split(data[0], split, data[1])
         except UserError as error:
@@ -196,7 +207,7 @@ def finish_all(settings: Settings, table: str, jobs: list[Job]) -> int:
     failed = set()
     for job in jobs:
         lost = {(run, job.seed) for run in job.row.needs()} & failed
-        with locked(job.folder.with_name(f"{job.folder.name}.lock"), f"training {job}"):
+        with locked(job.lock, f"training {job}"):
             record(settings.out / table, job)
             code = 1 if lost else finish(job, command(settings, job))
         if code > 1:

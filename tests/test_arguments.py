@@ -188,3 +188,16 @@ def test_every_option_trains_something_in_a_test():
     words = set(re.findall(r"--[a-z][a-z0-9-]*", "".join((ROOT / "tests" / name).read_text() for name in files)))
     for action in build_parser()._actions:
         assert words & set(action.option_strings) or action.dest == "help", action.option_strings
+
+
+def test_loading_processes_follow_the_cores_that_a_process_has(monkeypatch):
+    """torchrun's processes share the machine's; srun says how many a task has."""
+    monkeypatch.setattr("arguments.os.sched_getaffinity", lambda _: set(range(64)))
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    assert parse_arguments(["--data-path", "somewhere"]).num_workers == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert parse_arguments(["--data-path", "somewhere"]).num_workers == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "5")
+    assert parse_arguments(["--data-path", "somewhere"]).num_workers == 5

@@ -16,8 +16,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import build
+import datasets
 import main
 import utils
+from arguments import parse_arguments
 from samplers import EvalSampler
 
 
@@ -124,10 +127,12 @@ def evaluate_uneven(rank: int, world_size: int, port: int, results) -> None:
     dataset = [(image, target, 0) for image, target in zip(images, targets, strict=True)]
     sampler = [draw.index for draw in EvalSampler(7, rank, world_size)]
     loader = torch.utils.data.DataLoader(dataset, sampler=sampler)
-    stop = SimpleNamespace(poll=lambda: False)
     plan = SimpleNamespace(amp_dtype=None)
-    run = SimpleNamespace(model=model, ema=None, plan=plan, processes=processes, stop=stop, epoch=0)
-    results.put(main.evaluate_run(run, loader))
+    run = SimpleNamespace(model=model, ema=None, plan=plan, processes=processes, epoch=0)
+    run.stop = utils.StopSignal(processes)
+    for _ in range(3):  # a rank that asked less often than the other would be waited for in the next passes
+        means = main.evaluate_run(run, loader)
+    results.put(means)
     utils.end_processes()
 
 
@@ -153,6 +158,27 @@ def evaluations(world_size: int) -> list[dict]:
         child.join(60)
     assert [child.exitcode for child in children] == [0] * world_size
     return [results.get() for _ in children]
+
+
+@pytest.mark.parametrize(
+    ("total_batch", "more", "static"), [("32", "", True), ("64", "", False), ("32", "--compile", False)]
+)
+def test_gradients_are_exchanged_without_extra_work(total_batch, more, static):
+    """A group of this process alone stands for many."""
+    words = f"--model vit_tiny_sar --model-kwargs embed_dim=24 depth=1 num_heads=3 --input-size 8 --patch-size 2 {more}"
+    args = parse_arguments(f"{words} --batch-size 16 --total-batch {total_batch}".split())
+    two = utils.Processes(0, 2, torch.device("cpu"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        train_set, _ = datasets.build_split(args, "train", utils.Processes(0, 1, torch.device("cpu")))
+        plan = build.build_plan(args, two, train_set)
+        network = build.wrap(args, plan, two, build.build_trainee(args, 10, two.device))
+        assert network.gradient_as_bucket_view
+        assert not network.find_unused_parameters
+        assert network.static_graph == static
+    finally:
+        del network
+        utils.end_processes()
 
 
 # ----------------------------------------------------------------------------------------------- when one is lost

@@ -84,6 +84,20 @@ def test_signal_saves_within_the_epoch(run, stop, epoch, step, tmp_path, uninter
     finish_and_compare(run, tmp_path, uninterrupted)
 
 
+def time_is_up(signals: tuple[int, ...]) -> None:
+    for number in signals:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGUSR2,), (signal.SIGUSR2, signal.SIGTERM)])
+def test_a_run_whose_time_is_up_asks_to_be_started_again(run, signals, tmp_path, uninterrupted):
+    """Also where the cluster's last word comes while it still saves."""
+    stop = runs.at_call("engine", "update_weights", 3, functools.partial(time_is_up, signals))
+    assert run(tmp_path, before=stop) == os.EX_TEMPFAIL
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 3
+    finish_and_compare(run, tmp_path, uninterrupted)
+
+
 def test_ctrl_c_saves_and_ends_the_script_around_it(run, tmp_path, uninterrupted):
     assert run(tmp_path, before=runs.killed_at_update(3, by=signal.SIGINT)) == 130
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 3

@@ -129,17 +129,21 @@ def test_a_job_finds_the_program_wherever_it_starts(slurm, tmp_path):
     assert done.stdout.strip() == str(runs.ROOT / "main.py"), done.stderr
 
 
-def test_a_job_inherits_nothing_of_the_job_that_submits_it(slurm, monkeypatch):
-    """But where Slurm's configuration is, and the user's own defaults for sbatch."""
-    mine = {"SLURM_CONF": "here", "SBATCH_ACCOUNT": "lab", "MINE": "1"}
-    for name, value in {**mine, "SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "3", "RANK": "1"}.items():
+def test_a_job_inherits_nothing_of_the_job_that_submits_it(slurm, tmp_path, monkeypatch):
+    """But where Slurm's configuration is, and the user's own defaults, where the command says nothing else."""
+    mine = {"SLURM_CONF": "here", "SBATCH_ACCOUNT": "lab", "SBATCH_PARTITION": "mine", "MINE": "1"}
+    hidden = {"SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "3", "RANK": "1", "SBATCH_QOS": "low", "SBATCH_NO_REQUEUE": "1"}
+    for name, value in (mine | hidden).items():
         monkeypatch.setenv(name, value)
     slurm.script("sbatch", f"env > {slurm.folder}/environment; echo job 70")
-    assert call() == 0
+    assert call("--slurm-arg", "qos=high") == 0
     there = dict(line.split("=", 1) for line in (slurm.folder / "environment").read_text().splitlines())
     assert {name: there[name] for name in mine} == mine
-    assert not {"SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "RANK"} & there.keys()
-    assert os.environ["SLURM_JOB_ID"] == "3"
+    assert not hidden.keys() & there.keys()
+    assert {name: os.environ[name] for name in hidden} == hidden
+    (tmp_path / "dir/job.json").unlink()
+    assert call("--slurm-arg", "qos=high", "--partition", "gpu") == 0  # a variable would count more than the file
+    assert "SBATCH_PARTITION" not in (slurm.folder / "environment").read_text()
 
 
 def test_the_pickled_job_is_main_with_the_words_as_they_are_now(slurm, tmp_path):
@@ -163,6 +167,7 @@ def test_the_pickled_job_is_main_with_the_words_as_they_are_now(slurm, tmp_path)
         ("--slurm-arg array=0-3", "say it with --sweep"),
         ("--slurm-arg =3", "expected KEY=VALUE"),
         ("--slurm-arg account=", "expected KEY=VALUE"),
+        ("--slurm-arg cpus_per_gpu=10", "say it with --slurm-arg cpus_per_task=N"),
         ("--slurm-arg setup=x", "--slurm-arg setup=x: no option of sbatch"),
         ("--timeout 2", "--timeout 2: a job is told to save 120 s before its time is up"),
         ("--ngpus 3", "--batch-size 4 x 3 processes does not divide --total-batch 32"),
@@ -181,6 +186,9 @@ def test_the_pickled_job_is_main_with_the_words_as_they_are_now(slurm, tmp_path)
         ("--sweep seed=0 --sweep seed=1", "--sweep goes over --seed, which is given a second time"),
         ("--sweep seed=0,1,0", "--sweep: 2 runs would be called seed=0"),
         ("--sweep output_dir=a,b", "leave --output-dir out"),
+        ("--sweep --seed=0,1", "--sweep --seed=0,1: leave the hyphens out, --sweep seed=0,1"),
+        (f"--sweep finetune={'a' * 200}", "is too long for the name of a folder"),
+        ("--local --nodes 2", "--local runs on this machine alone; leave --nodes out"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_submitted(words, message, slurm, tmp_path, capsys):
@@ -196,6 +204,21 @@ def test_mistakes_are_one_line_before_anything_is_submitted(words, message, slur
 def test_the_job_dir_is_required(capsys):
     assert run_with_submitit.main(["--status"]) == 2
     assert capsys.readouterr().err.startswith("error: --job-dir DIR is missing")
+    assert run_with_submitit.main(["--job-dir", "", "--status"]) == 2
+
+
+def test_a_cluster_with_kinds_of_gpus(slurm):
+    assert call("--slurm-arg", "gres=gpu:v100:8") == 0
+    options = sbatch_options(slurm.submitted[0])
+    assert options["gres"] == "gpu:v100:8"
+    assert options["ntasks-per-node"] == "8"
+    assert "gpus-per-node" not in options
+
+
+def test_submitit_s_own_signal_is_refused(slurm, capsys, monkeypatch):
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    assert call() == 2
+    assert "SUBMITIT_PREEMPT_SIGNAL is set: unset it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -206,6 +229,8 @@ def test_the_job_dir_is_required(capsys):
             "invalid partition specified: x; Batch job submission failed (--partition: this cluster has gpu, cpu)",
         ),
         ("sbatch: error: Requested node configuration is not available", "(ask for less with --nodes, --ngpus or"),
+        ("sbatch: error: Invalid feature specification", "(--slurm-arg constraint=...)"),
+        ("sbatch: error: Invalid job array specification", "(sweep over fewer values in one command)"),
         ("sbatch: error: Invalid account or account/partition combination", "account=NAME"),
         ("sbatch: error: out of luck", "error: Slurm refuses: out of luck\n"),
     ],
@@ -343,6 +368,26 @@ def test_a_folder_or_a_queued_job_of_another_run_is_refused(slurm, tmp_path, cap
     assert len(slurm.submitted) == 1
 
 
+def test_a_run_whose_job_is_just_ending_is_not_left_out_silently(slurm, tmp_path, capsys):
+    assert call() == 0
+    slurm.queue("70 COMPLETING None")
+    assert call() == 2
+    assert "dir: its job 70 is just ending; give the command again in a minute" in capsys.readouterr().err
+    pretend(tmp_path / "dir")
+    assert call() == 0, "a finished run's job may take its time"
+    assert len(slurm.submitted) == 1
+
+
+def test_a_run_that_is_trained_here_is_not_submitted_and_held(slurm, tmp_path, capsys, monkeypatch):
+    codes = []
+    monkeypatch.setattr(launcher, "launch", lambda command: codes.append(call("--sweep", "seed=0,1")) or 130)
+    assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == 130
+    assert codes == [2]
+    assert "seed=0: another launcher is training it without Slurm" in capsys.readouterr().err
+    assert not slurm.submitted
+    assert call("--sweep", "seed=0,1") == 0, "it has ended"
+
+
 def test_a_damaged_record_is_named(slurm, tmp_path, capsys):
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir/job.json").write_text("{")
@@ -409,7 +454,7 @@ def test_a_dry_run_knows_the_queue_where_there_is_one(slurm, tmp_path, capsys, m
 
 def test_the_status_of_every_run(slurm, tmp_path, capsys):
     """Of each kind one; a link to a run is no second one; nothing of main.py need be said."""
-    assert call("--sweep", "seed=0,1,2,3,4,5") == 0
+    assert call("--sweep", "seed=0,1,2,3,4,5,6") == 0
     for seed, epoch in {0: 2, 1: 1, 3: 1}.items():
         pretend(tmp_path / f"dir/seed={seed}", "--seed", str(seed), epoch=epoch)
     (tmp_path / "dir/seed=5/checkpoint.pth").write_bytes(b"\0")
@@ -421,6 +466,7 @@ def test_the_status_of_every_run(slurm, tmp_path, capsys):
     (logs / "70_4_0_log.out").write_text(
         f"{life}error: an old one\n{life}slurmstepd-n1: error: *** CANCELLED ***\nsrun: error: out\n"
     )
+    (logs / "70_6_0_log.out").write_text(f"{life}srun: error: n1: task 0: Killed\n")  # out of memory, say
     (tmp_path / "dir/link").symlink_to("seed=0")
     capsys.readouterr()
     assert run_with_submitit.main(["--job-dir", "dir", "--status"]) == 0
@@ -438,7 +484,8 @@ def test_the_status_of_every_run(slurm, tmp_path, capsys):
         "    slurmstepd-n1: error: *** CANCELLED ***",
     ]
     assert re.match(r"seed=5 +70_5 +failed +\S*checkpoint.pth is truncated", lines[10])
-    assert lines[11] == "6 runs: 1 finished, 1 running, 1 pending, 2 failed, 1 stopped"
+    assert lines[11:13] == ["seed=6  70_6  failed    0 of 2 epochs", "    srun: error: n1: task 0: Killed"]
+    assert lines[-1] == "7 runs: 1 finished, 1 running, 1 pending, 3 failed, 1 stopped"
 
 
 def test_the_status_without_slurm_and_without_runs(slurm, tmp_path, capsys, monkeypatch):
@@ -521,6 +568,21 @@ def test_a_job_that_is_cancelled_while_it_saves_does_not_rise_again(work, slurm,
     slurm.script("scontrol", f'echo "$@" >> {slurm.folder}/told; echo "JobState=COMPLETING PreemptTime=None"')
     assert work(75) == 75
     assert slurm.told == ["-o show job 7"]
+
+
+@pytest.mark.parametrize(("rank", "preempted", "code"), [("0", True, 0), ("0", False, 75), ("1", True, 0)])
+def test_a_sigterm_before_training_ends_the_job(rank, preempted, code, work, slurm, monkeypatch):
+    """submitit would ignore it, and a preempted job lose what it trains in the rest of its grace time."""
+    since = "2026-01-01T00:00:00" if preempted else "None"
+    slurm.script("scontrol", f'echo "$@" >> {slurm.folder}/told; echo "JobState=RUNNING PreemptTime={since}"')
+    monkeypatch.setattr(Job, "_compare_commit", lambda job: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Job, "_train", lambda job, rank: job._compare_commit() or pytest.fail("it trains"))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert work(0, epoch=1, SLURM_PROCID=rank) == code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ("requeue 7" in slurm.told) == (rank == "0" and preempted)
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])
@@ -619,9 +681,12 @@ def shell(monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
 
 
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, False)])
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGUSR2, True), (signal.SIGINT, False)],
+)
 def test_a_signal_leaves_the_run_the_time_to_save(number, told, shell, tmp_path):
-    """SIGTERM and SIGUSR1 are handed on as SIGTERM; Ctrl-C reaches a run from its terminal. All are remembered."""
+    """SIGTERM, SIGUSR1 and SIGUSR2 are handed on as SIGTERM; Ctrl-C reaches a run by itself. All are remembered."""
     ready, end = tmp_path / "ready", tmp_path / "end"
     script = f"trap 'echo saved > {end}; exit 0' TERM; touch {ready}; for i in $(seq 20); do sleep 0.05; done"
 

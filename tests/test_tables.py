@@ -306,7 +306,6 @@ def test_hours_of_the_paper_hardware():
         ),
         ({"LAUNCH": "submitit --partion x"}, "LAUNCH=submitit --partion x: no option --partion; did you mean --partit"),
         ({"LAUNCH": "submitit --slurm-arg time=3"}, "LAUNCH=submitit --slurm-arg time=3: --slurm-arg time=3: say it"),
-        ({"LAUNCH": "submitit", "DATA": "/nowhere"}, "--data-path /nowhere/imagenet: no such folder"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(environ, message, run, tmp_path, capsys):
@@ -528,7 +527,7 @@ def test_a_run_that_another_script_trains_is_waited_for(run, no_report, tmp_path
         finished.rename(folder / "checkpoint.pth")
         file.close()
 
-    file = folder.with_name("seed0.lock").open("w")
+    file = (folder / "launcher.lock").open("w")
     block(file, fcntl.LOCK_EX)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fcntl, "flock", flock)
@@ -545,7 +544,7 @@ def test_a_run_is_held_while_it_is_trained(run, no_report, tmp_path):
     launch = Pretend()
 
     def held(command):
-        lock = Path(command[-1] + ".lock")
+        lock = Path(command[-1], "launcher.lock")
         with lock.open("w") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return launch(command)
@@ -564,7 +563,9 @@ def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypat
     assert len(launch.started) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "seed0.lock: Function not implemented; let no other launcher be training in100_100/vit_small_sar" in lines[0]
+    assert (
+        "launcher.lock: Function not implemented; let no other launcher be training in100_100/vit_small_sar" in lines[0]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ on a cluster
