@@ -636,7 +636,7 @@ def load_while_signalled(results):
     transform = build_transform(False, transform_args(input_size=24))
     dataset, _ = build_dataset("digits", "val", transform=transform)
     batches = iter(build_loader(dataset, EvalSampler(len(dataset)), 4, num_workers=2))
-    images = len(next(batches)[0])
+    images = sum(len(next(batches)[0]) for _ in range(2))  # one from each worker: both have begun
     for number in numbers:
         os.killpg(0, number)
     for worker in batches._workers:  # as Slurm does, which finds them in any process group

@@ -247,8 +247,13 @@ def hold_cached(folder, ready):
     del cached
 
 
+def files_in_shared_memory() -> set[str]:
+    """Without the semaphores of whatever else runs on this machine."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+
+
 def test_nothing_is_left_behind_by_a_killed_run(folder):
-    before = sorted(os.listdir("/dev/shm"))
+    before = files_in_shared_memory()
     context = multiprocessing.get_context("fork")
     ready = context.SimpleQueue()
     process = context.Process(target=hold_cached, args=(folder, ready))
@@ -259,7 +264,7 @@ def test_nothing_is_left_behind_by_a_killed_run(folder):
     process.join(timeout=60)
     assert process.exitcode == -signal.SIGKILL
     assert not any(inode in files for files in map(readable_memory_files, os.listdir("/proc")))
-    assert sorted(os.listdir("/dev/shm")) == before
+    assert files_in_shared_memory() <= before
 
 
 # -------------------------------------------------------------------------------------- enough memory
