@@ -122,6 +122,21 @@ def _merge_cells(links: Tensor, rows: int, columns: int, early_exit: bool) -> Te
     return parent
 
 
+def thresholded(similarity: Tensor) -> Tensor:
+    """B of Eq. 5: what of each map lies above its mean, ``(..., h, w)`` for S ``(..., h, w)``, at least float32.
+
+    A map that is constant up to rounding (see `spatial_entropy`) is 0 everywhere.
+    """
+    values = similarity.to(torch.promote_types(similarity.dtype, torch.float32)).flatten(-2)
+    lowest, highest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    # A shift does not change the entropy, but the mean of 10000 + x is rounded more than that of x.
+    values = values - lowest
+    rounding = CONSTANT_ULPS * torch.finfo(values.dtype).eps * torch.maximum(lowest.abs(), highest.abs())
+    spread = highest - lowest
+    threshold = torch.where(spread <= rounding, spread, values.mean(-1, keepdim=True))
+    return F.relu(values - threshold).view_as(similarity)
+
+
 class _SpatialEntropy(torch.autograd.Function):
     """Entropy and number of components of each map, with the gradient in closed form.
 
@@ -134,18 +149,11 @@ class _SpatialEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        h, w = similarity.shape[-2:]
-        values = similarity.to(torch.promote_types(similarity.dtype, torch.float32)).flatten(-2)
-        lowest, highest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        # A shift does not change the entropy, but the mean of 10000 + x is rounded more than that of x.
-        values = values - lowest
-        rounding = CONSTANT_ULPS * torch.finfo(values.dtype).eps * torch.maximum(lowest.abs(), highest.abs())
-        spread = highest - lowest
-        threshold = torch.where(spread <= rounding, spread, values.mean(-1, keepdim=True))
-        excess = F.relu(values - threshold)
-        labels = label_components((excess > 0).unflatten(-1, (h, w))).flatten(-2)
+        excess = thresholded(similarity)
+        labels = label_components(excess > 0).flatten(-2)
+        excess = excess.flatten(-2)
 
-        slots = excess.new_zeros(*excess.shape[:-1], 1 + max_components(h, w))
+        slots = excess.new_zeros(*excess.shape[:-1], 1 + max_components(*similarity.shape[-2:]))
         mass = slots.scatter_add(-1, labels, excess)
         total = mass.sum(-1, keepdim=True)
         total = total + (total == 0)
@@ -158,7 +166,7 @@ class _SpatialEntropy(torch.autograd.Function):
             slope = (log_p + entropy) / -total * (mass > 0)  # one for each component, read by all its pixels
             gradient = slope.gather(-1, labels)
             gradient = gradient - gradient.mean(-1, keepdim=True)
-            ctx.save_for_backward(gradient.unflatten(-1, (h, w)))
+            ctx.save_for_backward(gradient.view_as(similarity))
             ctx.dtype = similarity.dtype
         ctx.mark_non_differentiable(num_components)
         return entropy.squeeze(-1), num_components

@@ -1,0 +1,65 @@
+"""Images to look at: files, the two ways to bring them to a model's size, and back to pictures."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from datasets import SMALL_IMAGE
+from readers import ImageFiles
+from utils import UserError
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """All image files below a folder, hidden ones left out, in the order of their names.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name one with images in it")
+    found = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]
+    found = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")]
+    if not found:
+        raise UserError(f"{folder}: no image in it or below; known are {', '.join(IMG_EXTENSIONS)}")
+    return sorted(found)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The RGB image in a file.
+
+    Raises:
+        UnreadableImage: missing, truncated, or no image.
+    """
+    path = Path(path)
+    image, _ = ImageFiles(path.parent, [path.name], [0], [""])[0]
+    return image
+
+
+def squash(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """A transform to a normalised ``(3, size, size)``: the whole image, its aspect ratio given up (bicubic)."""
+    return transforms.Compose(
+        [
+            transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+
+
+def centre_crop(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """A transform to a normalised ``(3, size, size)``: DeiT's evaluation, 256 -> 224; small images whole."""
+    return create_transform(size, interpolation="bicubic", crop_pct=1.0 if size <= SMALL_IMAGE else 0.875)
+
+
+def as_picture(image: torch.Tensor) -> np.ndarray:
+    """Undo the normalisation: ``(3, h, w)`` -> ``(h, w, 3)`` in 0..1."""
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    return (image.permute(1, 2, 0).cpu() * std + mean).clamp(0, 1).numpy()
