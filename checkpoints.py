@@ -2,18 +2,33 @@
 
 Three steps, each usable alone: `read_checkpoint` (a file, safely), `select_weights` (which of its state
 dicts), `load_weights` (into a model: another head or grid is adapted and said, anything else is an error).
+
+What is understood, and the keys that choose among a file's weights:
+
+    written by                    where the weights are                                keys (the default first)
+    this program                  model, ema                                           what it reported: model or ema
+    DeiT, the released SAR code   model, model_ema                                     model, model_ema
+    timm                          the whole file, state_dict, state_dict_ema           state_dict, state_dict_ema
+    DINO                          teacher, student; backbone.* in them, or all         teacher, student
+    MoCo-v3                       state_dict; base_encoder.*, momentum_encoder.* in it base, momentum
+
+each with or without the prefixes of DistributedDataParallel and ``torch.compile``. The projection and prediction
+heads of DINO and MoCo-v3 are no part of the ViT and are left out; any other name that does not fit is an error.
 """
 
 import argparse
+import math
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
 import safetensors.torch
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -22,6 +37,66 @@ from utils import UserError
 
 # Ours, DeiT's and the released SAR code's first, then timm's; averaged weights only if nothing else is there.
 WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
+
+
+@dataclass(frozen=True)
+class SelfSupervised:
+    """How a self-supervised training program keeps its ViTs among other networks.
+
+    Attributes:
+        name: the program.
+        encoders: key -> (entry of the file, what the names of the ViT's weights begin with in it); the first key is
+            the default.
+        others: the names of everything else begin with one of these; other parts of the ViT's names, after its own
+            beginning, are a projection head's if they match ``head``.
+    """
+
+    name: str
+    encoders: dict[str, tuple[str, str]]
+    others: tuple[str, ...]
+    head: str
+
+    def holds(self, checkpoint: Mapping) -> bool:
+        """Whether this program wrote the file."""
+        entries = [(checkpoint.get(entry), prefix) for entry, prefix in self.encoders.values()]
+        plain_entries = len({entry for entry, _ in self.encoders.values()}) > 1  # each ViT has one of its own
+        return any(
+            _is_state_dict(state)
+            and (plain_entries or any(name.startswith(prefix) for name in clean_state_dict(state)))
+            for state, prefix in entries
+        )
+
+    def select(self, checkpoint: Mapping, key: str | None) -> tuple[dict[str, Tensor], str]:
+        """The ViT's state dict and its key; see `select_weights`, also for errors."""
+        key = key or next((key for key, (entry, _) in self.encoders.items() if entry in checkpoint), None)
+        entry, prefix = self.encoders.get(key, (None, ""))
+        if entry is None or not _is_state_dict(checkpoint.get(entry)):
+            there = ", ".join(key for key, (entry, _) in self.encoders.items() if entry in checkpoint)
+            raise UserError(f"the {self.name} checkpoint has no weights under {key!r}; keys that have: {there}")
+        state = clean_state_dict(checkpoint[entry])
+        if not any(name.startswith(prefix) for name in state):
+            return state, key
+        odd = [name for name in state if not name.startswith((prefix, *self.others))]
+        if odd:
+            raise UserError(f"{entry!r} of the {self.name} checkpoint has more than its networks: {_shorten(odd)}")
+        encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        return {name: value for name, value in encoder.items() if not re.match(self.head, name)}, key
+
+
+SELF_SUPERVISED = (
+    SelfSupervised(
+        "DINO",
+        {"teacher": ("teacher", "backbone."), "student": ("student", "backbone.")},
+        others=("head.",),
+        head=r"head\.(mlp|last_layer)\.",
+    ),
+    SelfSupervised(
+        "MoCo-v3",
+        {"base": ("state_dict", "base_encoder."), "momentum": ("state_dict", "momentum_encoder.")},
+        others=("predictor.", "base_encoder.", "momentum_encoder."),
+        head=r"head\.\d+\.",
+    ),
+)
 
 # What training scripts pickle beside tensors: their arguments, and NumPy numbers such as the best accuracy.
 _numpy_scalar = np.float64(0).__reduce__()[0]
@@ -81,8 +156,8 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
 
     Args:
         checkpoint: what `read_checkpoint` returned.
-        key: which entry; by default the one whose accuracy this program reported, else the first of
-            `WEIGHT_KEYS`, else the checkpoint is a bare state dict.
+        key: which weights, see the table above; by default the ones whose accuracy this program reported, or the
+            first of `SELF_SUPERVISED`'s or `WEIGHT_KEYS` that is there, else the checkpoint is a bare state dict.
 
     Returns:
         ``(state_dict, key)``; the key is None for a bare state dict.
@@ -90,6 +165,9 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     Raises:
         UserError: ``key`` is not there or holds no weights, or nothing in the checkpoint does.
     """
+    program = self_supervised(checkpoint)
+    if program:
+        return program.select(checkpoint, key)
     holders = [name for name, value in checkpoint.items() if _is_state_dict(value)]
     there = ", ".join(map(str, holders)) or "none"
     best = checkpoint.get("best")
@@ -110,28 +188,80 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     )
 
 
+def self_supervised(checkpoint: Mapping) -> SelfSupervised | None:
+    """The self-supervised training program that wrote the checkpoint; None: no such one."""
+    return next((program for program in SELF_SUPERVISED if program.holds(checkpoint)), None)
+
+
 def _is_state_dict(value) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
 
 
-def last_block_of(path: str | Path, key: str | None = None) -> str | None:
+def last_block_of(source: str | Path | Mapping, key: str | None = None) -> str | None:
     """The kind of last block that a ViT checkpoint's weights were trained with (`models_sar.LAST_BLOCKS`).
 
     This program's checkpoints say it. Of other files only the second LayerNorm is seen: with it the block is
     taken for ``standard``, without it for ``sar`` (the released code's `nosn`). None: no ViT's weights.
 
     Args:
-        path, key: see `read_checkpoint`, `select_weights`, also for errors.
+        source: a file, or a checkpoint already read.
+        key: see `select_weights`, also for errors.
     """
-    checkpoint = read_checkpoint(path, lazily=True)
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source, lazily=True)
     args = checkpoint.get("args")
     if isinstance(args, Mapping) and "last_block" in args:
         return args["last_block"]
     state, _ = select_weights(checkpoint, key)
-    blocks = {int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)}
-    if not blocks:
+    depth = num_blocks(state)
+    if not depth:
         return None
-    return "standard" if f"blocks.{max(blocks)}.norm2.weight" in state else "sar"
+    return "standard" if f"blocks.{depth - 1}.norm2.weight" in state else "sar"
+
+
+def num_blocks(state: Mapping[str, Tensor]) -> int:
+    """Depth of the ViT whose weights these are; 0: no ViT's."""
+    return max((int(name.split(".")[1]) + 1 for name in state if re.match(r"blocks\.\d+\.", name)), default=0)
+
+
+# Heads of the field's ViTs by their width. MoCo-v3's have 12 at every width, and its ViT-S is as wide as DeiT's: the
+# same weights fit both, and mean something else.
+HEADS = {192: 3, 384: 6, 768: 12}
+MOCO_HEADS = 12
+
+
+def num_heads_of(checkpoint: Mapping, key: str | None = None) -> int | None:
+    """The number of heads of a ViT's checkpoint, as far as the file tells it.
+
+    Told by the arguments (this program's), by the layout (DINO's, MoCo-v3's), by positions that are MoCo-v3's fixed
+    sines and cosines, which its derivatives keep, by the width where all known ViTs of it are alike. A ViT-S in DeiT's
+    own layout, with a classifier, is DeiT's. None: no ViT, or one that must be asked for.
+
+    Args:
+        checkpoint, key: see `select_weights`, also for errors.
+    """
+    args = checkpoint.get("args")
+    if isinstance(args, Mapping) and "model_kwargs" in args and "num_heads" in args["model_kwargs"]:
+        return args["model_kwargs"]["num_heads"]
+    program = self_supervised(checkpoint)
+    state, key = select_weights(checkpoint, key)
+    if "cls_token" not in state or "pos_embed" not in state or not num_blocks(state):
+        return None
+    width = state["cls_token"].shape[-1]
+    if (program and program.name == "MoCo-v3") or has_moco_positions(state):
+        return MOCO_HEADS
+    told = program or isinstance(args, Mapping) or width != 384 or (key == "model" and "head.weight" in state)
+    return HEADS.get(width) if told else None
+
+
+def has_moco_positions(state: Mapping[str, Tensor]) -> bool:
+    """Whether the positions are the fixed sines and cosines of MoCo-v3, with zeros for [CLS]."""
+    positions = state["pos_embed"]
+    _, tokens, width = positions.shape
+    side = math.isqrt(tokens - 1)
+    if side * side + 1 != tokens or width % 4:
+        return False
+    fixed = build_sincos2d_pos_embed([side, side], dim=width, interleave_sin_cos=True)
+    return not positions[0, 0].any() and torch.allclose(positions[0, 1:].float(), fixed, atol=1e-5)
 
 
 def load_weights(

@@ -133,7 +133,7 @@ def start_processes(device_name: str) -> Processes:
         RunError: the others did not come.
     """
     rank, world_size, local_rank = processes_here()
-    device = _pick_device(device_name, local_rank)
+    device = pick_device(device_name, local_rank)
     if world_size == 1:
         return Processes(rank, world_size, device, local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -158,7 +158,8 @@ def lost_another(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
-def _pick_device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that ``name`` means for this process; see ``start_processes``, also for errors."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")

@@ -346,4 +346,4 @@ def test_a_task_takes_its_gpu_also_where_it_sees_no_other(variables, visible, in
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
-    assert utils._pick_device("cuda", utils.processes_here()[2]).index == index
+    assert utils.pick_device("cuda", utils.processes_here()[2]).index == index
