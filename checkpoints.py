@@ -57,14 +57,12 @@ class SelfSupervised:
     head: str
 
     def holds(self, checkpoint: Mapping) -> bool:
-        """Whether this program wrote the file."""
-        entries = [(checkpoint.get(entry), prefix) for entry, prefix in self.encoders.values()]
-        plain_entries = len({entry for entry, _ in self.encoders.values()}) > 1  # each ViT has one of its own
-        return any(
-            _is_state_dict(state)
-            and (plain_entries or any(name.startswith(prefix) for name in clean_state_dict(state)))
-            for state, prefix in entries
-        )
+        """Whether this program wrote the file; as many programs write a ``state_dict``, the names in it must say so."""
+        for entry, prefix in self.encoders.values():
+            state = checkpoint.get(entry)
+            if _is_state_dict(state):
+                return entry != "state_dict" or any(name.startswith(prefix) for name in clean_state_dict(state))
+        return False
 
     def select(self, checkpoint: Mapping, key: str | None) -> tuple[dict[str, Tensor], str]:
         """The ViT's state dict and its key; see `select_weights`, also for errors."""
@@ -190,6 +188,8 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
 
 def self_supervised(checkpoint: Mapping) -> SelfSupervised | None:
     """The self-supervised training program that wrote the checkpoint; None: no such one."""
+    if "model" in checkpoint:
+        return None
     return next((program for program in SELF_SUPERVISED if program.holds(checkpoint)), None)
 
 
@@ -287,13 +287,22 @@ def load_weights(
     """
     checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
     state, _ = select_weights(checkpoint, key)
+    notes = _compare_heads(num_heads_of(checkpoint, key), model)
     state, grid_notes = _fit_grid(state, model)
     head_notes = []
     if not keep_head:
         state, head_notes = _fit_head(state, model)
     _check_fit(state, model)
     model.load_state_dict(state)
-    return grid_notes + head_notes
+    return notes + grid_notes + head_notes
+
+
+def _compare_heads(heads: int | None, model: nn.Module) -> list[str]:
+    """A word where a ViT has not as many heads as the weights were trained with: they fit all the same."""
+    own = model.blocks[0].attn.num_heads if isinstance(model, VisionTransformer) else None
+    if None in (heads, own) or heads == own:
+        return []
+    return [f"trained with {heads} heads by all that is known, the model has {own}: --model-kwargs num_heads={heads}"]
 
 
 def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:

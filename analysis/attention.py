@@ -54,7 +54,7 @@ def measure_maps(similarity: Tensor) -> dict[str, Tensor]:
 
 
 def component_sizes(mask: Tensor) -> Tensor:
-    """Pixels of each 8-connected component of bool maps ``(..., h, w)``: int64 ``(..., labels)``, 0 for unused labels."""
+    """Patches of each 8-connected component of bool maps ``(..., h, w)``: int64 ``(..., labels)``, 0 for none."""
     labels = label_components(mask).flatten(-2)
     sizes = labels.new_zeros(*labels.shape[:-1], 1 + max_components(*mask.shape[-2:]))
     return sizes.scatter_add(-1, labels, torch.ones_like(labels))[..., 1:]

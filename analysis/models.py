@@ -18,6 +18,7 @@ from build import build_model
 from checkpoints import last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
 from utils import UserError
 
+CPU = torch.device("cpu")
 POSITIONS = ("timm", "released")
 
 
@@ -40,7 +41,7 @@ class TrainedModel:
 
 def load_model(
     path: str | Path,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     key: str | None = None,
     num_heads: int | None = None,
     input_size: int | None = None,
@@ -162,7 +163,7 @@ def short_names(paths: list[str | Path]) -> list[str]:
     if len(parts) == 1:
         *_, folder, name = parts[0]
         return [folder if name in ("best", "checkpoint") else name]
-    length = max(map(len, parts))
-    columns = list(zip(*([""] * (length - len(names)) + list(names) for names in parts), strict=True))
-    telling = [column for column in columns if len(set(column)) > 1]
-    return ["/".join(filter(None, names)) for names in zip(*telling, strict=True)]
+    for end in (0, -1):  # what all begin with, then what all end with
+        while all(len(names) > 1 for names in parts) and len({names[end] for names in parts}) == 1:
+            parts = [names[1:] if end == 0 else names[:-1] for names in parts]
+    return ["/".join(names) for names in parts]

@@ -11,7 +11,7 @@ import timm
 import torch
 
 import models_sar  # noqa: F401 - registers the models
-from checkpoints import last_block_of, load_weights, read_checkpoint, select_weights
+from checkpoints import last_block_of, load_weights, num_heads_of, read_checkpoint, select_weights
 from utils import UserError
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
@@ -155,10 +155,136 @@ def test_a_key_without_weights_lists_those_that_have(state, key):
 
 
 def test_a_checkpoint_without_weights_lists_its_keys(state):
-    with pytest.raises(UserError, match=r"those with weights: student; all keys: student, epoch$"):
-        select_weights({"student": state, "epoch": 3})
+    with pytest.raises(UserError, match=r"those with weights: net; all keys: net, epoch$"):
+        select_weights({"net": state, "epoch": 3})
     with pytest.raises(UserError, match=r"those with weights: none"):
         select_weights({})
+
+
+# ------------------------------------------------------------------------------- self-supervised programs' files
+
+
+def headless(seed=1):
+    torch.manual_seed(seed)
+    return make(num_classes=0).state_dict()
+
+
+def with_prefix(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def dino_head(prefix=""):
+    """Projection head: three layers and a weight-normalised last one."""
+    names = ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.4.bias", "last_layer.weight_g", "last_layer.weight_v"]
+    return {f"{prefix}head.{name}": torch.randn(4) for name in names}
+
+
+def write_dino(path, student, teacher, heads=True, backbone="backbone."):
+    """A training checkpoint in DINO's layout: the student in DistributedDataParallel, the teacher not."""
+    torch.save(
+        {
+            "student": with_prefix(f"module.{backbone}", student) | (dino_head("module.") if heads else {}),
+            "teacher": with_prefix(backbone, teacher) | (dino_head() if heads else {}),
+            "optimizer": {"state": {}, "param_groups": []},
+            "epoch": 100,
+            "args": argparse.Namespace(arch="vit_small", patch_size=16, out_dim=65536),
+            "fp16_scaler": {},
+            "dino_loss": {"center": torch.zeros(1, 4)},
+        },
+        path,
+    )
+
+
+@pytest.mark.parametrize(("heads", "backbone"), [(True, "backbone."), (False, "backbone."), (False, "")])
+def test_dinos_teacher_and_student(tmp_path, heads, backbone):
+    student, teacher = headless(1), headless(2)
+    write_dino(tmp_path / "dino.pth", student, teacher, heads, backbone)
+    for key, expected in ((None, teacher), ("teacher", teacher), ("student", student)):
+        model = make(num_classes=0)
+        assert load_weights(model, tmp_path / "dino.pth", key, keep_head=True) == []
+        assert same_weights(model, expected)
+
+
+def moco_head(prefix):
+    """Projector or predictor: linear layers without biases between batch norms."""
+    names = ["0.weight", "1.weight", "1.bias", "1.running_mean", "1.num_batches_tracked", "3.weight", "4.running_var"]
+    return {f"{prefix}.{name}": torch.randn(4) for name in names}
+
+
+def write_moco(path, base, momentum):
+    """A training checkpoint in MoCo-v3's layout."""
+    state = {}
+    for name, encoder in (("base_encoder", base), ("momentum_encoder", momentum)):
+        state |= with_prefix(f"module.{name}.", encoder) | moco_head(f"module.{name}.head")
+    state |= moco_head("module.predictor")
+    torch.save({"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}, "scaler": {}}, path)
+
+
+def test_moco_v3s_base_and_momentum_encoder(tmp_path):
+    base, momentum = headless(1), headless(2)
+    write_moco(tmp_path / "moco.pth.tar", base, momentum)
+    for key, expected in ((None, base), ("base", base), ("momentum", momentum)):
+        model = make(num_classes=0)
+        (note,) = load_weights(model, tmp_path / "moco.pth.tar", key, keep_head=True)
+        assert note.startswith(
+            "trained with 12 heads by all that is known, the model has 3: --model-kwargs num_heads=12"
+        )
+        assert same_weights(model, expected)
+
+
+def test_a_key_that_a_self_supervised_program_does_not_have(tmp_path):
+    write_dino(tmp_path / "dino.pth", headless(), headless())
+    write_moco(tmp_path / "moco.pth", headless(), headless())
+    with pytest.raises(
+        UserError, match=r"DINO checkpoint has no weights under 'ema'; keys that have: teacher, student$"
+    ):
+        load_weights(make(), tmp_path / "dino.pth", "ema")
+    with pytest.raises(UserError, match=r"MoCo-v3 checkpoint has no weights under 'state_dict'; .*: base, momentum$"):
+        load_weights(make(), tmp_path / "moco.pth", "state_dict")
+
+
+@pytest.mark.parametrize("odd", ["backbone.fc.weight", "queue", "backbone.blocks.0.head.mlp.0.weight"])
+def test_weights_beside_the_known_networks_are_an_error(odd):
+    state = with_prefix("backbone.", headless()) | dino_head() | {odd: torch.zeros(1)}
+    with pytest.raises(UserError, match=rf"(unexpected|more than its networks): {odd.removeprefix('backbone.')}"):
+        load_weights(make(num_classes=0), {"teacher": state}, keep_head=True)
+
+
+def test_a_missing_weight_of_an_encoder_is_an_error(tmp_path):
+    base = headless()
+    del base["blocks.1.attn.proj.bias"]
+    write_moco(tmp_path / "moco.pth", base, headless())
+    with pytest.raises(UserError, match=r"missing: blocks.1.attn.proj.bias$"):
+        load_weights(make(num_classes=0), tmp_path / "moco.pth", keep_head=True)
+
+
+def wide(width=384, positions=None, **kwargs):
+    state = make(embed_dim=width, num_heads=6, **kwargs).state_dict()
+    return state if positions is None else state | {"pos_embed": positions}
+
+
+def moco_positions(width, side):
+    """As MoCo-v3 lays them out: sine and cosine of the row, then of the column, and zeros for [CLS]."""
+    frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+    rows = torch.arange(side).repeat_interleave(side)[:, None] * frequencies
+    columns = torch.arange(side).repeat(side)[:, None] * frequencies
+    grid = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
+    return torch.cat([torch.zeros(1, width), grid])[None]
+
+
+def test_six_and_twelve_heads_of_a_vit_s_are_told_apart_as_far_as_the_file_allows():
+    plain, fixed = wide(), wide(positions=moco_positions(384, 4))
+    bare = {k: v for k, v in plain.items() if not k.startswith("head.")}
+    moco = {"state_dict": with_prefix("module.base_encoder.", bare), "arch": "vit_small"}
+    assert num_heads_of({"model": plain}) == 6, "DeiT's own layout"
+    assert num_heads_of({"model": plain, "args": {"model_kwargs": {"num_heads": 4}}}) == 4
+    assert num_heads_of({"model": plain, "args": {"model_kwargs": {}}}) == 6
+    assert num_heads_of({"teacher": with_prefix("backbone.", bare)}) == 6
+    assert num_heads_of(moco) == 12
+    assert num_heads_of({"model": fixed}) == num_heads_of(fixed) == 12, "MoCo-v3's positions"
+    assert num_heads_of(plain) is num_heads_of(bare) is num_heads_of({"model": bare}) is None
+    assert (num_heads_of(wide(192)), num_heads_of(wide(768)), num_heads_of(wide(48))) == (3, 12, None)
+    assert num_heads_of(timm.create_model("resnet18").state_dict()) is None
 
 
 # ---------------------------------------------------------------------------------------------- fitting them

@@ -1,0 +1,154 @@
+"""A trained model from a file of any origin: the same logits or features as the model it came from, or a clear line."""
+
+import argparse
+
+import pytest
+import runs
+import safetensors.torch
+import test_checkpoints as files
+import timm
+import torch
+from torch.nn import functional as F
+
+import main
+from analysis.attention import attention_of, similarity_maps
+from analysis.models import load_model, short_names
+from utils import UserError
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def another_programs(num_classes=5, **kwargs):
+    """timm's own ViT, whose weights stand for another program's."""
+    torch.manual_seed(3)
+    return timm.create_model("vit_small_patch16_224", **{**files.SMALL, "num_classes": num_classes, **kwargs}).eval()
+
+
+def save(path, content):
+    (safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save)(content, path)
+    return path
+
+
+SUPERVISED = {
+    "DeiT": ("deit.pth", lambda state: {"model": state}),
+    "DeiT, with its arguments": ("deit.pth", lambda state: {"model": state, "args": argparse.Namespace(lr=1e-3)}),
+    "timm, bare": ("timm.pth", lambda state: state),
+    "timm, safetensors": ("timm.safetensors", lambda state: state),
+    "timm, training": (
+        "timm.pth.tar",
+        lambda state: {"state_dict": state, "arch": "vit_small_patch16_224", "epoch": 1},
+    ),
+    "wrapped": ("module.pth", lambda state: {"model": files.with_prefix("module.", state)}),
+}
+
+
+@pytest.mark.parametrize(("name", "pack"), SUPERVISED.values(), ids=SUPERVISED.keys())
+def test_a_supervised_vit_gives_its_own_logits(tmp_path, name, pack):
+    source = another_programs()
+    trained = load_model(save(tmp_path / name, pack(source.state_dict())), num_heads=3)
+    assert (trained.input_size, trained.patch_size, trained.classes) == (32, 8, None)
+    assert not trained.model.training
+    torch.testing.assert_close(trained.model(IMAGES), source(IMAGES))
+
+
+@pytest.mark.parametrize("kind", ["standard", "nosn"])
+def test_the_released_code_gives_its_golden_logits_and_similarity(golden, tmp_path, kind):
+    content = golden("sar_vit_p4_32.pt")
+    trained = load_model(save(tmp_path / "sar.pth", {"model": content[kind]["state_dict"]}), num_heads=3)
+    torch.testing.assert_close(trained.model(content["input"]), content[kind]["logits"], rtol=0, atol=1e-5)
+    similarity = similarity_maps(trained.model.double(), content["input"].double())
+    torch.testing.assert_close(similarity.flatten(2), content[kind]["dot_qk_cls"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["standard", "nosn"])
+def test_positions_are_resampled_as_the_released_code_does(golden, tmp_path, kind):
+    content = golden("sar_vit_p4_32.pt")
+    path = save(tmp_path / "sar.pth", {"model": content[kind]["state_dict"]})
+    images = F.interpolate(content["input"].double(), scale_factor=2)
+    expected = content[kind]["last_selfattention_at_double_res"][:, :, 1:]
+    expected = expected / expected.sum(dim=-1, keepdim=True)
+    errors = {}
+    for positions in ("released", "timm"):
+        model = load_model(path, num_heads=3, input_size=64, positions=positions).model.double()
+        errors[positions] = (attention_of(similarity_maps(model, images)).flatten(2) - expected).abs().max()
+    assert errors["released"] < 2e-8, "the file's positions are float32"
+    assert errors["timm"] > 1e-4, "a check that would see the difference"
+    same_size = load_model(path, num_heads=3, positions="released").model
+    torch.testing.assert_close(same_size(content["input"]), content[kind]["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("key", "seed"), [(None, 2), ("teacher", 2), ("student", 1)])
+def test_dinos_networks_give_their_own_features(tmp_path, key, seed):
+    sources = {number: another_programs(num_classes=0) for number in (1, 2)}
+    torch.nn.init.normal_(sources[1].pos_embed)
+    files.write_dino(tmp_path / "dino.pth", sources[1].state_dict(), sources[2].state_dict())
+    trained = load_model(tmp_path / "dino.pth", key=key, num_heads=3)
+    torch.testing.assert_close(trained.model.forward_features(IMAGES), sources[seed].forward_features(IMAGES))
+    assert trained.model.num_classes == 0
+    assert similarity_maps(trained.model, IMAGES).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(("key", "seed"), [(None, 1), ("base", 1), ("momentum", 2)])
+def test_moco_v3s_encoders_give_their_own_features(tmp_path, key, seed):
+    sources = {number: another_programs(num_classes=0, num_heads=12) for number in (1, 2)}
+    torch.nn.init.normal_(sources[1].pos_embed)
+    files.write_moco(tmp_path / "moco.pth.tar", sources[1].state_dict(), sources[2].state_dict())
+    trained = load_model(tmp_path / "moco.pth.tar", key=key)
+    torch.testing.assert_close(trained.model.forward_features(IMAGES), sources[seed].forward_features(IMAGES))
+    assert similarity_maps(trained.model, IMAGES).shape == (2, 12, 4, 4), "MoCo-v3's number, without asking"
+
+
+@pytest.mark.parametrize("model", ["vit_tiny", "vit_tiny_sar"])
+def test_a_checkpoint_of_this_program_needs_no_word(tmp_path, model):
+    data = runs.write_digits(tmp_path / "digits")
+    command = runs.command(data, tmp_path / "out", "--model", model, "--epochs", "1", "--sar-similarity", "cosine")
+    assert main.main(command) == 0
+    trained = load_model(tmp_path / "out/best.pth")
+    assert trained.name == "out"
+    assert trained.classes == sorted(path.name for path in (data / "train").iterdir())
+    saved = torch.load(tmp_path / "out/best.pth", weights_only=True)
+    images = torch.randn(2, 3, trained.input_size, trained.input_size)
+    source = main.build_model(argparse.Namespace(**saved["args"]), len(trained.classes), torch.device("cpu")).eval()
+    source.load_state_dict(saved["model"])
+    torch.testing.assert_close(trained.model(images), source(images))
+    source.blocks[-1].similarity = "dot"
+    assert torch.equal(similarity_maps(trained.model, images), similarity_maps(source, images)), "Eq. 4, not Eq. 15"
+    larger = load_model(tmp_path / "out/best.pth", input_size=2 * trained.input_size)
+    assert (
+        similarity_maps(larger.model, torch.zeros(1, 3, *[larger.input_size] * 2)).shape[-1]
+        == 2 * trained.model(images, return_similarity=True)[1].shape[-1]
+    )
+
+
+def test_a_head_of_1000_classes_is_imagenets(tmp_path):
+    path = save(tmp_path / "deit.pth", {"model": another_programs(num_classes=1000).state_dict()})
+    classes = load_model(path, num_heads=3).classes
+    assert (classes[6], len(classes), classes == sorted(classes)) == ("n01498041", 1000, True)
+
+
+def test_what_cannot_be_used_is_said(tmp_path):
+    state = another_programs().state_dict()
+    path = save(tmp_path / "timm.pth", state)
+    with pytest.raises(UserError, match=r"timm.pth: how many heads a ViT of width 24 has, .* say it with --num-heads$"):
+        load_model(path)
+    with pytest.raises(UserError, match=r"--num-heads 7 does not divide the width 24$"):
+        load_model(path, num_heads=7)
+    with pytest.raises(UserError, match=r"size of 50 is not divisible by its patches of 8; take 48$"):
+        load_model(path, num_heads=3, input_size=50)
+    with pytest.raises(
+        UserError, match=r"resnet.pth: its weights are no ViT's: no cls_token, .* other programs are read$"
+    ):
+        load_model(save(tmp_path / "resnet.pth", timm.create_model("resnet18").state_dict()))
+    with pytest.raises(UserError, match=r"odd.pth: .*unexpected: blocks.0.ls1.gamma$"):
+        load_model(save(tmp_path / "odd.pth", state | {"blocks.0.ls1.gamma": torch.ones(24)}), num_heads=3)
+
+
+def test_short_names_tell_checkpoints_apart():
+    assert short_names(["out/runs/vit_small/seed0/best.pth", "out/runs/vit_small_sar/seed0/best.pth"]) == [
+        "vit_small",
+        "vit_small_sar",
+    ]
+    assert short_names(["a/seed0/best.pth", "b/seed1/best.pth"]) == ["a/seed0", "b/seed1"]
+    assert short_names(["x/deit.pth", "y/z/dino.pth"]) == ["x/deit", "y/z/dino"]
+    assert short_names(["output/quickstart/best.pth"]) == ["quickstart"]
+    assert short_names(["weights/deit_small.pth"]) == ["deit_small"]
