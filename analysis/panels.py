@@ -1,0 +1,292 @@
+"""Pages of attention maps: for each image a row, in it the image and every head of every model (Fig. 1, 2, 4, 8).
+
+Three kinds of page, drawn from plain tensors on no window and with no state of pyplot's:
+
+- `attention_page`: each head's attention, and the outline of the part that holds 60 % of its mass (Fig. 4, 8);
+- `mask_page`: the image where that part is, dimmed elsewhere (Fig. 1);
+- `component_page`: the similarity map, its mean as a line, and the components above it in colour (Fig. 2).
+
+Colour runs from each map's least value (dark) to its greatest (bright). Lengths are in inches.
+"""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from analysis.attention import MASS, attention_of, keep_mass, measure_maps
+from analysis.images import as_picture
+from losses import label_components, max_components, thresholded
+
+# Okabe and Ito's colours, told apart by colour-blind readers too, and white for whatever comes after them.
+COLOURS = np.array(
+    [
+        [230, 159, 0],
+        [86, 180, 233],
+        [0, 158, 115],
+        [240, 228, 66],
+        [0, 114, 178],
+        [213, 94, 0],
+        [204, 121, 167],
+        [255, 255, 255],
+    ]
+)
+COLOUR_MAP = "viridis"  # perceptually uniform
+
+CELL, GAP, MODEL_GAP, LINE, MARGIN = 1.4, 0.08, 0.25, 0.15, 0.12
+CHARACTERS = 24  # of the small print in the width of a cell
+
+
+@dataclass(frozen=True)
+class ModelMaps:
+    """What one model makes of the images.
+
+    ``similarity`` is float32 ``(images, heads, h, w)`` on the CPU, Eq. 4; ``predictions`` a class an image, if the
+    model knows the images' classes.
+    """
+
+    name: str
+    similarity: Tensor
+    predictions: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle on a page, the origin at its top left corner."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def right_of(self) -> "Box":
+        """The box of the next cell in this row."""
+        return Box(self.left + CELL + GAP, self.top, self.width, self.height)
+
+
+# A head's part of a row: onto the axes, from its box (the first, if it has two) and picture (h, w, 3), for S (h, w).
+DrawHead = Callable[[Axes, Box, np.ndarray, Tensor], None]
+
+
+# ------------------------------------------------------------------------------------------------- the pages
+
+
+def attention_panel(
+    images: Tensor, similarity: Tensor, mass: float = MASS, titles: Sequence[str] | None = None
+) -> Figure:
+    """An `attention_page` of one model and the images that it was given, for ``SummaryWriter.add_figure``.
+
+    Args:
+        images: normalised, ``(B, 3, height, width)``, on any device.
+        similarity: S of Eq. 4, ``(B, H, h, w)``, on any device.
+        mass: the part to outline.
+        titles: a line or two for each image.
+    """
+    pictures = [as_picture(image) for image in images]
+    maps = ModelMaps("", similarity.detach().float().cpu())
+    return attention_page(pictures, titles or [""] * len(pictures), [maps], mass)
+
+
+def attention_page(
+    pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps], mass: float = MASS
+) -> Figure:
+    """Each head's attention of [CLS] to the patches, its top ``mass`` outlined; below it entropy and components.
+
+    Args:
+        pictures: RGB, ``(height, width, 3)`` in 0..1, of any sizes; the maps are drawn in their proportions.
+        titles: a line or two for each.
+        models: beside each other; their grids and numbers of heads may differ.
+    """
+
+    def draw(axes: Axes, box: Box, picture: np.ndarray, similarity: Tensor) -> None:
+        attention = attention_of(similarity[None, None])[0, 0]
+        _paint(axes, box, attention.numpy())
+        _outline(axes, box, keep_mass(attention, mass).numpy())
+        _caption(axes, box, describe(similarity))
+
+    heading = f"Attention of [CLS] to the patches. Line: {mass:.0%} of its mass. H: spatial entropy in nats."
+    return _page(pictures, titles, models, heading, draw)
+
+
+def mask_page(
+    pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps], mass: float = MASS
+) -> Figure:
+    """The image where a head's top ``mass`` is (Fig. 1), dimmed elsewhere; arguments as of `attention_page`."""
+
+    def draw(axes: Axes, box: Box, picture: np.ndarray, similarity: Tensor) -> None:
+        mask = keep_mass(attention_of(similarity[None, None])[0, 0], mass).numpy()
+        _paint(axes, box, np.where(enlarge(mask, picture)[..., None], picture, 0.35 * _grey(picture)))
+        _outline(axes, box, mask)
+        _caption(axes, box, f"{mask.sum()} of {mask.size} patches")
+
+    heading = f"The patches that hold {mass:.0%} of the attention of [CLS]."
+    return _page(pictures, titles, models, heading, draw)
+
+
+def component_page(pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps]) -> Figure:
+    """The similarity map, its mean as a line, and the components above it (Fig. 2); see `attention_page`.
+
+    The component with the largest mass has the first of `COLOURS`.
+    """
+
+    def draw(axes: Axes, box: Box, picture: np.ndarray, similarity: Tensor) -> None:
+        ranks = rank_components(similarity).numpy()
+        _paint(axes, box, similarity.numpy())
+        _outline(axes, box, ranks > 0)
+        _paint(axes, box.right_of(), paint_components(ranks, picture))
+        _caption(axes, box.right_of(), describe(similarity))
+
+    heading = "Similarity of the [CLS] query with the patch keys, its mean (line), and the components above it."
+    return _page(pictures, titles, models, heading, draw, cells=2)
+
+
+# --------------------------------------------------------------------------------------- what is put on them
+
+
+def describe(similarity: Tensor) -> str:
+    """Spatial entropy and number of components of one map ``(h, w)``, in words."""
+    measured = measure_maps(similarity[None, None])
+    entropy, components = float(measured["entropy"]), int(measured["components"])
+    return f"H {abs(entropy):.2f} · {components} component{'' if components == 1 else 's'}"
+
+
+def rank_components(similarity: Tensor) -> Tensor:
+    """The components above each map's mean (Eq. 5-6) by their mass: int64 ``(..., h, w)`` for S ``(..., h, w)``.
+
+    1 is the component with the largest mass above the mean (Eq. 8), 2 the next, 0 what is not above it. A map that
+    is constant up to rounding has none, as in `losses.spatial_entropy`.
+    """
+    excess = thresholded(similarity)
+    labels = label_components(excess > 0).flatten(-2)
+    mass = excess.new_zeros(*labels.shape[:-1], 1 + max_components(*similarity.shape[-2:]))
+    mass = mass.scatter_add(-1, labels, excess.flatten(-2))
+    mass[..., 0] = float("inf")  # the background stays 0
+    rank_of_label = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank_of_label.gather(-1, labels).view_as(similarity)
+
+
+def paint_components(ranks: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """A grey picture ``(height, width, 3)`` with the components ``(h, w)`` of `rank_components` in `COLOURS`."""
+    ranks = enlarge(ranks, picture)[..., None]
+    colours = COLOURS[np.minimum(ranks[..., 0], len(COLOURS)) - 1] / 255
+    grey = 0.6 * _grey(picture)
+    return np.where(ranks > 0, 0.35 * grey + 0.65 * colours, grey)
+
+
+def enlarge(values: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """A map ``(h, w)`` at the size of a picture ``(height, width, 3)``: each pixel has its patch's value."""
+    (h, w), (height, width) = values.shape, picture.shape[:2]
+    return values[np.ix_(np.arange(height) * h // height, np.arange(width) * w // width)]
+
+
+def shorten(text: str, length: int) -> str:
+    """``text`` in at most ``length`` characters: its two ends stay."""
+    half = (length - 1) // 2
+    return text if len(text) <= length else f"{text[: length - 1 - half]}…{text[-half:]}"
+
+
+def _grey(picture: np.ndarray) -> np.ndarray:
+    return picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+
+
+def _page(
+    pictures: Sequence[np.ndarray],
+    titles: Sequence[str],
+    models: Sequence[ModelMaps],
+    heading: str,
+    draw: DrawHead,
+    cells: int = 1,
+) -> Figure:
+    """Image, titles and headings in their places, and ``draw`` for each head, which takes so many cells of a row."""
+    lefts, width = _columns(models, cells)
+    lines = textwrap.wrap(heading, int(CHARACTERS / CELL * (width - 2 * MARGIN) * 0.95))
+    heights = [CELL * min(1, picture.shape[0] / picture.shape[1]) for picture in pictures]
+    top = MARGIN + 1.3 * LINE * len(lines) + 3 * LINE
+    figure, axes = _blank(width, top + sum(heights) + (2 * LINE + GAP) * len(pictures) + MARGIN)
+    for number, line in enumerate(lines):
+        _write(axes, MARGIN, MARGIN + 1.3 * LINE * (number + 0.5), line, size=8.5, align="left")
+    _name_columns(axes, models, lefts, cells, top)
+    for index, (picture, title, height) in enumerate(zip(pictures, titles, heights, strict=True)):
+        side = min(CELL, CELL * picture.shape[1] / picture.shape[0])
+        inset = (CELL - side) / 2
+        box = Box(MARGIN + inset, top, side, height)
+        _paint(axes, box, picture)
+        _caption(axes, box, title)
+        for model, columns in zip(models, lefts, strict=True):
+            for left, similarity in zip(columns, model.similarity[index], strict=True):
+                draw(axes, Box(left + inset, top, side, height), picture, similarity)
+        top += height + 2 * LINE + GAP
+    return figure
+
+
+def _columns(models: Sequence[ModelMaps], cells: int) -> tuple[list[list[float]], float]:
+    """Where each model's heads begin, from the left, and how wide the page is."""
+    lefts, left = [], MARGIN + CELL
+    for model in models:
+        left += MODEL_GAP
+        heads = model.similarity.shape[1]
+        lefts.append([left + (CELL + GAP) * cells * head for head in range(heads)])
+        left += (CELL + GAP) * cells * heads - GAP
+    return lefts, left + MARGIN
+
+
+def _blank(width: float, height: float) -> tuple[Figure, Axes]:
+    """A page of that size, and axes whose units are inches from its top left corner."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    axes.set_axis_off()
+    return figure, axes
+
+
+def _name_columns(axes: Axes, models: Sequence[ModelMaps], lefts: list[list[float]], cells: int, top: float) -> None:
+    """Above its heads each model's name, if it has one, and a line; above each head its number."""
+    span = CELL * cells + GAP * (cells - 1)
+    for model, columns in zip(models, lefts, strict=True):
+        if model.name:
+            right = columns[-1] + span
+            room = int(CHARACTERS * 0.8 * (right - columns[0]) / CELL)
+            middle = (columns[0] + right) / 2
+            _write(axes, middle, top - 2.3 * LINE, shorten(model.name, room), size=8.5, weight="bold")
+            axes.plot([columns[0], right], [top - 1.4 * LINE] * 2, color="0.5", linewidth=0.6)
+        for head, left in enumerate(columns, start=1):
+            _write(axes, left + span / 2, top - 0.7 * LINE, f"head {head}")
+
+
+def _paint(axes: Axes, box: Box, pixels: np.ndarray) -> None:
+    """An RGB picture, or a map in the colours of `COLOUR_MAP`, into a box."""
+    extent = (box.left, box.left + box.width, box.top + box.height, box.top)
+    axes.imshow(pixels, extent=extent, aspect="auto", cmap=colormaps[COLOUR_MAP], interpolation="nearest")
+
+
+def _outline(axes: Axes, box: Box, mask: np.ndarray) -> None:
+    """A line around the patches of a mask ``(h, w)`` that is laid over a box; it reads on every colour."""
+    padded = np.pad(mask, 1)
+    rows = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # (y, x): from (x, y) to (x + 1, y)
+    columns = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])  # (y, x): from (x, y) to (x, y + 1)
+    starts = np.concatenate([rows, columns])[:, ::-1]
+    steps = np.repeat([[1, 0], [0, 1]], [len(rows), len(columns)], axis=0)
+    scale = np.array([box.width / mask.shape[1], box.height / mask.shape[0]])
+    segments = np.stack([starts, starts + steps], axis=1) * scale + [box.left, box.top]
+    for colour, width in (("black", 1.8), ("white", 0.8)):
+        axes.add_collection(LineCollection(segments, colors=colour, linewidths=width, capstyle="projecting"))
+
+
+def _caption(axes: Axes, box: Box, text: str) -> None:
+    """Up to two lines below a box, each cut to a cell's width."""
+    for number, line in enumerate(text.splitlines()[:2]):
+        bottom = box.top + box.height + (number + 0.6) * LINE
+        _write(axes, box.left + box.width / 2, bottom, shorten(line, CHARACTERS))
+
+
+def _write(axes: Axes, x: float, y: float, text: str, size: float = 6.8, align: str = "center", **style) -> None:
+    axes.text(x, y, text, fontsize=size, ha=align, va="center", parse_math=False, **style)
