@@ -27,7 +27,7 @@ MODEL_MODULES = ("models_sar",)
 # The split of a total batch into processes and accumulation changes only rounding and who draws what; --amp is
 # compared by the data type that it came to.
 NOT_MATHEMATICAL = set(
-    "data_path output_dir resume eval eval_every save_every print_every num_workers device amp batch_size "
+    "data_path output_dir resume eval eval_every save_every print_every log_attention num_workers device amp batch_size "
     "compile grad_checkpointing skip_unreadable download cache_images".split()
 )
 
@@ -292,6 +292,13 @@ def _add_run(parser):
     add("--eval-every", type=_count, default=1, metavar="EPOCHS", help="evaluate so often, and at the end")
     add("--save-every", type=_count, default=1, metavar="EPOCHS", help="write checkpoint.pth so often, and at the end")
     add("--print-every", type=_count, default=50, metavar="UPDATES", help="print and tell TensorBoard so often")
+    add(
+        "--log-attention",
+        type=_index,
+        default=0,
+        metavar="EPOCHS",
+        help="draw a few validation images' attention in TensorBoard so often, and at the end; 0: never",
+    )
     add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu or cuda")
     add(
         "--amp",

@@ -275,6 +275,8 @@ def one_epoch(run: Run, val_loader, records: Records) -> bool:
     records.epoch(record)
     if last or done % run.args.save_every == 0:
         save(run, "checkpoint.pth")
+    if run.args.log_attention and (last or done % run.args.log_attention == 0):
+        records.attention(val_loader.dataset)
     return True
 
 

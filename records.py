@@ -3,11 +3,17 @@
 import json
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from analysis.attention import similarity_maps
+from analysis.images import choose_samples
+
+from datasets import AugmentedDataset
 from engine import Run
 from utils import UserError, environment, logger, write_atomically, write_json
 
+PANEL_IMAGES = 4  # in a panel of attention maps
 SHORT = {
     "images_per_second": "images/s",
     "data_time": "data s",
@@ -73,6 +79,18 @@ class Records:
         logger.info(f"epoch {record['epoch']}: " + describe(record, "test_"))
         if "test_ema_acc1" in record:
             logger.info(f"epoch {record['epoch']}, averaged weights: " + describe(record, "test_ema_"))
+
+    def attention(self, dataset: AugmentedDataset) -> None:
+        """Draw each head's attention on a few images, always the same, of different classes."""
+        if not self.run.processes.is_main:
+            return
+        from analysis.panels import attention_panel  # Matplotlib takes a second to import, and most runs never draw
+
+        samples = choose_samples(dataset, PANEL_IMAGES)
+        images = torch.stack([image for image, _ in samples])
+        similarity = similarity_maps(self.run.model.eval(), images.to(self.run.processes.device))
+        titles = [dataset.classes[label] for _, label in samples]
+        self.board.add_figure("attention", attention_panel(images, similarity, titles=titles), self._global_step())
 
     def __enter__(self):
         return self

@@ -4,6 +4,9 @@ All functions take whole batches on any device. Maps are ``(B, H, h, w)``: image
 patch grid.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +18,22 @@ MASS = 0.6
 
 @torch.inference_mode()
 def similarity_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """S of Eq. 4 in the last block, float32 ``(B, H, h, w)``, for images ``(B, 3, height, width)``."""
-    _, similarity = model(images, return_similarity=True)
+    """S in the last block, float32 ``(B, H, h, w)``, for images ``(B, 3, height, width)``.
+
+    It is Eq. 4's, whatever similarity the model was trained with: its attention comes from that one.
+    """
+    with _dot_similarity(model.blocks[-1]):
+        _, similarity = model(images, return_similarity=True)
     return similarity
+
+
+@contextmanager
+def _dot_similarity(last_block: nn.Module) -> Iterator[None]:
+    trained_with, last_block.similarity = last_block.similarity, "dot"
+    try:
+        yield
+    finally:
+        last_block.similarity = trained_with
 
 
 def attention_of(similarity: Tensor) -> Tensor:
@@ -32,8 +48,8 @@ def keep_mass(attention: Tensor, mass: float = MASS) -> Tensor:
     """The patches that hold the top ``mass`` of each map (Fig. 1): bool ``(..., h, w)`` for ``(..., h, w)``.
 
     Patches are added up from the smallest; those at which the sum is beyond ``1 - mass`` of the whole are kept, so a
-    little more than ``mass`` stays. Of equal patches, a later one in row order counts as the larger: the choice is
-    the same on every device. Sums are in the map's own floating type, as in the released code.
+    little more than ``mass`` stays. Of equal patches, a later one in row order counts as the larger. Sums are in the
+    map's own floating type, as in the released code.
     """
     values, order = attention.flatten(-2).sort(dim=-1, stable=True)
     share = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1)

@@ -11,8 +11,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import SMALL_IMAGE
+from datasets import SMALL_IMAGE, AugmentedDataset
 from readers import ImageFiles
+from samplers import Draw
 from utils import UserError
 
 
@@ -43,11 +44,25 @@ def read_image(path: str | Path) -> Image.Image:
     return image
 
 
-def squash(size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """A transform to a normalised ``(3, size, size)``: the whole image, its aspect ratio given up (bicubic)."""
+def choose_samples(dataset: AugmentedDataset, count: int) -> list[tuple[torch.Tensor, int]]:
+    """Up to ``count`` (image, label) of different classes, spread evenly over the set; always the same ones."""
+    chosen = {}
+    for index in np.linspace(0, len(dataset) - 1, num=min(10 * count, len(dataset)), dtype=int).tolist():
+        if dataset.base.targets[index] not in chosen:
+            image, label, _ = dataset[Draw(index, 0, index)]
+            chosen.setdefault(label, (image, label))
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
+
+
+def squash(
+    size: int, interpolation: transforms.InterpolationMode = transforms.InterpolationMode.BICUBIC
+) -> Callable[[Image.Image], torch.Tensor]:
+    """A transform to a normalised ``(3, size, size)``: the whole image, its aspect ratio given up."""
     return transforms.Compose(
         [
-            transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC),
+            transforms.Resize((size, size), interpolation),
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]

@@ -24,7 +24,7 @@ POSITIONS = ("timm", "released")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode that gives S of Eq. 4, and what is known of it.
+    """A model in evaluation mode that gives similarity maps, and what is known of it.
 
     Attributes:
         name: what tables and pictures call it.
@@ -87,7 +87,6 @@ def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None,
         args.model_kwargs = args.model_kwargs | {"num_heads": num_heads}
     args.input_size = input_size or args.input_size
     _check_size(args.input_size, args.patch_size)
-    args.sar_similarity = "dot"  # whatever it was trained with, its attention is that of the dot product
     return build_model(args, len(checkpoint["data"]["classes"]), device), args.input_size, args.patch_size
 
 

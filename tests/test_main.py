@@ -1,11 +1,13 @@
 """Training and evaluation as a user meets them: pre-flight errors, options, evaluation, fine-tuning, schedules."""
 
+import io
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -362,6 +364,23 @@ def test_tensorboard_shows_every_point_once_after_a_resume(data, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("test/acc1")] == [5, 10, 15]
     assert [event.step for event in events.Scalars("train/loss")] == [3, 5, 8, 10, 13, 15]
+
+
+def test_attention_is_drawn_every_few_epochs_and_changes_no_weight(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name, options in {"drawn": ["--log-attention", "2", "--sar-similarity", "cosine"], "not": []}.items():
+        same = ["--epochs", "3", "--sar-similarity", "cosine"]
+        assert train(data, tmp_path / name, *same, *options) == 0
+    events = EventAccumulator(str(tmp_path / "drawn"), size_guidance={"images": 0})
+    events.Reload()
+    drawn = events.Images("attention")
+    assert [image.step for image in drawn] == [10, 15], "after two epochs of five updates, and at the end"
+    pictures = [np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) for image in drawn]
+    assert pictures[0].shape == pictures[1].shape
+    assert (pictures[0] != pictures[1]).any(), "the same images, seen by other weights"
+    weights = [torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"] for name in ("drawn", "not")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_resume_of_foreign_weights_points_to_finetune(trained, data, tmp_path, capsys):
