@@ -27,8 +27,8 @@ MODEL_MODULES = ("models_sar",)
 # The split of a total batch into processes and accumulation changes only rounding and who draws what; --amp is
 # compared by the data type that it came to.
 NOT_MATHEMATICAL = set(
-    "data_path output_dir resume eval eval_every save_every print_every log_attention num_workers device amp batch_size "
-    "compile grad_checkpointing skip_unreadable download cache_images".split()
+    "data_path output_dir resume eval eval_every save_every print_every log_attention num_workers device amp "
+    "batch_size compile grad_checkpointing skip_unreadable download cache_images".split()
 )
 
 # Options of DeiT that this program has no use for, and why.

@@ -8,7 +8,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from analysis.attention import similarity_maps
 from analysis.images import choose_samples
-
 from datasets import AugmentedDataset
 from engine import Run
 from utils import UserError, environment, logger, write_atomically, write_json
