@@ -1,0 +1,493 @@
+"""Accuracy on images unlike those of the training: ImageNet-A's, and ImageNet-C's corrupted ones (Table 8).
+
+    python -m analysis.robustness --checkpoint sar.pth --data-set imagenet-a --data-path imagenet-a --out sar_a
+    python -m analysis.robustness --checkpoint sar.pth --data-set imagenet-c --data-path imagenet-c --out sar_c
+
+ImageNet-A is <wnid>/*: accuracy over its 200 classes' logits alone, images as in any evaluation (256 -> 224).
+ImageNet-C is <corruption>/<severity>/<wnid>/*, or noise/<corruption>/... as in its published tars: images are of the
+model's size already, and go in as they are. A corruption's CE is the sum of its five errors over the sum of AlexNet's,
+mCE the mean of the CEs of 15 corruptions; the four extra ones are measured where they are there, and do not count.
+
+Class folders are matched with the model's classes by name. What is missing is said before it starts, and a number over
+less than the whole set has another name. Each severity is kept as soon as it is measured: the same command goes on.
+--out gets results.json, results.csv and results.md.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import pkgutil
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from analysis.images import centre_crop
+from analysis.models import TrainedModel, add_model_options, load_model, short_names
+from analysis.report import PAPER
+from arguments import Parser, at_least, build_parser
+from build import choose_amp
+from datasets import AugmentedDataset, build_loader
+from engine import evaluate
+from launcher import exit_code
+from readers import ImageFiles, UnreadableImage
+from samplers import EvalSampler
+from utils import (
+    Processes,
+    UserError,
+    environment,
+    logger,
+    start_logging,
+    start_processes,
+    write_atomically,
+    write_json,
+)
+
+IMAGENET_C = json.loads(Path(__file__).with_name("imagenet_c.json").read_text(encoding="utf-8"))
+CORRUPTIONS: dict[str, dict] = IMAGENET_C["corruptions"]
+"""All 19 by name: ``group``, and for the 15 that count ``alexnet_error``, AlexNet's mean over the severities."""
+COUNTED = [name for name, corruption in CORRUPTIONS.items() if "alexnet_error" in corruption]
+SEVERITIES: list[int] = IMAGENET_C["severities"]
+
+IMAGES = {"imagenet-a": 7_500, "imagenet-c": 50_000}
+"""Of ImageNet-A, and of each severity of each corruption."""
+LAYOUTS = {"imagenet-a": "<wnid>/*", "imagenet-c": "<corruption>/<severity>/<wnid>/*, corruptions in groups or not"}
+TITLES = {"imagenet-a": "ImageNet-A", "imagenet-c": "ImageNet-C"}
+
+
+def classes_of(data_set: str) -> list[str]:
+    """The wnids of a set, in order."""
+    if data_set == "imagenet-c":
+        return ImageNetInfo("imagenet-1k").label_names()
+    return pkgutil.get_data("timm.data", "_info/imagenet_a_synsets.txt").decode().split()
+
+
+# ----------------------------------------------------------------------------------------------- the files
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured in one pass: a severity of a corruption, or the whole of ImageNet-A (no corruption, 0)."""
+
+    corruption: str
+    severity: int
+    folder: Path
+    classes: tuple[str, ...]
+    """Its class folders."""
+
+    def __str__(self) -> str:
+        return f"{self.corruption}, severity {self.severity}" if self.corruption else "imagenet-a"
+
+
+def find_parts(data_set: str, data_path: Path) -> list[Part]:
+    """All of the set that is there; files are not looked at yet.
+
+    Raises:
+        UserError: no such folder, or nothing of the set in it.
+    """
+    if not data_path.is_dir():
+        raise UserError(f"--data-path {data_path}: no such folder; {data_set} is one with {LAYOUTS[data_set]}")
+    places = {("", 0): data_path} if data_set == "imagenet-a" else _severity_folders(data_path)
+    parts = [Part(*place, folder, names) for place, folder in places.items() if (names := _folders_in(folder))]
+    if not parts:
+        raise UserError(
+            f"--data-path {data_path}: no class folders in it; {data_set} is a folder with {LAYOUTS[data_set]}"
+        )
+    return parts
+
+
+def _severity_folders(data_path: Path) -> dict[tuple[str, int], Path]:
+    found = {}
+    for name, corruption in CORRUPTIONS.items():
+        places = [path for path in (data_path / name, data_path / corruption["group"] / name) if path.is_dir()]
+        if len(places) > 1:
+            raise UserError(f"{data_path}: {name} is there twice, in {places[0]} and {places[1]}; remove one")
+        for severity in SEVERITIES if places else ():
+            if (places[0] / str(severity)).is_dir():
+                found[name, severity] = places[0] / str(severity)
+    return found
+
+
+def _folders_in(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+
+
+def gaps(data_set: str, parts: list[Part], known: Iterable[str]) -> list[str]:
+    """What of the set is missing, and what of the folders is left out, a line each.
+
+    Args:
+        known: the model's classes.
+    """
+    there, lines = defaultdict(set), []
+    for part in parts:
+        there[part.corruption].add(part.severity)
+    if data_set == "imagenet-c":
+        if absent := [name for name in COUNTED if name not in there]:
+            lines.append(f"no folders for the corruptions {_some(absent)}")
+        for name, severities in there.items():
+            if absent := sorted(set(SEVERITIES) - severities):
+                lines.append(f"{name}: no folders for the severities {_some(absent)}")
+    known, wanted = set(known), classes_of(data_set)
+    lines += _grouped(parts, lambda part: [name for name in wanted if name not in part.classes], "no folders for")
+    lines += _grouped(parts, lambda part: sorted(set(part.classes) - known), "not among the model's, so left out,")
+    return lines
+
+
+def _grouped(parts: list[Part], names_in, problem: str) -> list[str]:
+    """A line for each set of classes of which ``problem`` is true, with the parts that it is true of."""
+    groups = defaultdict(list)
+    for part in parts:
+        groups[tuple(names_in(part))].append(part)
+    return [
+        f"{problem} {len(names):,} classes: {_some(names)}"
+        + ("" if len(group) == len(parts) else f" (in {_some(group)})")
+        for names, group in groups.items()
+        if names
+    ]
+
+
+def _some(things: Iterable, limit: int = 5) -> str:
+    words = [str(thing) for thing in things]
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit:,} more" if len(words) > limit else "")
+
+
+class ImagesOfSize(ImageFiles):
+    """Image files that must be so many pixels wide and high.
+
+    Raises:
+        UnreadableImage: on access, also for one of another size.
+    """
+
+    side: int
+
+    def __getitem__(self, index: int):
+        image, target = super().__getitem__(index)
+        if image.size != (self.side, self.side):
+            raise UnreadableImage(
+                f"{self._where(index)}: {image.width} x {image.height} px, where the model takes {self.side} x "
+                f"{self.side} and corrupted images are not resized; load it at their size with --input-size"
+            )
+        return image, target
+
+
+def read_part(part: Part, label_of: Mapping[str, int], side: int | None) -> ImageFiles:
+    """The images of a part's folders.
+
+    Args:
+        label_of: the label of every class to be read.
+        side: in pixels, if all images must have it.
+    Raises:
+        UserError: there are none, or the first has another size.
+    """
+    chosen = {name: label_of[name] for name in part.classes if name in label_of}
+    samples = make_dataset(str(part.folder), chosen, IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
+        raise UserError(f"{part.folder}: no images in its class folders; extract it anew")
+    names, labels = [os.path.relpath(path, part.folder) for path, _ in samples], [label for _, label in samples]
+    if side is None:
+        return ImageFiles(part.folder, names, labels, list(label_of))
+    images = ImagesOfSize(part.folder, names, labels, list(label_of))
+    images.side = side
+    return images
+
+
+# --------------------------------------------------------------------------------------------- measuring
+
+
+class OverClasses(nn.Module):
+    """A model whose logits are those of some classes alone: argmax is over these, softmax too."""
+
+    def __init__(self, model: nn.Module, columns: list[int]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+
+    def forward(self, images: Tensor, return_similarity: bool = True) -> tuple[Tensor, Tensor]:
+        logits, similarity = self.model(images, return_similarity=return_similarity)
+        return logits[:, self.columns], similarity
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How every part is measured: the model, over which classes, with which transform, on what."""
+
+    network: nn.Module
+    label_of: dict[str, int]
+    transform: transforms.Compose
+    side: int | None
+    amp_dtype: torch.dtype | None
+    batch_size: int
+    num_workers: int
+    skip_unreadable: bool
+    processes: Processes
+
+    def measure(self, part: Part, images: ImageFiles) -> dict:
+        """The record of a part: counts, and means over its images."""
+        dataset = AugmentedDataset(images, self.transform, skip_unreadable=self.skip_unreadable)
+        sampler = EvalSampler(len(dataset), self.processes.rank, self.processes.world_size)
+        on_gpu = self.processes.device.type == "cuda"
+        loader = build_loader(dataset, sampler, self.batch_size, self.num_workers, pin_memory=on_gpu)
+        metrics = evaluate(self.network, loader, self.processes, self.amp_dtype)
+        classes = len(set(part.classes) & self.label_of.keys())
+        counts = {"files": len(images), "classes": classes, "images": metrics["images"]}
+        means = {name: metrics[name] for name in ("spatial_entropy", "components")}
+        place = {"corruption": part.corruption, "severity": part.severity}
+        return place | counts | {"error": 100 - metrics["acc1"]} | means
+
+
+def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: list[Part], processes) -> Evaluation:
+    """The evaluation that the arguments ask for.
+
+    Raises:
+        UserError: a model without names of its classes, or that has none of the folders' classes.
+    """
+    if trained.classes is None:
+        number = trained.model.num_classes
+        raise UserError(f"{args.checkpoint}: no names of its {number:,} classes; only 1,000 are taken for ImageNet's")
+    there = set().union(*(part.classes for part in parts))
+    common = [name for name in trained.classes if name in there]
+    if not common:
+        raise UserError(
+            f"{args.data_path}: no class folder is a class of the model: folders {_some(sorted(there))}; "
+            f"the model's classes {_some(trained.classes)}"
+        )
+    network, label_of = trained.model, {name: label for label, name in enumerate(trained.classes)}
+    as_it_is = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    transform, side = transforms.Compose(as_it_is), trained.input_size
+    if args.data_set == "imagenet-a":
+        network = OverClasses(network, [label_of[name] for name in common]).to(processes.device)
+        label_of = {name: label for label, name in enumerate(common)}
+        transform, side = centre_crop(trained.input_size), None
+    dtype, _ = choose_amp("auto", processes.device)
+    options = (args.batch_size, args.num_workers, args.skip_unreadable, processes)
+    return Evaluation(network, label_of, transform, side, dtype, *options)
+
+
+def protocol_of(args: argparse.Namespace, trained: TrainedModel, evaluation: Evaluation) -> dict:
+    """All that a result depends on: records of another one are never mixed with these."""
+    with open(args.checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "data_set": args.data_set,
+        "data_path": str(args.data_path.resolve()),
+        "checkpoint_sha256": digest,
+        "checkpoint_key": args.checkpoint_key,
+        "num_heads": args.num_heads,
+        "input_size": trained.input_size,
+        "precision": str(evaluation.amp_dtype or torch.float32).removeprefix("torch."),
+        "skip_unreadable": args.skip_unreadable,
+    }
+
+
+def read_records(path: Path, protocol: dict) -> dict[tuple[str, int], dict]:
+    """The records of an earlier, interrupted command, by corruption and severity; none without a file.
+
+    Raises:
+        UserError: they were measured otherwise, or cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in protocol if saved["protocol"][name] != protocol[name]]
+        records = {(record["corruption"], record["severity"]): record for record in saved["records"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} cannot be read; remove it to measure anew") from None
+    if different:
+        listed = "; ".join(f"{name} {saved['protocol'][name]} there, {protocol[name]} now" for name in different)
+        raise UserError(f"{path.parent} has results of something else; name another --out, or remove it ({listed})")
+    return records
+
+
+def measure_all(evaluation: Evaluation, parts: list[Part], path: Path, protocol: dict) -> list[dict]:
+    """The records of all parts; each is kept in the file ``path`` as soon as it is there, and not measured again.
+
+    A part whose files have changed in number since is measured again.
+
+    Raises:
+        UserError: see `read_records`, `read_part`; an image that cannot be read.
+    """
+    kept, records = read_records(path, protocol), []
+    for part in parts:
+        images = read_part(part, evaluation.label_of, evaluation.side)
+        record = kept.get((part.corruption, part.severity))
+        if record and record["files"] == len(images):
+            logger.info(f"{part}: error {record['error']:.2f} %, measured before")
+        else:
+            record = evaluation.measure(part, images)
+            logger.info(f"{part}: error {record['error']:.2f} % ({record['images']:,} images)")
+        kept[part.corruption, part.severity] = record
+        records.append(record)
+        if evaluation.processes.is_main:
+            write_json(path, {"protocol": protocol, "records": list(kept.values())})
+    return records
+
+
+# ----------------------------------------------------------------------------------------------- results
+
+
+def is_whole(data_set: str, record: dict) -> bool:
+    """Whether all images of all classes of the set were counted."""
+    return (record["classes"], record["images"]) == (len(classes_of(data_set)), IMAGES[data_set])
+
+
+def corruption_errors(records: Iterable[dict]) -> dict[str, dict]:
+    """Each corruption's mean ``error`` over its severities and, if all of it was measured, its ``ce``; both percent.
+
+    CE is the sum of the five errors over the sum of AlexNet's (Hendrycks and Dietterich, 2019).
+    """
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["corruption"]].append(record)
+    errors = {}
+    for name, group in groups.items():
+        error, alexnet = statistics.mean(record["error"] for record in group), CORRUPTIONS[name].get("alexnet_error")
+        whole = len(group) == len(SEVERITIES) and all(is_whole("imagenet-c", record) for record in group)
+        errors[name] = {"error": error, "ce": error / alexnet if whole and alexnet else None}
+    return errors
+
+
+def headline(data_set: str, records: list[dict]) -> dict:
+    """The set's number (percent) by name, ``imagenet_a_accuracy`` or ``mce``; over less than the set ``instead``.
+
+    That is a sentence that names what it is and covers.
+    """
+    if data_set == "imagenet-a":
+        accuracy = 100 - records[0]["error"]
+        if is_whole(data_set, records[0]):
+            return {"imagenet_a_accuracy": accuracy}
+        return {"instead": f"accuracy {accuracy:.2f} % over {_extent(data_set, records)}"}
+    counted = [record for record in records if record["corruption"] in COUNTED]
+    errors = corruption_errors(counted)
+    ces = [error["ce"] for error in errors.values()]
+    if len(ces) == len(COUNTED) and None not in ces:
+        return {"mce": statistics.mean(ces)}
+    if not counted:
+        return {"instead": "no mean error: none of the 15 corruptions of mCE"}
+    mean = statistics.mean(error["error"] for error in errors.values())
+    steps = f"{len(counted)} of {len(COUNTED) * len(SEVERITIES)} severities"
+    covered = f"{len(errors)} of {len(COUNTED)} corruptions, {steps}, {_extent(data_set, counted)}"
+    return {"instead": f"mean error {mean:.2f} % over {covered}"}
+
+
+def _extent(data_set: str, records: list[dict]) -> str:
+    """How many classes and images, and how many they should be."""
+    classes, images = max(record["classes"] for record in records), sum(record["images"] for record in records)
+    all_images = IMAGES[data_set] * len(records)
+    return f"{classes:,} of {len(classes_of(data_set)):,} classes, {images:,} of {all_images:,} images"
+
+
+def write_results(folder: Path, results: dict) -> str:
+    """Write ``results.json``, ``results.csv`` (a line a record) and ``results.md``; returns the last one's text."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, results["records"][0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results["records"])
+    text = as_markdown(results)
+    for name, content in (("results.csv", table.getvalue()), ("results.md", text)):
+        write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
+    write_json(folder / "results.json", results)
+    return text
+
+
+def as_markdown(results: dict) -> str:
+    """The number beside Table 8's, what is missing, and the errors of each corruption."""
+    data_set = results["data_set"]
+    lines = [
+        f"# {TITLES[data_set]}: {results['checkpoint']}",
+        "",
+        told(results),
+        "",
+        *(f"- {gap}" for gap in results["gaps"]),
+    ]
+    if data_set == "imagenet-a":
+        return "\n".join(lines).rstrip() + "\n"
+    by_place = {(record["corruption"], record["severity"]): record["error"] for record in results["records"]}
+    lines += ["", f"| error (%) at severity | {' | '.join(map(str, SEVERITIES))} | mean | CE |"]
+    lines += ["|---" + "|---:" * (len(SEVERITIES) + 2) + "|"]
+    for name, error in results["corruptions"].items():
+        cells = [by_place.get((name, severity)) for severity in SEVERITIES] + [error["error"], error["ce"]]
+        words = " | ".join("–" if cell is None else f"{cell:.2f}" for cell in cells)
+        lines.append(f"| {name}{'' if name in COUNTED else ' (not in mCE)'} | {words} |")
+    return "\n".join(lines) + "\n"
+
+
+def told(results: dict) -> str:
+    """The number in a sentence, with the paper's where they can be compared."""
+    if "instead" in results:
+        missed = "ImageNet-A's accuracy" if results["data_set"] == "imagenet-a" else "mCE"
+        return f"This is not {missed}: {results['instead']}."
+    key, rows, name = (
+        ("mce", "in_c", "mCE, lower is better,")
+        if "mce" in results
+        else ("imagenet_a_accuracy", "in_a", "top-1 accuracy over 200 classes")
+    )
+    paper = [PAPER["table8"]["rows"][f"{rows}_{model}"]["value"] for model in ("vit_small", "vit_small_sar")]
+    return f"{name} {results[key]:.2f} %. The paper (Table 8): ViT-S/16 {paper[0]}, with SAR {paper[1]}."
+
+
+# --------------------------------------------------------------------------------------- the command line
+
+
+def build_command_line() -> argparse.ArgumentParser:
+    """The parser of this command."""
+    parser = Parser(
+        prog="python -m analysis.robustness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="of any format that analysis.jaccard reads")
+    add("--data-set", required=True, choices=tuple(IMAGES))
+    add("--data-path", required=True, type=Path, metavar="DIR", help="its folder, in the layout above")
+    add("--out", type=Path, metavar="DIR", help="for the results (default: output/<data set>/<the checkpoint's name>)")
+    add("--input-size", type=at_least(int, 1), metavar="PX", help="the model's, if not that of its training")
+    add("--batch-size", type=at_least(int, 1), default=256, metavar="N", help="(default: %(default)s)")
+    workers = build_parser().get_default("num_workers")
+    add("--num-workers", type=at_least(int, 0), default=workers, metavar="N", help="loading processes")
+    add("--skip-unreadable", action="store_true", help="leave unreadable images out and count them; no mCE then")
+    add_model_options(parser)
+    return parser
+
+
+def run(argv: list[str] | None) -> int:
+    """Do what the command line says; returns 0."""
+    args = build_command_line().parse_args(argv)
+    args.out = args.out or Path("output", args.data_set, short_names([args.checkpoint])[0])
+    start_logging(rank=0)
+    parts = find_parts(args.data_set, args.data_path)
+    processes = Processes(0, 1, start_processes(args.device).device)
+    trained = load_model(args.checkpoint, processes.device, args.checkpoint_key, args.num_heads, args.input_size)
+    evaluation = build_evaluation(args, trained, parts, processes)
+    missing = gaps(args.data_set, parts, trained.classes)
+    for line in missing:
+        logger.warning(f"{args.data_set}: {line}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    protocol = protocol_of(args, trained, evaluation)
+    records = measure_all(evaluation, parts, args.out / "progress.json", protocol)
+    results = headline(args.data_set, records) | protocol
+    results |= {"checkpoint": str(args.checkpoint), "gaps": missing, "records": records}
+    results |= {"corruptions": corruption_errors(records) if args.data_set == "imagenet-c" else {}}
+    print(write_results(args.out, results | {"environment": environment()}))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: measured. 2: the command cannot be carried out. 1: a file cannot be written."""
+    return exit_code(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
