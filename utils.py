@@ -298,8 +298,12 @@ def write_json(path: Path, content) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def prepare_output_dir(path: Path) -> None:
+def prepare_output_dir(path: Path, option: str = "--output-dir") -> None:
     """Make the output folder, try to write in it, and clear away what a killed writer left.
+
+    Args:
+        path: of the folder.
+        option: what the user named it with.
 
     Raises:
         UserError: it cannot be made or written to.
@@ -311,7 +315,7 @@ def prepare_output_dir(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"--output-dir {path}: {error.strerror}; name a folder that can be written") from None
+        raise UserError(f"{option} {path}: {error.strerror}; name a folder that can be written") from None
 
 
 def _cpu_name() -> str:
