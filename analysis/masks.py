@@ -1,0 +1,180 @@
+"""Images with a mask each: PASCAL VOC's layout, or a folder of images beside one of foreground masks.
+
+    VOCdevkit/VOC2012/JPEGImages/a.jpg  SegmentationClass/a.png  ImageSets/Segmentation/val.txt
+    images/a.jpg                        masks/a.png
+
+VOC's masks hold the number of a class in every pixel, 0 for background, 255 for void: the border of an object, and
+what is too hard to outline. Other masks have one object: what is not 0 in them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.models.segmentation import FCN_ResNet50_Weights
+
+from analysis.images import list_images, read_image
+from readers import UnreadableImage
+from utils import UserError
+
+BACKGROUND, VOID = 0, 255
+VOC_CLASSES = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
+"""PASCAL VOC's 20 classes by label, with the background."""
+
+VOC_LAYOUT = "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/<split>.txt"
+FOREGROUND_LAYOUT = "images/ and masks/ (a PNG of the same name for every image)"
+FOREGROUND_MODES = ("1", "L", "P", "I;16", "I", "RGB")
+
+
+@dataclass(frozen=True)
+class MaskedImages:
+    """Images and their masks, found by :func:`read_masked_images`.
+
+    Attributes:
+        names: of the images, without a suffix.
+        images, masks: their files.
+        split: of VOC's layout; None: the masks are foreground masks.
+    """
+
+    names: list[str]
+    images: list[Path]
+    masks: list[Path]
+    split: str | None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> Image.Image:
+        """The RGB image; raises UnreadableImage."""
+        return read_image(self.images[index])
+
+    def labels(self, index: int, size: int) -> Tensor:
+        """The mask squashed to ``size x size`` (nearest): uint8 labels, of a foreground mask 0 and 1.
+
+        Raises:
+            UnreadableImage: a file that is truncated or no image.
+        """
+        with _opened(self.masks[index]) as mask:
+            pixels = np.array(mask)
+        if self.split is None:
+            pixels = (pixels.reshape(*pixels.shape[:2], -1) > 0).any(axis=-1)
+        labels = Image.fromarray(pixels.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.array(labels))
+
+    def class_name(self, label: int) -> str:
+        """VOC's name of a class, the number of one that VOC does not have."""
+        if self.split is None:
+            return "foreground"
+        return VOC_CLASSES[label] if label < len(VOC_CLASSES) else str(label)
+
+
+def read_masked_images(data_path: str | Path, split: str | None = None) -> MaskedImages:
+    """Find images and masks, and check all that can be known without decoding them.
+
+    Args:
+        data_path: VOCdevkit, the folder above it or VOC2012 in it; or the folder above images/ and masks/.
+        split: the list in ImageSets/Segmentation to take (default: val).
+
+    Raises:
+        UserError: neither layout, files without partner, sizes that differ, masks that hold no class numbers.
+    """
+    root = Path(data_path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; name one with {VOC_LAYOUT}; or with {FOREGROUND_LAYOUT}")
+    places = (root, root / "VOC2012", root / "VOCdevkit/VOC2012")
+    voc = next((place for place in places if (place / "SegmentationClass").is_dir()), None)
+    if voc is not None:
+        found = _read_voc(voc, split or "val")
+    elif (root / "images").is_dir() and (root / "masks").is_dir():
+        if split is not None:
+            raise UserError(f"--split {split}: {root} has images/ and masks/ without lists; leave --split out")
+        found = _read_foregrounds(root)
+    else:
+        raise UserError(f"{root}: no images with masks; expected {VOC_LAYOUT}; or {FOREGROUND_LAYOUT}")
+    for image, mask in zip(found.images, found.masks, strict=True):
+        _check_pair(image, mask, found.split is not None)
+    return found
+
+
+def _read_voc(root: Path, split: str) -> MaskedImages:
+    # torchvision's VOCSegmentation reads the same files, but knows VOC's own lists only and checks no file.
+    lists = root / "ImageSets/Segmentation"
+    if not (lists / f"{split}.txt").is_file():
+        there = ", ".join(sorted(path.stem for path in lists.glob("*.txt")))
+        raise UserError(f"{lists / split}.txt: no such list; " + (f"--split can be {there}" if there else VOC_LAYOUT))
+    lines = (lists / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise UserError(f"{lists / split}.txt names no image; it needs one name a line, without suffix")
+    images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
+    masks = [root / "SegmentationClass" / f"{name}.png" for name in names]
+    for kind, paths in (("image", images), ("mask", masks)):
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{missing[0]}: no such {kind}, but {split}.txt names it ({len(missing):,} of {len(paths):,} are "
+                "missing); bring it there, or take its name out of the list"
+            )
+    return MaskedImages(names, images, masks, split)
+
+
+def _read_foregrounds(root: Path) -> MaskedImages:
+    def by_name(folder: Path) -> dict[str, Path]:
+        return {path.relative_to(folder).with_suffix("").as_posix(): path for path in list_images(folder)}
+
+    images, masks = by_name(root / "images"), by_name(root / "masks")
+    lossy = [path for path in masks.values() if path.suffix.lower() != ".png"]
+    if lossy:
+        raise UserError(f"{lossy[0]}: masks must be PNG files, as other formats may change their pixels")
+    for kind, here, there in (("mask", images, masks), ("image", masks, images)):
+        alone = sorted(here.keys() - there.keys())
+        if alone:
+            raise UserError(
+                f"{here[alone[0]]} has no {kind} {root / f'{kind}s' / alone[0]}.* ({len(alone):,} have none)"
+            )
+    return MaskedImages(list(images), list(images.values()), [masks[name] for name in images], None)
+
+
+def _check_pair(image: Path, mask: Path, voc: bool) -> None:
+    """Refuse a pair of files by their headers."""
+    with _opened(image) as picture, _opened(mask) as labels:
+        if picture.size != labels.size:
+            sizes = " and ".join("{} x {}".format(*file.size) for file in (picture, labels))
+            raise UserError(f"{image} and {mask} differ in size: {sizes} px; bring the mask that belongs to the image")
+        if voc and labels.mode not in ("P", "L"):
+            raise UserError(
+                f"{mask}: {labels.mode} pixels instead of class numbers; this is the palette saved as colours: "
+                "take the original file (mode P), or turn each colour back into its number"
+            )
+        if not voc and labels.mode not in FOREGROUND_MODES:
+            raise UserError(f"{mask}: {labels.mode} pixels; save the mask as black and white, without transparency")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as file:
+            yield file
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
+        raise UnreadableImage(f"{path}: cannot be read ({str(error).splitlines()[0]}); bring a whole file") from error
+
+
+def count_labels(labels: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """How many pixels of each label every patch has, for a whole batch.
+
+    Args:
+        labels: uint8 ``(B, H, W)``, ``H`` and ``W`` multiples of ``h`` and ``w``.
+
+    Returns:
+        ``present``, int64 ``(K,)``: the labels of the batch, rising; ``counts``, int32 ``(B, K, h, w)``.
+    """
+    cells = labels.unflatten(2, (w, -1)).unflatten(1, (h, -1)).transpose(2, 3).flatten(3).long()  # (B, h, w, pixels)
+    counts = torch.zeros(*cells.shape[:3], 256, dtype=torch.int32, device=labels.device)
+    counts.scatter_add_(-1, cells, torch.ones_like(counts[..., :1]).expand_as(cells))
+    present = counts.flatten(0, 2).any(0).nonzero().flatten()
+    return present, counts[..., present].permute(0, 3, 1, 2)

@@ -1,0 +1,258 @@
+"""How blob-like attention maps are, over any folder of images; and how blob-like objects are, over a set of masks.
+
+    python -m analysis.measures --checkpoint sar.pth --checkpoint base.pth --images DIR --out measures
+    python -m analysis.measures --masks VOCdevkit --grid 14 --out bias
+
+Maps: of each head, the spatial entropy (Eq. 7) of the similarity map, the number of 8-connected components above its
+mean, and the patches of the largest of them, also as a share of all that is above the mean. Images are resized and
+cropped as in any evaluation. --out gets heads.csv, images.csv (a row an image and head) and results.json; with several
+checkpoints in a folder each.
+
+Masks: the bias that SAR puts into a model, measured on ground truth: into how many 8-connected components the
+foreground (all objects together) of an image falls on the k x k patch grid. The mask is squashed to a square; a patch
+is foreground where objects are more than half of its pixels, void ones left out. An object that is nowhere so large
+leaves no component; images without any object are skipped and counted. --out gets images.csv and results.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from analysis.attention import component_sizes, measure_maps, similarity_maps
+from analysis.images import centre_crop, list_images, read_image
+from analysis.jaccard import add_loading_options, load_batches, load_models, result_folders, write_results
+from analysis.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
+from analysis.models import TrainedModel, add_model_options
+from arguments import Parser, at_least
+from launcher import exit_code
+from utils import UserError, pick_device, prepare_output_dir, progress, start_logging
+
+GRID = 14
+"""Patches a side of the paper's models: 224 px in patches of 16."""
+PATCH = 16
+"""Pixels a side of a patch of a squashed mask."""
+MEASURES = ("entropy", "components", "largest", "kept", "share")
+
+
+# ------------------------------------------------------------------------------------------------ of maps
+
+
+class CroppedImages(Dataset):
+    """The images of files, as a model of this input size evaluates them: ``(3, size, size)``."""
+
+    def __init__(self, paths: list[Path], size: int):
+        self.paths, self.transform = paths, centre_crop(size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(read_image(self.paths[index]))
+
+
+def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[str, Tensor]:
+    """All :data:`MEASURES` of every image's maps: float64 ``(N, H)`` on the host.
+
+    ``largest`` and ``kept`` count patches, of the largest component and above the mean; ``share`` is their quotient, 0
+    for a constant map, which has nothing above its mean.
+    """
+    batches = []
+    for images in progress(loader, trained.name):
+        found = measure_maps(similarity_maps(trained.model, images.to(device, non_blocking=True)))
+        batches.append({name: values.double().cpu() for name, values in found.items()})
+    measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return measured | {"share": measured["largest"] / measured["kept"].clamp_min(1)}
+
+
+def head_rows(measured: dict[str, Tensor]) -> list[dict]:
+    """Means over the images, a row a head (counted from 1), and a last row of the means over the heads."""
+    means = {name: measured[name].mean(0) for name in MEASURES}
+    heads = len(means["entropy"])
+    rows = [{"head": head + 1} | {name: means[name][head].item() for name in MEASURES} for head in range(heads)]
+    return [*rows, {"head": "mean"} | {name: means[name].mean().item() for name in MEASURES}]
+
+
+def image_rows(measured: dict[str, Tensor], names: list[str]) -> list[dict]:
+    """A row for each image and head."""
+    values = torch.stack([measured[name] for name in MEASURES], dim=-1).tolist()
+    return [
+        {"image": name, "head": head} | dict(zip(MEASURES, row, strict=True))
+        for name, image in zip(names, values, strict=True)
+        for head, row in enumerate(image, start=1)
+    ]
+
+
+def maps_as_markdown(results: dict[str, list[dict]]) -> str:
+    """The rows of :func:`head_rows` of each model as one table."""
+    lines = ["| model | head | spatial entropy | components | largest, patches | share of the mask |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for model, rows in results.items():
+        lines += [
+            f"| {model} | {row['head']} | {row['entropy']:.3f} | {row['components']:.2f} | {row['largest']:.1f} | "
+            f"{row['share']:.1%} |"
+            for row in rows
+        ]
+    return "\n".join(lines)
+
+
+def run_maps(args: argparse.Namespace) -> None:
+    """Measure, print and keep what ``--images`` asks for."""
+    device, paths = pick_device(args.device), list_images(args.images)
+    models = load_models(args, device)
+    folders = result_folders(args, models)
+    images = [path.relative_to(args.images).as_posix() for path in paths]
+    results = {}
+    for model, path, folder in zip(models, args.checkpoint, folders, strict=True):
+        loader = load_batches(CroppedImages(paths, model.input_size), args, device)
+        measured = measure_images(model, loader, device)
+        *heads, mean = results[model.name] = head_rows(measured)
+        if folder:
+            about = {"checkpoint": path, "model": model.name, "input_size": model.input_size, "data_path": args.images}
+            tables = {"heads.csv": [*heads, mean], "images.csv": image_rows(measured, images)}
+            write_results(folder, tables, about | {"images": len(paths), "heads": heads, "mean": mean})
+    print(f"{len(paths)} images in {args.images}; means over them\n\n{maps_as_markdown(results)}")
+
+
+# ----------------------------------------------------------------------------------------------- of masks
+
+
+class SquashedMasks(Dataset):
+    """The masks of images, ``PATCH`` px a patch of the grid: uint8 labels ``(size, size)``."""
+
+    def __init__(self, data: MaskedImages, grid: int):
+        self.data, self.size = data, PATCH * grid
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.data.labels(index, self.size)
+
+
+def foreground(labels: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """Which patches of a ``grid x grid`` are object, for masks uint8 ``(B, H, W)``.
+
+    Returns:
+        bool ``(B, grid, grid)``: objects are more than half of the patch's pixels that are not void; and bool ``(B,)``:
+        there is an object in the mask at all.
+    """
+    present, counts = count_labels(labels, grid, grid)
+    known = present != VOID
+    objects = counts[:, known & (present != BACKGROUND)].sum(1)
+    return 2 * objects > counts[:, known].sum(1), objects.flatten(1).any(1)
+
+
+def measure_masks(loader, grid: int) -> tuple[Tensor, Tensor]:
+    """Components and patches of each image's foreground on the grid: int64 ``(N,)`` each; -1 where no object is."""
+    components, patches = [], []
+    for labels in progress(loader, "masks"):
+        cells, has_object = foreground(labels, grid)
+        sizes = component_sizes(cells)
+        components.append(torch.where(has_object, (sizes > 0).sum(-1), -1))
+        patches.append(torch.where(has_object, sizes.sum(-1), -1))
+    return torch.cat(components), torch.cat(patches)
+
+
+def summarise_masks(components: Tensor) -> dict:
+    """Mean number of components, and how many images have 0, 1, 2, ... of them.
+
+    Raises:
+        UserError: no image has an object.
+    """
+    with_object = components[components >= 0]
+    if not len(with_object):
+        raise UserError("no mask has an object: they hold only 0, background, and 255, void")
+    images = with_object.bincount().tolist()
+    return {
+        "components": with_object.double().mean().item(),
+        "exactly_one": 100 * images[1] / len(with_object) if len(images) > 1 else 0.0,
+        "images_by_components": images,
+        "images": len(with_object),
+        "skipped": len(components) - len(with_object),
+    }
+
+
+def masks_as_markdown(summary: dict) -> str:
+    """How many images have so many components."""
+    lines = ["| components | images | share |", "|---|---:|---:|"]
+    lines += [
+        f"| {number} | {images} | {images / summary['images']:.1%} |"
+        for number, images in enumerate(summary["images_by_components"])
+    ]
+    mean = f"{summary['components']:.2f} components on average, exactly one in {summary['exactly_one']:.1f} %"
+    return "\n".join([*lines, "", f"{mean} of {summary['images']} images; {summary['skipped']} without object skipped"])
+
+
+def mask_rows(names: list[str], components: Tensor, patches: Tensor) -> list[dict]:
+    """A row for each image; empty fields for one without object."""
+    columns = zip(names, components.tolist(), patches.tolist(), strict=True)
+    return [
+        {"image": name, "components": None if number < 0 else number, "patches": None if size < 0 else size}
+        for name, number, size in columns
+    ]
+
+
+def run_masks(args: argparse.Namespace) -> None:
+    """Measure, print and keep what ``--masks`` asks for."""
+    data, grid = read_masked_images(args.masks, args.split), args.grid or GRID
+    if args.out:
+        prepare_output_dir(args.out, "--out")
+    components, patches = measure_masks(load_batches(SquashedMasks(data, grid), args, torch.device("cpu")), grid)
+    summary = summarise_masks(components)
+    if args.out:
+        about = {"data_path": args.masks, "split": data.split, "grid": grid}
+        write_results(args.out, {"images.csv": mask_rows(data.names, components, patches)}, about | summary)
+    print(f"Foreground of {args.masks} on {grid} x {grid} patches\n\n{masks_as_markdown(summary)}")
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m analysis.measures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", metavar="DIR", help="measure the maps of these")
+    what.add_argument("--masks", metavar="DIR", help="VOCdevkit or alike, or a folder with images/ and masks/")
+    add = parser.add_argument
+    add("--checkpoint", action="append", metavar="FILE", help="with --images: of any format; may be given again")
+    add("--input-size", type=at_least(int, 1), metavar="PX", help="with --images (default: the model's)")
+    add("--split", metavar="NAME", help="with --masks: of VOC's lists (default: val)")
+    add("--grid", type=at_least(int, 1), metavar="K", help=f"with --masks: patches a side (default: {GRID})")
+    add("--out", type=Path, metavar="DIR", help="keep the results there")
+    add_model_options(parser)
+    add_loading_options(parser)
+    args = parser.parse_args(argv)
+    given, foreign = ("--images", ("split", "grid")) if args.images else ("--masks", ("checkpoint", "input_size"))
+    for name in foreign:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} has no meaning with {given}; leave it out")
+    if args.images and not args.checkpoint:
+        parser.error("--images needs --checkpoint, the model whose maps are measured")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and keep; returns the exit code."""
+    return exit_code(lambda: run(parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out; all that can be wrong with its input is known before a model runs."""
+    start_logging(0)
+    run_maps(args) if args.images else run_masks(args)
+    if args.out:
+        print(f"\nresults: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
