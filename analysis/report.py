@@ -10,6 +10,10 @@ and report.csv; fig3 also gets its picture, fig3.png.
 "Ours" is the accuracy of the weights that --report names: mean and sample deviation over the seeds, after the
 last evaluated epoch and at each seed's best one. A row is not comparable with the paper where an argument that
 changes the mathematics differs from the protocol, epochs are missing, or the data set has other numbers of images.
+
+In some rows (Table 8, Table 11) "ours" was measured of the weights after the last epoch: their seed0, seed1, ... are
+what analysis.robustness or analysis.jaccard left, and the runs that trained the weights lie in trained/<run>, as a row
+of their own. Both must be the paper's for the row to be comparable.
 """
 
 import argparse
@@ -34,7 +38,9 @@ from utils import RunError, UserError, write_atomically
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 """The paper's numbers: table -> title, source, metric, rows. A row's ``baseline`` is the row it is compared with,
 ``quoted`` whose number it is where the authors ran nothing, ``printed_difference`` what the paper prints where that
-is not the difference of its values; ``metric`` and ``source`` of a row win over the table's."""
+is not the difference of its values; ``metric`` and ``source`` of a row win over the table's. ``measured`` says of which
+results.json's ``value`` a row's numbers are, and what else must be in it ``as`` the paper has it; ``better`` is "lower"
+where less is better."""
 
 # What may differ between a row's runs and the protocol, or among its seeds. (Which weights --finetune takes is the
 # table's own doing.)
@@ -77,18 +83,27 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: the paper's entry, the protocol's arguments, and the runs there are (none: not run)."""
+    """A row of a table: the paper's entry, the protocol's arguments, and the runs there are (none: not run).
+
+    Where something is measured of the runs, ``results`` is what came of it, a seed each; None where it is not.
+    """
 
     paper: dict
     protocol: dict
     runs: list[TrainingRun]
+    results: list[dict] | None = None
 
     def last(self) -> list[float]:
-        """Each evaluated run's accuracy after its last evaluated epoch."""
+        """Each evaluated run's accuracy after its last evaluated epoch, or what was measured of it then."""
+        if self.results is not None:
+            value = self.paper["measured"]["value"]
+            return [result[value] for result in self.results if value in result]
         return [accuracies[max(accuracies)] for run in self.runs if (accuracies := run.accuracies())]
 
     def best(self) -> list[float]:
-        """Each evaluated run's best accuracy."""
+        """Each evaluated run's best accuracy; none where something is measured of the last epoch."""
+        if self.results is not None:
+            return []
         return [max(accuracies.values()) for run in self.runs if (accuracies := run.accuracies())]
 
     def departures(self) -> dict[str, list]:
@@ -137,6 +152,12 @@ def read_row(folder: Path, paper: dict, defaults: dict) -> Row:
     Raises:
         UserError: a file that cannot be read.
     """
+    if "measured" in paper:
+        trained = min(folder.glob("trained/*"), default=folder / "trained")
+        row = read_row(trained, {}, defaults)
+        return Row(
+            paper, row.protocol, row.runs, [read_result(path) for path in sorted(folder.glob("seed*/results.json"))]
+        )
     seeds = sorted(
         path for path in folder.glob("seed*") if (path / "log.txt").exists() or (path / "args.json").exists()
     )
@@ -168,6 +189,21 @@ def read_arguments(path: Path) -> dict:
         raise UserError(f"{path}: {error}; run the row again") from None
     if not isinstance(content, dict) or "data_set" not in content:
         raise UserError(f"{path}: not the arguments of main.py; run the row again")
+    return content
+
+
+def read_result(path: Path) -> dict:
+    """The results.json of a measurement.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; measure it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not the results of a measurement; measure it again")
     return content
 
 
@@ -215,6 +251,8 @@ def summarise_row(name: str, row: Row, baseline: Row | None) -> dict:
     return {
         "row": name,
         "name": row.paper["name"],
+        "metric": row.paper.get("metric"),
+        "better": row.paper.get("better", "higher"),
         "paper": paper,
         "quoted": row.paper.get("quoted"),
         "last_mean": last_mean,
@@ -226,7 +264,7 @@ def summarise_row(name: str, row: Row, baseline: Row | None) -> dict:
         "difference": difference,
         "epochs_done": span(run.epochs_done for run in row.runs),
         "epochs_planned": span(run.epochs_planned for run in row.runs),
-        "not_comparable": "; ".join(otherwise(row) + unfinished(row)) or None,
+        "not_comparable": "; ".join(measured_otherwise(row) + otherwise(row) + unfinished(row)) or None,
         "remarks": "; ".join(remarks(row, baseline if difference is not None else None)) or None,
     }
 
@@ -275,6 +313,16 @@ def other_counts(run: TrainingRun) -> list[str]:
     return [f"{here:,} {which} images, not {there:,}" for which, (here, there) in counts.items() if here != there]
 
 
+def measured_otherwise(row: Row) -> list[str]:
+    """How the measurements were not the paper's, in words, beginning with what is no value of the table at all."""
+    reasons = [result["instead"] for result in row.results or [] if "instead" in result]
+    for name, value in row.paper.get("measured", {}).get("as", {}).items():
+        others = [found for found in distinct(result.get(name) for result in row.results or []) if found != value]
+        if others:
+            reasons.append(f"{words(name)} {' and '.join(map(readable, others))}, not {readable(value)}")
+    return reasons
+
+
 def unfinished(row: Row) -> list[str]:
     """That some of the row's epochs are still to come, if they are."""
     runs = [run for run in row.runs if run.epochs_done < run.epochs_planned]
@@ -284,7 +332,11 @@ def unfinished(row: Row) -> list[str]:
 
 def remarks(row: Row, baseline: Row | None) -> list[str]:
     """What else there is to say of a row; ``baseline`` is what ours was compared with, if it was."""
-    said = [] if row.runs else ["not run"]
+    said = [] if row.runs or row.results else ["not run"]
+    if row.results == [] and row.runs:
+        said = ["not measured"]
+    if row.results and not row.runs:
+        said = ["of weights that were given"]
     differing = [words(name) for name, values in row.departures().items() if len(values) > 1]
     if differing:
         said.append(f"its seeds differ in {', '.join(differing)}")
@@ -292,7 +344,7 @@ def remarks(row: Row, baseline: Row | None) -> list[str]:
         said.append("trained otherwise than its baseline, so the difference says little")
     if "printed_difference" in row.paper:
         said.append(f"the paper prints {row.paper['printed_difference']:+}")
-    return said + [row.paper[key] for key in ("source", "note") if key in row.paper]
+    return said + [row.paper[key] for key in ("metric", "source", "note") if key in row.paper]
 
 
 def alike(row: Row) -> tuple:
@@ -354,32 +406,41 @@ def as_csv(summary: list[dict]) -> str:
     return text.getvalue()
 
 
-HEADER = (
-    "row",
-    "paper",
-    "ours, last epoch",
-    "ours, best epoch",
-    "paper − baseline",
-    "ours − baseline",
-    "epochs",
-    "remarks",
-)
+HEADER = {
+    "name": "row",
+    "paper": "paper",
+    "last": "ours, last epoch",
+    "best": "ours, best epoch",
+    "paper_difference": "paper − baseline",
+    "difference": "ours − baseline",
+    "epochs": "epochs",
+    "remarks": "remarks",
+}
 
 
 def as_markdown(table: dict, summary: list[dict]) -> str:
     """The table, and below it what its numbers mean."""
     notes = distinct(note for place in (0, 1) for row in summary if (note := footnotes(row)[place]))
-    lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 2) + ["---"]]
-    lines += [markdown_cells(row, notes) for row in summary]
+    without_best = all("measured" in row for row in table["rows"].values())
+    header = {name: title for name, title in HEADER.items() if not (name == "best" and without_best)}
+    lines = [header.values(), ["---"] + ["---:"] * (len(header) - 2) + ["---"]]
+    for row in summary:
+        cells = markdown_cells(row, notes)
+        lines.append([cells[name] for name in header])
     below = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
     below += [
         "The paper's numbers are single runs. Ours: mean ± sample deviation over n seeds.",
         "Differences are between the values shown: the paper's numbers, and our means after the last epoch.",
-        "A best epoch is chosen by the accuracy that it reports, so it flatters; a last one is not chosen.",
-        *table.get("notes", []),
     ]
+    if not without_best:
+        below.append(
+            "A best epoch is chosen by the accuracy that it reports, so it flatters; a last one is not chosen."
+        )
     head = [f"# {table['title']}", "", f"{table['source']}; {table['metric']}.", ""]
-    cells, below = [f"| {' | '.join(line)} |" for line in lines], [f"- {line}" for line in below]
+    cells, below = (
+        [f"| {' | '.join(line)} |" for line in lines],
+        [f"- {line}" for line in below + table.get("notes", [])],
+    )
     return "\n".join([*head, *cells, "", *below]) + "\n"
 
 
@@ -391,20 +452,30 @@ def footnotes(row: dict) -> tuple[str | None, str | None]:
     )
 
 
-def markdown_cells(row: dict, notes: list[str]) -> list[str]:
-    """One row of the table, in the order of HEADER."""
+def markdown_cells(row: dict, notes: list[str]) -> dict[str, str]:
+    """One row of the table, by the names of HEADER."""
     quoted, not_comparable = (f" [{notes.index(note) + 1}]" if note else "" for note in footnotes(row))
     said = [f"**not comparable**{not_comparable}"] if not_comparable else []
-    return [
-        row["name"],
-        "–" if row["paper"] is None else f"{row['paper']}{quoted}",
-        ours(row["last_mean"], row["last_deviation"], row["seeds"]),
-        ours(row["best_mean"], row["best_deviation"], row["seeds"]),
-        "" if row["paper_difference"] is None else f"{row['paper_difference']:+z.2f}",
-        "" if row["difference"] is None else f"{row['difference']:+z.2f}",
-        f"{row['epochs_done']}/{row['epochs_planned']}" if row["epochs_planned"] else "",
-        "; ".join([*said, row["remarks"]] if row["remarks"] else said),
-    ]
+    return {
+        "name": row["name"],
+        "paper": "–" if row["paper"] is None else f"{row['paper']}{quoted}",
+        "last": ours(row["last_mean"], row["last_deviation"], row["seeds"]),
+        "best": ours(row["best_mean"], row["best_deviation"], row["seeds"]),
+        "paper_difference": difference_in_words(row["paper_difference"], row["better"]),
+        "difference": difference_in_words(row["difference"], row["better"]),
+        "epochs": f"{row['epochs_done']}/{row['epochs_planned']}" if row["epochs_planned"] else "",
+        "remarks": "; ".join([*said, row["remarks"]] if row["remarks"] else said),
+    }
+
+
+def difference_in_words(difference: float | None, better: str) -> str:
+    """A signed number; where lower is better, also whether it is."""
+    if difference is None:
+        return ""
+    text = f"{difference:+z.2f}"
+    if better == "higher" or float(text) == 0:
+        return text
+    return f"{text} ({'better' if difference < 0 else 'worse'})"
 
 
 def ours(mean: float | None, deviation: float | None, seeds: int) -> str:
@@ -422,7 +493,7 @@ def draw(table: dict, rows: dict[str, Row]) -> Figure:
     The right half is the second half of the epochs once more, larger. A star is the paper's final number; a row
     gets none where its runs were not the protocol's.
     """
-    rows = [row for row in rows.values() if row.last()]
+    rows = [row for row in rows.values() if row.results is None and row.last()]
     figure = Figure(figsize=(10, 4.2 + 0.08 * len(rows)), layout="constrained")
     figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(otherwise, rows)) else ""))
     whole, end = figure.subplots(1, 2)

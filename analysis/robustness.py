@@ -25,6 +25,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -34,9 +35,10 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from analysis.images import centre_crop
+from analysis.jaccard import add_loading_options
 from analysis.models import TrainedModel, add_model_options, load_model, short_names
 from analysis.report import PAPER
-from arguments import Parser, at_least, build_parser
+from arguments import Parser, at_least
 from build import choose_amp
 from datasets import AugmentedDataset, build_loader
 from engine import evaluate
@@ -48,8 +50,9 @@ from utils import (
     UserError,
     environment,
     logger,
+    pick_device,
+    prepare_output_dir,
     start_logging,
-    start_processes,
     write_atomically,
     write_json,
 )
@@ -66,6 +69,7 @@ LAYOUTS = {"imagenet-a": "<wnid>/*", "imagenet-c": "<corruption>/<severity>/<wni
 TITLES = {"imagenet-a": "ImageNet-A", "imagenet-c": "ImageNet-C"}
 
 
+@cache
 def classes_of(data_set: str) -> list[str]:
     """The wnids of a set, in order."""
     if data_set == "imagenet-c":
@@ -86,8 +90,12 @@ class Part:
     classes: tuple[str, ...]
     """Its class folders."""
 
+    @property
+    def data_set(self) -> str:
+        return "imagenet-c" if self.corruption else "imagenet-a"
+
     def __str__(self) -> str:
-        return f"{self.corruption}, severity {self.severity}" if self.corruption else "imagenet-a"
+        return f"{self.corruption}, severity {self.severity}" if self.corruption else self.data_set
 
 
 def find_parts(data_set: str, data_path: Path) -> list[Part]:
@@ -185,7 +193,7 @@ def read_part(part: Part, label_of: Mapping[str, int], side: int | None) -> Imag
     """The images of a part's folders.
 
     Args:
-        label_of: the label of every class to be read.
+        label_of: the label of every class; folders of others are left out.
         side: in pixels, if all images must have it.
     Raises:
         UserError: there are none, or the first has another size.
@@ -230,23 +238,24 @@ class Evaluation:
     batch_size: int
     num_workers: int
     skip_unreadable: bool
-    processes: Processes
+    device: torch.device
 
     def measure(self, part: Part, images: ImageFiles) -> dict:
         """The record of a part: counts, and means over its images."""
         dataset = AugmentedDataset(images, self.transform, skip_unreadable=self.skip_unreadable)
-        sampler = EvalSampler(len(dataset), self.processes.rank, self.processes.world_size)
-        on_gpu = self.processes.device.type == "cuda"
-        loader = build_loader(dataset, sampler, self.batch_size, self.num_workers, pin_memory=on_gpu)
-        metrics = evaluate(self.network, loader, self.processes, self.amp_dtype)
-        classes = len(set(part.classes) & self.label_of.keys())
-        counts = {"files": len(images), "classes": classes, "images": metrics["images"]}
+        on_gpu = self.device.type == "cuda"
+        loader = build_loader(dataset, EvalSampler(len(dataset)), self.batch_size, self.num_workers, pin_memory=on_gpu)
+        metrics = evaluate(self.network, loader, Processes(0, 1, self.device), self.amp_dtype)
+        classes = {images.classes[label] for label in images.targets}
+        missing = set(classes_of(part.data_set)) - classes
+        counts = {"classes": len(classes), "missing_classes": len(missing)}
+        counts |= {"files": len(images), "images": metrics["images"]}
         means = {name: metrics[name] for name in ("spatial_entropy", "components")}
         place = {"corruption": part.corruption, "severity": part.severity}
         return place | counts | {"error": 100 - metrics["acc1"]} | means
 
 
-def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: list[Part], processes) -> Evaluation:
+def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: list[Part], device) -> Evaluation:
     """The evaluation that the arguments ask for.
 
     Raises:
@@ -266,11 +275,11 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
     as_it_is = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
     transform, side = transforms.Compose(as_it_is), trained.input_size
     if args.data_set == "imagenet-a":
-        network = OverClasses(network, [label_of[name] for name in common]).to(processes.device)
+        network = OverClasses(network, [label_of[name] for name in common]).to(device)
         label_of = {name: label for label, name in enumerate(common)}
         transform, side = centre_crop(trained.input_size), None
-    dtype, _ = choose_amp("auto", processes.device)
-    options = (args.batch_size, args.num_workers, args.skip_unreadable, processes)
+    dtype, _ = choose_amp("auto", device)
+    options = (args.batch_size, args.num_workers, args.skip_unreadable, device)
     return Evaluation(network, label_of, transform, side, dtype, *options)
 
 
@@ -329,8 +338,7 @@ def measure_all(evaluation: Evaluation, parts: list[Part], path: Path, protocol:
             logger.info(f"{part}: error {record['error']:.2f} % ({record['images']:,} images)")
         kept[part.corruption, part.severity] = record
         records.append(record)
-        if evaluation.processes.is_main:
-            write_json(path, {"protocol": protocol, "records": list(kept.values())})
+        write_json(path, {"protocol": protocol, "records": list(kept.values())})
     return records
 
 
@@ -338,8 +346,9 @@ def measure_all(evaluation: Evaluation, parts: list[Part], path: Path, protocol:
 
 
 def is_whole(data_set: str, record: dict) -> bool:
-    """Whether all images of all classes of the set were counted."""
-    return (record["classes"], record["images"]) == (len(classes_of(data_set)), IMAGES[data_set])
+    """Whether all images of all classes of the set, and of no others, were counted."""
+    all_of_it = (len(classes_of(data_set)), 0, IMAGES[data_set])
+    return (record["classes"], record["missing_classes"], record["images"]) == all_of_it
 
 
 def corruption_errors(records: Iterable[dict]) -> dict[str, dict]:
@@ -382,10 +391,10 @@ def headline(data_set: str, records: list[dict]) -> dict:
 
 
 def _extent(data_set: str, records: list[dict]) -> str:
-    """How many classes and images, and how many they should be."""
+    """How many classes and images, and how many the set has there."""
     classes, images = max(record["classes"] for record in records), sum(record["images"] for record in records)
-    all_images = IMAGES[data_set] * len(records)
-    return f"{classes:,} of {len(classes_of(data_set)):,} classes, {images:,} of {all_images:,} images"
+    all_classes, all_images = len(classes_of(data_set)), IMAGES[data_set] * len(records)
+    return f"{classes:,} classes and {images:,} images ({TITLES[data_set]}: {all_classes:,} and {all_images:,})"
 
 
 def write_results(folder: Path, results: dict) -> str:
@@ -454,11 +463,9 @@ def build_command_line() -> argparse.ArgumentParser:
     add("--data-path", required=True, type=Path, metavar="DIR", help="its folder, in the layout above")
     add("--out", type=Path, metavar="DIR", help="for the results (default: output/<data set>/<the checkpoint's name>)")
     add("--input-size", type=at_least(int, 1), metavar="PX", help="the model's, if not that of its training")
-    add("--batch-size", type=at_least(int, 1), default=256, metavar="N", help="(default: %(default)s)")
-    workers = build_parser().get_default("num_workers")
-    add("--num-workers", type=at_least(int, 0), default=workers, metavar="N", help="loading processes")
     add("--skip-unreadable", action="store_true", help="leave unreadable images out and count them; no mCE then")
     add_model_options(parser)
+    add_loading_options(parser)
     return parser
 
 
@@ -468,13 +475,13 @@ def run(argv: list[str] | None) -> int:
     args.out = args.out or Path("output", args.data_set, short_names([args.checkpoint])[0])
     start_logging(rank=0)
     parts = find_parts(args.data_set, args.data_path)
-    processes = Processes(0, 1, start_processes(args.device).device)
-    trained = load_model(args.checkpoint, processes.device, args.checkpoint_key, args.num_heads, args.input_size)
-    evaluation = build_evaluation(args, trained, parts, processes)
+    device = pick_device(args.device)
+    trained = load_model(args.checkpoint, device, args.checkpoint_key, args.num_heads, args.input_size)
+    evaluation = build_evaluation(args, trained, parts, device)
     missing = gaps(args.data_set, parts, trained.classes)
     for line in missing:
         logger.warning(f"{args.data_set}: {line}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    prepare_output_dir(args.out, "--out")
     protocol = protocol_of(args, trained, evaluation)
     records = measure_all(evaluation, parts, args.out / "progress.json", protocol)
     results = headline(args.data_set, records) | protocol

@@ -1,6 +1,9 @@
 """What the rows of a table come to: their runs, how far each is, and what the rest costs at the paper's hardware."""
 
 import argparse
+import itertools
+import json
+import os
 import re
 import shlex
 import sys
@@ -21,15 +24,22 @@ VIT_BASE_IMAGES_AN_HOUR = 300 * 1_281_167 / 53
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a script: the row's id in the table, its run's key, and the words after main.py."""
+    """A line of a script: the row's id in the table, its run's key, and the words after main.py.
+
+    Or, where the first of them is a module, ``analysis.<name>``, the words of a command that measures finished runs.
+    """
 
     name: str
     run: str
     words: list[str]
 
-    def needs(self) -> set[str]:
+    @property
+    def measures(self) -> bool:
+        return bool(self.words) and self.words[0].startswith("analysis.")
+
+    def needs(self) -> list[str]:
         """The runs whose files its words name."""
-        return {word.removeprefix("run:").rpartition("/")[0] for word in self.words if word.startswith("run:")}
+        return [word.removeprefix("run:").rpartition("/")[0] for word in self.words if word.startswith("run:")]
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Settings:
     overrides: list[str]
     overrides_path: str
     dry_run: bool
+    smoke: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,45 @@ class Job(Point):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return tuple(name_of(run, self.seed) for run in sorted(self.row.needs()))
+        return tuple(name_of(run, self.seed) for run in sorted(set(self.row.needs())))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One seed of a row that measures; ``words`` follow ``python -m``, and ``folder`` gets what comes of it."""
+
+    row: Row
+    seed: int
+    words: list[str]
+    folder: Path
+
+    @property
+    def lock(self) -> Path:
+        """Held by the script that measures."""
+        return self.folder / "launcher.lock"
+
+    @property
+    def measured(self) -> bool:
+        """Whether it was done, of the files that are there now."""
+        try:
+            return json.loads((self.folder / "measured.json").read_text()) == self.state()
+        except (OSError, ValueError):
+            return False
+
+    def state(self) -> dict:
+        """What it measures: the row's words, wherever data and runs lie, and the size and time of each checkpoint."""
+        stats = [os.stat(path) for path in self.checkpoints()]
+        return {"words": self.row.words, "checkpoints": [[stat.st_size, stat.st_mtime_ns] for stat in stats]}
+
+    def checkpoints(self) -> list[str]:
+        return [path for option, path in itertools.pairwise(self.words) if option == "--checkpoint"]
+
+    def option(self, name: str) -> str | None:
+        """The value of one of its options; None if it is not there."""
+        return next((value for option, value in itertools.pairwise(self.words) if option == name), None)
+
+    def __str__(self) -> str:
+        return name_of(self.row.run, self.seed)
 
 
 def name_of(run: str, seed: int) -> str:
@@ -88,8 +137,19 @@ def choose(rows: list[Row], wanted: list[str]) -> list[Row]:
     if unknown:
         raise UserError(f"ROWS: no row {', '.join(unknown)}; this table has {' '.join(known)}")
     names = set(wanted or known)
-    needed = set().union(*(row.needs() for row in rows if row.name in names))
+    needed = {run for row in rows if row.name in names for run in row.needs()}
     return [row for row in rows if row.name in names or (row.name == "-" and row.run in needed)]
+
+
+def plan_measurements(settings: Settings, rows: list[Row]) -> list[Measurement]:
+    """What the rows measure, a whole table of one seed after the other."""
+    measurements = []
+    for seed in settings.seeds:
+        for row in filter(lambda row: row.measures, rows):
+            folder = settings.out / "runs" / row.run / f"seed{seed}"
+            words = [locate(word, settings, seed) for word in row.words]
+            measurements.append(Measurement(row, seed, [*words, "--out", str(folder)], folder))
+    return measurements
 
 
 def plan(settings: Settings, rows: list[Row]) -> list[Job]:
@@ -100,9 +160,9 @@ def plan(settings: Settings, rows: list[Row]) -> list[Job]:
     """
     jobs, weights = [], {}
     for seed in settings.seeds:
-        for row in rows:
+        for row in itertools.filterfalse(lambda row: row.measures, rows):
             folder = settings.out / "runs" / row.run / f"seed{seed}"
-            words = [locate(word, settings.out, seed) for word in row.words]
+            words = [locate(word, settings, seed) for word in row.words]
             protocol = args = resolve(words, weights)
             if settings.overrides:
                 words += settings.overrides
@@ -122,12 +182,15 @@ def plan(settings: Settings, rows: list[Row]) -> list[Job]:
     return jobs
 
 
-def locate(word: str, out: Path, seed: int) -> str:
-    """``run:<run>/<file>`` as a path; any other word as it is."""
-    if not word.startswith("run:"):
-        return word
-    run, _, file = word.removeprefix("run:").rpartition("/")
-    return str(out / "runs" / run / f"seed{seed}" / file)
+def locate(word: str, settings: Settings, seed: int) -> str:
+    """``run:<run>/<file>`` and ``data:<path below DATA>`` as paths; any other word as it is."""
+    kind, _, place = word.partition(":")
+    if kind == "data":
+        return str(settings.data / place)
+    if kind == "run":
+        run, _, file = place.rpartition("/")
+        return str(settings.out / "runs" / run / f"seed{seed}" / file)
+    return word
 
 
 def resolve(words: list[str], weights: dict[str, str]) -> argparse.Namespace:

@@ -6,10 +6,13 @@
 
 The scripts hand over their rows, one a line: id, run, arguments of main.py. A run is a protocol's: rows of several
 tables that share one share its folder. The row ``-`` belongs to no table; it is done where another row needs it, by
-the word ``run:<run>/<file>``, a file of that run at the same seed.
+the word ``run:<run>/<file>``, a file of that run at the same seed. A row whose first argument is a module,
+``analysis.<name>``, is no run: that command measures such files, on this machine, when all runs are finished;
+``data:<path>`` in it is a path below DATA.
 
 The environment says the rest:
-    DATA        the folder with the data sets' folders (data): imagenet/, domainnet/, torchvision's own
+    DATA        the folder with the data sets' folders (data): imagenet/, domainnet/, imagenet-a/, imagenet-c/,
+                VOCdevkit/, torchvision's own
     OUT         where everything is written (output; output/smoke for SMOKE=1)
     SEEDS       one run of each row for each (0)
     ROWS        only these rows
@@ -18,13 +21,15 @@ The environment says the rest:
                 SLURM cluster as job arrays, and run_with_submitit.py's options: "submitit --partition gpu --nodes 2"
     OVERRIDES   an argument file whose options come after every row's: for other hardware or data
     DRY_RUN=1   print the plan and the commands, start and write nothing
-    SMOKE=1     OVERRIDES=recipes/smoke.args: everything as it is, but tiny, in seconds a row
+    SMOKE=1     OVERRIDES=recipes/smoke.args: everything as it is, but tiny, in seconds a row; what is
+                measured, is on digits in the sets' layouts, in OUT/toy_data
 
-    OUT/runs/<run>/seed<k>/          main.py's output folder
+    OUT/runs/<run>/seed<k>/          main.py's output folder, or what a measurement leaves
     .../seed<k>/launcher.lock        held by the script that trains it; another one waits for that
     OUT/submitit/                    logs of jobs, and what submitit keeps
     OUT/<table>/<row>/seed<k>        a link to it
     OUT/<table>/<row>/protocol.json  the row's arguments before OVERRIDES
+    OUT/<table>/<row>/trained/<name> both of them of the runs that the row measures
 """
 
 import math
@@ -39,6 +44,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import launcher
 from arguments import expand_arguments
 from build import accumulation
 from datasets import read_split
@@ -54,7 +60,20 @@ from launcher import (
     warn_of_data_elsewhere,
 )
 from run_with_submitit import cluster_of
-from scripts.plan_table import Job, Row, Settings, choose, hours, images, in_words, plan, read_rows
+from scripts.plan_table import (
+    Job,
+    Measurement,
+    Row,
+    Settings,
+    choose,
+    hours,
+    images,
+    in_words,
+    plan,
+    plan_measurements,
+    read_rows,
+)
+from scripts.toy_data import write_toy_data
 from utils import UserError, write_json
 
 # ------------------------------------------------------------------------------------------- what is asked for
@@ -79,9 +98,10 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     if not seeds or not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"SEEDS={environ['SEEDS']!r}: use whole numbers with spaces between, for example '0 1 2'")
     launch = launch_words(environ.get("LAUNCH", ""), elsewhere=flags["DRY_RUN"] == "1" and not overrides)
+    out = Path(environ.get("OUT") or ("output/smoke" if smoke else "output")).expanduser()
     return Settings(
-        data=Path(environ.get("DATA") or "data").expanduser(),
-        out=Path(environ.get("OUT") or ("output/smoke" if smoke else "output")).expanduser(),
+        data=out / "toy_data" if smoke else Path(environ.get("DATA") or "data").expanduser(),
+        out=out,
         seeds=[int(seed) for seed in dict.fromkeys(seeds)],
         rows=environ.get("ROWS", "").split(),
         launch=launch,
@@ -89,6 +109,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         overrides=read_overrides(overrides),
         overrides_path=overrides,
         dry_run=flags["DRY_RUN"] == "1",
+        smoke=smoke,
     )
 
 
@@ -166,11 +187,37 @@ def check(settings: Settings, jobs: list[Job]) -> None:
         seen.add(data)
 
 
-def print_plan(settings: Settings, table: str, jobs: list[Job]) -> None:
-    """A line a run: what is done of it, and what the rest costs."""
+def check_measurements(settings: Settings, measurements: list[Measurement]) -> None:
+    """Refuse what cannot be measured for want of data; SMOKE's are made first.
+
+    Raises:
+        UserError: data that are not there or not as they should be.
+    """
+    from analysis.images import list_images  # and others that a plan has no use for
+    from analysis.masks import read_masked_images
+    from analysis.robustness import find_parts
+
+    readers = {
+        "analysis.figures": lambda of: list_images(of.option("--images")),
+        "analysis.jaccard": lambda of: read_masked_images(of.option("--data-path")),
+        "analysis.robustness": lambda of: find_parts(of.option("--data-set"), Path(of.option("--data-path"))),
+    }
+    unfinished = [measurement for measurement in measurements if not measurement.measured]
+    if unfinished and settings.smoke:
+        write_toy_data(settings.data)
+    for measurement in unfinished:
+        try:
+            readers[measurement.words[0]](measurement)
+        except UserError as error:
+            raise UserError(f"{measurement}: {error} (DATA is the folder of all data sets)") from None
+
+
+def print_plan(settings: Settings, table: str, jobs: list[Job], measurements: list[Measurement]) -> None:
+    """A line a run: what is done of it, and what the rest costs; and one for each that is measured then."""
     print(f"{table}, {len(jobs)} runs in {settings.out}")
     print(f"started by {shlex.join(settings.launch)} (LAUNCH names another launcher)")
-    names, runs = (max(len(getattr(job.row, name)) for job in jobs) for name in ("name", "run"))
+    rows = [planned.row for planned in [*jobs, *measurements]]
+    names, runs = (max(len(getattr(row, name)) for row in rows) for name in ("name", "run"))
     total = 0.0
     for job in jobs:
         done = epochs_done(job)
@@ -180,6 +227,9 @@ def print_plan(settings: Settings, table: str, jobs: list[Job]) -> None:
         cost = f"{left:>5} epochs x {count:>9} images  {in_words(hours(job.args, left))}".rstrip()
         print(f"  {job.row.name:<{names}}  {job.row.run:<{runs}}  seed {job.seed}  {state:<18}{cost}")
         total += hours(job.args, left) or 0.0
+    for measurement in measurements:
+        row, state = measurement.row, "measured" if measurement.measured else f"then {measurement.words[0]}"
+        print(f"  {row.name:<{names}}  {row.run:<{runs}}  seed {measurement.seed}  {state}")
     if total:
         print(f"in all {in_words(total)} on 8 x V100 32 GB, the paper's hardware (our estimate; it names no hours)")
 
@@ -189,76 +239,113 @@ def print_plan(settings: Settings, table: str, jobs: list[Job]) -> None:
 
 def record(table_folder: Path, job: Job) -> None:
     """Put the row into the table's folder: its protocol, and a link to the run of this seed."""
-    if job.row.name == "-":
-        return
-    folder = table_folder / job.row.name
+    if job.row.name != "-":
+        _record(table_folder / job.row.name, vars(job.protocol), job)
+
+
+def record_measurement(table_folder: Path, measurement: Measurement, jobs: list[Job]) -> None:
+    """The same for a row that measures, and in ``trained`` for the runs that it measures."""
+    folder = table_folder / measurement.row.name
+    _record(folder, {"words": measurement.row.words}, measurement)
+    for job in jobs:
+        if job.seed == measurement.seed and job.row.run in measurement.row.needs():
+            _record(folder / "trained" / Path(job.row.run).name, vars(job.protocol), job)
+
+
+def _record(folder: Path, protocol: dict, planned: Job | Measurement) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "protocol.json", vars(job.protocol))
-    link = folder / f"seed{job.seed}"
+    write_json(folder / "protocol.json", protocol)
+    link = folder / f"seed{planned.seed}"
     link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(job.folder, folder))
+    link.symlink_to(os.path.relpath(planned.folder, folder))
 
 
-def finish_all(settings: Settings, table: str, jobs: list[Job]) -> int:
-    """Take all runs to their end, those of a failed run's files left out; 0, or the first exit code that is not.
+def finish_all(settings: Settings, table: str, jobs: list[Job], measurements: list[Measurement]) -> int:
+    """Take all runs to their end, then measure; 0, or the first exit code that is not.
 
-    A run that failed by itself leaves the others theirs. Whatever else ended one would meet the next, too.
+    What fails by itself leaves the others theirs, but for those that need its files. Whatever else ended one would meet
+    the next, too.
     """
     failed = set()
-    for job in jobs:
-        lost = {(run, job.seed) for run in job.row.needs()} & failed
-        with locked(job.lock, f"training {job}"):
-            record(settings.out / table, job)
-            code = 1 if lost else finish(job, command(settings, job))
+    for planned in [*jobs, *measurements]:
+        lost = {(run, planned.seed) for run in planned.row.needs()} & failed
+        doing = "measuring" if planned.row.measures else "training"
+        with locked(planned.lock, f"{doing} {planned}"):
+            if planned.row.measures:
+                record_measurement(settings.out / table, planned, jobs)
+            else:
+                record(settings.out / table, planned)
+            do = measure if planned.row.measures else finish
+            code = 1 if lost else do(planned, command(settings, planned))
         if code > 1:
             return code
         if lost:
-            print(f"{job}: left out; {', '.join(run for run, _ in lost)} failed, and it needs that", file=sys.stderr)
+            names = ", ".join(run for run, _ in lost)
+            print(f"{planned}: left out; {names} failed, and it needs that", file=sys.stderr)
         if code:
-            failed.add((job.row.run, job.seed))
+            failed.add((planned.row.run, planned.seed))
     return 1 if failed else 0
 
 
-def command(settings: Settings, job: Job) -> list[str]:
-    """The whole command line of a run, from the repository's folder."""
-    return [*settings.launch, "main.py", *job.words]
+def measure(measurement: Measurement, command: list[str]) -> int:
+    """Measure what is not measured yet; the command's exit code, or 128 + the signal that ended it."""
+    if measurement.measured:
+        print(f"{measurement}: measured before", flush=True)
+        return 0
+    print(f"{measurement}: {shlex.join(command)}", flush=True)
+    code = launcher.launch(command)
+    if code == 0:
+        write_json(measurement.folder / "measured.json", measurement.state())
+    else:
+        print(f"{measurement}: ended with exit code {code}", file=sys.stderr)
+    return code
 
 
-def submit_table(settings: Settings, table: str, jobs: list[Job]) -> int:
+def command(settings: Settings, planned: Job | Measurement) -> list[str]:
+    """The whole command line of a run or a measurement, from the repository's folder."""
+    if planned.row.measures:
+        return [sys.executable, "-m", *planned.words]
+    return [*settings.launch, "main.py", *planned.words]
+
+
+def submit_table(settings: Settings, table: str, jobs: list[Job], measurements: list[Measurement]) -> int:
     """Give Slurm what is neither finished nor queued; always 0: what becomes of it, the jobs tell."""
     submit_all(settings.cluster, jobs, settings.out / "submitit")
     for job in jobs:
         record(settings.out / table, job)
     print(f"how far they are: python run_with_submitit.py --job-dir {shlex.quote(str(settings.out))} --status")
-    print("when all are finished, the same command prints the report")
+    then = "measures, on this machine, and prints the report" if measurements else "prints the report"
+    print(f"when all are finished, the same command {then}")
     return 0
 
 
-def print_commands(settings: Settings, jobs: list[Job]) -> None:
+def print_commands(settings: Settings, jobs: list[Job], measurements: list[Measurement]) -> None:
     """What would be started."""
     if settings.cluster:
         print_submission(settings.cluster, jobs, settings.out / "submitit")
-        return
-    for job in jobs:
-        print(f"# {job.row.name}: {job}\n{shlex.join(command(settings, job))}")
+    for planned in [*([] if settings.cluster else jobs), *measurements]:
+        print(f"# {planned.row.name}: {planned}\n{shlex.join(command(settings, planned))}")
 
 
 def run_table(table: str, settings: Settings, rows: list[Row]) -> int:
     """Print the plan, do it, print the report; returns the exit code."""
-    jobs = plan(settings, choose(rows, settings.rows))
-    print_plan(settings, table, jobs)
+    rows = choose(rows, settings.rows)
+    jobs, measurements = plan(settings, rows), plan_measurements(settings, rows)
+    print_plan(settings, table, jobs, measurements)
     if settings.dry_run:
-        print_commands(settings, jobs)
+        print_commands(settings, jobs, measurements)
         return 0
     check(settings, jobs)
+    if measurements:
+        check_measurements(settings, measurements)
     if settings.cluster and any(epochs_done(job) < job.epochs for job in jobs):
-        return submit_table(settings, table, jobs)
-    code = finish_all(settings, table, jobs)
+        return submit_table(settings, table, jobs, measurements)
+    code = finish_all(settings, table, jobs, measurements)
     if code > 1:
         return code
-    from analysis.report import report  # draws: Matplotlib is of no use to a plan
+    from analysis.report import PAPER, report  # draws: Matplotlib is of no use to a plan
 
-    print(report(settings.out / table))
+    print(report(settings.out / table) if table in PAPER else f"in {settings.out / table}")
     return code
 
 

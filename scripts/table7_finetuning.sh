@@ -17,26 +17,16 @@
 # Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for variable in CKPT_BASE CKPT_SAR; do
-    if [ -n "${!variable:-}" ] && [ ! -f "${!variable}" ]; then
-        echo "error: $variable=${!variable}: no such file (paths are seen from the repository)" >&2
-        exit 2
-    fi
-done
-base=${CKPT_BASE:-run:in1k/vit_small/checkpoint.pth}
-sar=${CKPT_SAR:-run:in1k/vit_small_sar/checkpoint.pth}
-from_base=finetune${CKPT_BASE:+_given} # runs from your weights are others than those from Table 4's
-from_sar=finetune${CKPT_SAR:+_given}
+source scripts/trained_weights.sh
 
 rows() {
-    echo "- in1k/vit_small      @recipes/deit_in1k.args --model vit_small"
-    echo "- in1k/vit_small_sar  @recipes/deit_in1k.args --model vit_small_sar"
+    in1k_rows
     for set in cifar10 cifar100 flowers pets; do
         tuned="@recipes/finetune.args --data-set $set"
-        echo "no-no_$set    $from_base/no-no_$set   $tuned --model vit_small     --finetune '$base'"
-        echo "yes-no_$set   $from_sar/yes-no_$set   $tuned --model vit_small     --finetune '$sar'"
-        echo "no-yes_$set   $from_base/no-yes_$set  $tuned --model vit_small_sar --finetune '$base'"
-        echo "yes-yes_$set  $from_sar/yes-yes_$set  $tuned --model vit_small_sar --finetune '$sar'"
+        echo "no-no_$set    finetune$given_base/no-no_$set   $tuned --model vit_small     --finetune '$base'"
+        echo "yes-no_$set   finetune$given_sar/yes-no_$set   $tuned --model vit_small     --finetune '$sar'"
+        echo "no-yes_$set   finetune$given_base/no-yes_$set  $tuned --model vit_small_sar --finetune '$base'"
+        echo "yes-yes_$set  finetune$given_sar/yes-yes_$set  $tuned --model vit_small_sar --finetune '$sar'"
     done
 }
 exec bash scripts/run_table.sh table7 < <(rows)
