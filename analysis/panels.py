@@ -55,6 +55,10 @@ class ModelMaps:
     similarity: Tensor
     predictions: list[str] | None = None
 
+    def of(self, rows: slice) -> "ModelMaps":
+        """The same of some of the images."""
+        return ModelMaps(self.name, self.similarity[rows], self.predictions and self.predictions[rows])
+
 
 @dataclass(frozen=True)
 class Box:
@@ -129,10 +133,12 @@ def mask_page(
     return _page(pictures, titles, models, heading, draw)
 
 
-def component_page(pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps]) -> Figure:
-    """The similarity map, its mean as a line, and the components above it (Fig. 2); see `attention_page`.
+def component_page(
+    pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps], mass: float = MASS
+) -> Figure:
+    """The similarity map, its mean as a line, and the components above it (Fig. 2); arguments as of `attention_page`.
 
-    The component with the largest mass has the first of `COLOURS`.
+    The components have nothing to do with ``mass``. The one with the largest mass has the first of `COLOURS`.
     """
 
     def draw(axes: Axes, box: Box, picture: np.ndarray, similarity: Tensor) -> None:
@@ -222,8 +228,11 @@ def _page(
         _paint(axes, box, picture)
         _caption(axes, box, title)
         for model, columns in zip(models, lefts, strict=True):
-            for left, similarity in zip(columns, model.similarity[index], strict=True):
-                draw(axes, Box(left + inset, top, side, height), picture, similarity)
+            boxes = [Box(left + inset, top, side, height) for left in columns]
+            for head_box, similarity in zip(boxes, model.similarity[index], strict=True):
+                draw(axes, head_box, picture, similarity)
+            if model.predictions:
+                _caption(axes, boxes[0], f"\npredicted {model.predictions[index]}")
         top += height + 2 * LINE + GAP
     return figure
 

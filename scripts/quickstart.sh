@@ -7,7 +7,7 @@
 #
 # Hardware: anything with Python 3.11 or 3.12; a GPU is used if there is one.
 # Time: the installation once (a few minutes), then under four minutes on two cores.
-# Expected: at least 95 % of 360 test digits, and output/quickstart/maps.png.
+# Expected: at least 95 % of 360 test digits, and pictures of attention maps in output/quickstart/figures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
@@ -16,4 +16,4 @@ bash scripts/install.sh "${REQUIREMENTS:-requirements.txt}"
 "$VENV/bin/python" main.py @recipes/quickstart.args --output-dir "$OUT" "$@"
 echo
 "$VENV/bin/python" main.py --eval --resume "$OUT/best.pth"
-"$VENV/bin/python" -m analysis.maps --checkpoint "$OUT/best.pth" --out "$OUT/maps.png"
+"$VENV/bin/python" -m analysis.figures --checkpoint "$OUT/best.pth" --out "$OUT/figures"

@@ -1,15 +1,25 @@
 """The pages show what was measured: every picture, map, mask, component and word is where it belongs."""
 
+import base64
 import io
+import json
+import re
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+import runs
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
-from analysis import panels
-from analysis.attention import attention_of, keep_mass
+import main
+from analysis import figures, panels
+from analysis.attention import attention_of, keep_mass, similarity_maps
+from analysis.images import squash
+from analysis.models import load_model
 from analysis.panels import ModelMaps
 from losses import spatial_entropy
 
@@ -127,3 +137,149 @@ def test_models_of_other_grids_and_heads_stand_beside_each_other(similarity, pic
         assert page_box.containsy(box.y1)
         for other in boxes[:number]:
             assert not box.padded(-0.5).overlaps(other.padded(-0.5))
+
+
+# ----------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return runs.write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def small(digits, tmp_path_factory):
+    """A checkpoint of two heads and a grid of 4 x 4."""
+    return train(
+        digits, tmp_path_factory.mktemp("small"), "--input-size 8 --model-kwargs embed_dim=24 num_heads=2 depth=1"
+    )
+
+
+@pytest.fixture(scope="module")
+def large(digits, tmp_path_factory):
+    """A checkpoint of three heads and a grid of 8 x 8."""
+    return train(digits, tmp_path_factory.mktemp("large"), "--input-size 16")
+
+
+def train(data: Path, folder: Path, options: str) -> Path:
+    assert main.main(runs.command(data, folder, "--epochs", "2", *options.split())) == 0
+    return folder / "best.pth"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Nine images, in two folders: parts of two photographs, wide and tall."""
+    folder = tmp_path_factory.mktemp("photos")
+    china, flower = map(Image.fromarray, load_sample_images().images)
+    for number in range(9):
+        path = folder / ("a" if number < 5 else "b") / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        photo, size = (china, (300, 200)) if number % 2 else (flower, (100, 250))
+        photo.crop((10 * number, 0, 10 * number + size[0], size[1])).save(path)
+    return folder
+
+
+def draw(*words) -> int:
+    return figures.main([str(word) for word in words])
+
+
+def gallery_data(folder: Path) -> dict:
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
+
+
+def test_two_models_side_by_side(small, large, photos, tmp_path, capsys):
+    """All pages and the gallery; drawn again with fewer images, no page of before is left."""
+    out = tmp_path / "out"
+    command = ["--checkpoint", small, "--checkpoint", large, "--images", photos, "--out", out, "--device", "cpu"]
+    assert draw(*command, "--name", "without", "--name", "with", "--mass", "0.5") == 0
+    assert capsys.readouterr().out.endswith(
+        f"attention maps drawn: {out}/index.html (9 images; 6 pages as PNG and PDF beside it)\n"
+    )
+    pages = [f"{kind}-{number}.png" for kind in ("attention", "components", "masks") for number in (1, 2)]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*pages, "figures.pdf", "index.html"])
+    assert len(re.findall(rb"/Type /Page\b", (out / "figures.pdf").read_bytes())) == 6
+    for page in pages:
+        assert matplotlib.image.imread(out / page)[..., :3].std() > 0.1
+    data = gallery_data(out)
+    assert [image["title"] for image in data["images"]] == [f"{'a' if n < 5 else 'b'}/{n}.jpg" for n in range(9)]
+    assert [(model["name"], model["heads"], model["grid"]) for model in data["models"]] == [
+        ("without", 2, [4, 4]),
+        ("with", 3, [8, 8]),
+    ]
+    assert [image["width"] > image["height"] for image in data["images"]] == [number % 2 == 1 for number in range(9)]
+    assert all(image["prediction"] is None for image in data["models"][0]["images"]), "photographs are no digits"
+
+    assert draw(*command, "--count", "2") == 0
+    assert sorted(path.name for path in out.glob("*.png")) == ["attention-1.png", "components-1.png", "masks-1.png"]
+    data = gallery_data(out)
+    assert [image["title"] for image in data["images"]] == ["a/0.jpg", "b/8.jpg"], "spread over all"
+    assert [model["name"] for model in data["models"]] == [Path(small).parent.name, Path(large).parent.name]
+
+
+def test_the_gallery_has_the_models_maps(large, photos, tmp_path):
+    assert draw("--checkpoint", large, "--images", photos, "--count", "1", "--input-size", "24", "--out", tmp_path) == 0
+    model = gallery_data(tmp_path)["models"][0]
+    trained = load_model(large, input_size=24)
+    image = squash(24)(Image.open(photos / "a/0.jpg").convert("RGB"))
+    attention = attention_of(similarity_maps(trained.model, image[None]))[0]
+    needed = np.frombuffer(base64.b64decode(model["images"][0]["needed"]), np.uint8).reshape(-1, 12, 12)
+    assert len(needed) == model["heads"] + 1
+    np.testing.assert_array_equal(needed[:-1] <= 60, keep_mass(attention).numpy())
+
+
+def test_validation_images_have_their_classes_and_predictions(small, large, tmp_path):
+    """Without --images: the first checkpoint's own, each of another class; a moved data set can be named."""
+    assert draw("--checkpoint", large, "--checkpoint", small, "--out", tmp_path / "out", "--count", "4") == 0
+    data = gallery_data(tmp_path / "out")
+    titles = [image["title"] for image in data["images"]]
+    assert len(set(titles)) == 4
+    assert set(titles) <= set("0123456789")
+    for model, size, path in zip(data["models"], (16, 8), (large, small), strict=True):
+        trained = load_model(path)
+        assert (trained.input_size, model["grid"]) == (size, [size // 2] * 2)
+        assert all(image["prediction"] in trained.classes for image in model["images"])
+
+
+def test_predictions_are_the_models(large, digits):
+    """Of images as small as these the whole is evaluated, so the pictures' models agree with the evaluation."""
+    args = figures.build_parser().parse_args(["--checkpoint", str(large), "--out", "unused", "--count", "10"])
+    samples, classes = figures.validation_samples(args)
+    trained = load_model(large)
+    maps = figures.look("model", trained, samples, classes)
+    with torch.inference_mode():
+        logits = trained.model(torch.stack([squash(16)(sample.image) for sample in samples]))
+    assert maps.predictions == [classes[number] for number in logits.argmax(dim=-1)]
+    assert figures.look("model", trained, samples, [*classes, "another"]).predictions is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--images": "nowhere"}, "nowhere: no such folder"),
+        ({"--checkpoint": "nowhere.pth"}, "nowhere.pth"),
+        ({"--out": "file"}, "--out file"),
+        ({"--name": ["one", "two"]}, "2 --name for 1 --checkpoint"),
+        ({"--mass": "60"}, "'60' is not a number of at least 0 and at most 1"),
+        ({"--input-size": "15"}, "15 is not divisible"),
+        ({"--images": None, "--checkpoint": "foreign.pth", "--num-heads": "3"}, "name --images"),
+        ({"--images": None, "--data-path": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is(large, photos, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "look", None)  # no model runs
+    Path("file").touch()
+    torch.save(load_model(large).model.state_dict() | {}, "foreign.pth")
+    options = {"--checkpoint": large, "--images": photos, "--out": "out"} | change
+    words = [[name, word] for name, value in options.items() if value for word in np.atleast_1d(value)]
+    assert draw(*np.concatenate(words)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_damaged_image_is_named(large, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/half.jpg").write_bytes(b"no image")
+    assert draw("--checkpoint", large, "--images", tmp_path / "images", "--out", tmp_path / "out") == 2
+    assert "half.jpg" in capsys.readouterr().err

@@ -7,13 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.image
-import pytest
-import runs
-import torch
-
-import main
-from analysis import maps
 from arguments import parse_arguments
 from utils import UserError
 
@@ -31,45 +24,6 @@ def test_the_requirement_files_differ_in_torch_only():
     assert {name for name in today if today[name] != v100[name]} == {"torch", "torchvision"}
     for name in ("requirements.txt", "requirements-v100.txt"):
         assert "\ntorch===" in "\n" + (ROOT / name).read_text()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    data = runs.write_digits(folder / "digits")
-    assert main.main(runs.command(data, folder / "out", "--input-size", "16")) == 0
-    return folder / "out"
-
-
-def test_maps_are_drawn_for_different_classes(trained, tmp_path, capsys):
-    picture = tmp_path / "maps.png"
-    assert maps.main(["--checkpoint", str(trained / "best.pth"), "--out", str(picture), "--images", "4"]) == 0
-    assert str(picture) in capsys.readouterr().out
-    pixels = matplotlib.image.imread(picture)
-    assert min(pixels.shape[:2]) > 500
-    assert pixels.std() > 0.1
-
-
-def test_every_component_gets_a_colour_of_its_own():
-    import matplotlib.pyplot as plt
-
-    values = torch.zeros(5, 5)
-    values[0, 0], values[4, 4] = 2.0, 1.0
-    figure, axis = plt.subplots()
-    maps._draw_components(axis, values, torch.ones(10, 10, 3).numpy())
-    painted = axis.images[0].get_array()
-    plt.close(figure)
-    heavy, light, ground = painted[0, 0], painted[9, 9], painted[4, 4]
-    assert len({tuple(colour.round(3)) for colour in (heavy, light, ground)}) == 3
-    assert (painted[:2, :2] == heavy).all()
-    orange = torch.tensor(maps.COLOURS[0] / 255)
-    assert torch.allclose(torch.tensor(heavy - 0.35 * 0.6), 0.65 * orange, atol=1e-6), "the heaviest comes first"
-
-
-def test_maps_of_a_foreign_checkpoint_are_refused(tmp_path, capsys):
-    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "foreign.pth")
-    assert maps.main(["--checkpoint", str(tmp_path / "foreign.pth")]) == 2
-    assert "not written by main.py" in capsys.readouterr().err
 
 
 def test_quickstart(tmp_path):
@@ -95,8 +49,10 @@ def test_quickstart(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"\* Acc@1 [\d.]+ Acc@5 [\d.]+ .*\(360 images\)", done.stdout)
-    assert done.stdout.splitlines()[-1] == f"similarity maps drawn: {tmp_path / 'out/maps.png'}"
-    assert (tmp_path / "out/maps.png").exists()
+    assert done.stdout.splitlines()[-1].startswith(
+        f"attention maps drawn: {tmp_path / 'out/figures/index.html'} (10 images"
+    )
+    assert (tmp_path / "out/figures/components-1.png").exists()
 
 
 def test_the_step_benchmark_prints_its_table():

@@ -1,0 +1,180 @@
+"""Draw what one or more models attend to: their attention maps, masks and components, and a gallery of them.
+
+    python -m analysis.figures --checkpoint sar.pth --images photos --out figures
+    python -m analysis.figures --checkpoint vit.pth --checkpoint sar.pth --images photos --out figures
+    python -m analysis.figures --checkpoint output/quickstart/best.pth --out figures
+
+Without --images these are validation images of the first checkpoint's own data set, of different classes. The
+folder --out gets, for all models side by side,
+
+    index.html          the gallery: opens in any browser, needs nothing beside it
+    attention-1.png     each head's attention map (Fig. 4, 8), eight images a page
+    masks-1.png         the patches that hold --mass of it (Fig. 1)
+    components-1.png    similarity map, threshold, components, entropy (Fig. 2)
+    figures.pdf         all these pages
+
+Every model sees the whole image, squashed to the square that it takes (as in Table 11's protocol); pictures and maps
+are drawn in the image's own proportions.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_pdf import PdfPages
+from PIL import Image
+
+from analysis.attention import MASS, similarity_maps
+from analysis.gallery import gallery_html
+from analysis.images import choose_samples, list_images, read_image, squash
+from analysis.jaccard import load_models
+from analysis.models import TrainedModel, add_model_options
+from analysis.panels import ModelMaps, attention_page, component_page, mask_page
+from arguments import HelpFormatter, Parser, at_least, parse_arguments
+from checkpoints import read_checkpoint
+from datasets import build_dataset
+from launcher import exit_code
+from utils import UserError, pick_device, prepare_output_dir, progress, start_logging, write_atomically
+
+ROWS = 8  # images on a page
+DPI = 150
+PAGE_PICTURE, GALLERY_PICTURE = 200, 320  # longer side of a picture, px
+BATCH = 16
+KINDS = {"attention": attention_page, "masks": mask_page, "components": component_page}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image to look at, and what to write under it."""
+
+    title: str
+    image: Image.Image
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the maps of the given checkpoints; returns the exit code."""
+    return exit_code(lambda: run(build_parser().parse_args(argv)))
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="python -m analysis.figures",
+        description=__doc__.splitlines()[0],
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", action="append", required=True, metavar="FILE", help="once for each model")
+    add("--name", action="append", metavar="LABEL", help="of each model, in the same order")
+    add("--images", metavar="DIR", help="with image files (default: the first checkpoint's validation images)")
+    add("--data-path", metavar="DIR", help="where the first checkpoint's data set lies now")
+    add("--count", type=at_least(int, 1), default=16, help="images, spread evenly over all")
+    add("--mass", type=at_least(float, 0, 1), default=MASS, help="share of the attention that masks keep")
+    add("--input-size", type=at_least(int, 1), metavar="PX", help="of all models (default: each one's own)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and gallery")
+    add_model_options(parser)
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Read, look, draw; says where the gallery is. What can be wrong with the input is known before a model runs."""
+    start_logging(0)
+    if args.name and len(args.name) != len(args.checkpoint):
+        raise UserError(f"{len(args.name)} --name for {len(args.checkpoint)} --checkpoint; give each one or none")
+    trained = load_models(args, pick_device(args.device))
+    samples, classes = folder_samples(args) if args.images else validation_samples(args)
+    prepare_output_dir(args.out, "--out")
+    names = args.name or [model.name for model in trained]
+    models = [look(name, model, samples, classes) for name, model in zip(names, trained, strict=True)]
+    count = write_pages(samples, models, args.mass, args.out)
+    page = gallery_html(pictures_of(samples, GALLERY_PICTURE), [sample.title for sample in samples], models)
+    write_atomically(args.out / "index.html", lambda file: file.write(page.encode()))
+    beside = f"{len(samples)} images; {count} pages as PNG and PDF beside it"
+    print(f"attention maps drawn: {args.out / 'index.html'} ({beside})")
+    return 0
+
+
+def folder_samples(args: Namespace) -> tuple[list[Sample], None]:
+    """``--count`` images of the folder, spread evenly over it; their classes are not known.
+
+    Raises:
+        UserError: no such folder, no image in it, or one that cannot be read.
+    """
+    paths = list_images(args.images)
+    chosen = np.linspace(0, len(paths) - 1, num=min(args.count, len(paths)), dtype=int)
+    return [Sample(str(paths[i].relative_to(args.images)), read_image(paths[i])) for i in chosen], None
+
+
+def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:
+    """``--count`` validation images of the first checkpoint's data set, of different classes, and its classes.
+
+    Raises:
+        UserError: a checkpoint of another program, which does not name its data; or the data set is not there.
+    """
+    path = args.checkpoint[0]
+    saved = read_checkpoint(path, lazily=True).get("args")
+    if not isinstance(saved, Mapping) or "data_set" not in saved:
+        raise UserError(f"{path}: not written by main.py, so its validation images are unknown; name --images")
+    given = ["--data-path", args.data_path] if args.data_path else []
+    run_args = parse_arguments(["--eval", *given], saved=saved)
+    dataset, _ = build_dataset(run_args.data_set, "val", run_args.data_path)
+    chosen = choose_samples(dataset, args.count)
+    return [Sample(dataset.classes[label], image) for image, label in chosen], dataset.classes
+
+
+@torch.inference_mode()
+def look(name: str, trained: TrainedModel, samples: list[Sample], classes: list[str] | None) -> ModelMaps:
+    """A model's maps of the samples, and what it takes them for, if it was trained on their ``classes``."""
+    transform, similarity, logits = squash(trained.input_size), [], []
+    for start in progress(range(0, len(samples), BATCH), name):
+        images = torch.stack([transform(sample.image) for sample in samples[start : start + BATCH]])
+        images = images.to(next(trained.model.parameters()).device)
+        similarity.append(similarity_maps(trained.model, images).cpu())
+        logits.append(trained.model(images).cpu())
+    known = classes is not None and trained.classes == classes
+    predictions = [classes[number] for number in torch.cat(logits).argmax(dim=-1)] if known else None
+    return ModelMaps(name, torch.cat(similarity), predictions)
+
+
+def pictures_of(samples: list[Sample], side: int) -> list[np.ndarray]:
+    """RGB ``(height, width, 3)`` in 0..1, their longer side of so many pixels."""
+    pictures = []
+    for image in (sample.image for sample in samples):
+        width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
+        pictures.append(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)) / 255)
+    return pictures
+
+
+def write_pages(samples: list[Sample], models: list[ModelMaps], mass: float, out: Path) -> int:
+    """Write ``<kind>-<page>.png`` and all of them as figures.pdf; returns how many pages.
+
+    Pages beyond these, of an earlier and longer drawing, are removed.
+    """
+    pictures, titles = pictures_of(samples, PAGE_PICTURE), [sample.title for sample in samples]
+    starts = range(0, len(samples), ROWS)
+    pages = [(kind, number, start) for kind in KINDS for number, start in enumerate(starts, start=1)]
+
+    def fill(file) -> None:
+        with PdfPages(file, metadata={"CreationDate": None}) as pdf:
+            for kind, number, start in progress(pages, "pages"):
+                rows = slice(start, start + ROWS)
+                figure = KINDS[kind](pictures[rows], titles[rows], [model.of(rows) for model in models], mass)
+                write_atomically(out / f"{kind}-{number}.png", partial(figure.savefig, format="png", dpi=DPI))
+                pdf.savefig(figure)
+
+    write_atomically(out / "figures.pdf", fill)
+    for kind in KINDS:
+        number = len(starts) + 1
+        while (leftover := out / f"{kind}-{number}.png").exists():
+            leftover.unlink()
+            number += 1
+    return len(pages)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

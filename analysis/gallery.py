@@ -1,0 +1,88 @@
+"""One HTML file to look through attention maps with: images in rows, models in columns, nothing beside it needed.
+
+The page, its style and its script are ``gallery.html``; here its data are made. Each map travels as three bytes a
+patch, at the resolution of its grid:
+
+- ``level``: the attention, from the map's least value (0) to its greatest (255), which is what a colour needs;
+- ``needed``: the least whole percentage of mass at which `attention.keep_mass` keeps the patch (101: never), so that
+  the page shows the same masks as Python without adding up numbers of its own;
+- ``rank``: the component above the mean that it belongs to, by mass; 0 for none (`panels.rank_components`).
+
+After a model's heads comes their mean, the average of their attention, as a map of its own.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from PIL import Image
+from torch import Tensor
+
+from analysis.attention import attention_of, keep_mass, measure_maps
+from analysis.panels import COLOUR_MAP, COLOURS, ModelMaps, rank_components
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+JPEG_QUALITY = 85
+
+
+def gallery_html(pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps]) -> str:
+    """The page, all data in it.
+
+    Args:
+        pictures: RGB, ``(height, width, 3)`` in 0..1, of any sizes; they are embedded as they are, so no larger than
+            they are to be seen.
+        titles: one for each; any characters.
+        models: at least one; their grids and numbers of heads may differ.
+    """
+    data = {
+        "images": [_image(picture, title) for picture, title in zip(pictures, titles, strict=True)],
+        "models": [_model(model) for model in models],
+        "map_colours": (colormaps[COLOUR_MAP](range(256))[:, :3] * 255).round().astype(int).tolist(),
+        "component_colours": COLOURS.tolist(),
+    }
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # so that no title ends the script element
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text)
+
+
+def needed_mass(attention: Tensor) -> Tensor:
+    """The least whole percentage of mass at which each patch of ``(..., h, w)`` is kept, uint8; 101: never."""
+    missing = [~keep_mass(attention, percentage / 100) for percentage in range(101)]
+    return torch.stack(missing).sum(dim=0).to(torch.uint8)
+
+
+def _image(picture: np.ndarray, title: str) -> dict:
+    file = io.BytesIO()
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(file, "JPEG", quality=JPEG_QUALITY)
+    height, width = picture.shape[:2]
+    source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"title": title, "picture": source, "width": width, "height": height}
+
+
+def _model(model: ModelMaps) -> dict:
+    """A model's maps of all images, and what is measured of them."""
+    similarity = model.similarity
+    attention = attention_of(similarity)
+    mean = attention.mean(dim=1, keepdim=True)
+    attention, measured = torch.cat([attention, mean], dim=1), torch.cat([similarity, mean], dim=1)
+    least, greatest = attention.amin(dim=(-2, -1), keepdim=True), attention.amax(dim=(-2, -1), keepdim=True)
+    level = (attention - least) / (greatest - least).clamp_min(torch.finfo(attention.dtype).tiny) * 255
+    measures = measure_maps(measured)
+    columns = {
+        "level": map(_encode, level.round()),
+        "needed": map(_encode, needed_mass(attention)),
+        "rank": map(_encode, rank_components(measured).clamp(max=255)),
+        "entropy": measures["entropy"].abs().tolist(),
+        "components": measures["components"].tolist(),
+        "prediction": model.predictions or [None] * len(similarity),
+    }
+    images = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return {"name": model.name, "heads": similarity.shape[1], "grid": list(similarity.shape[-2:]), "images": images}
+
+
+def _encode(values: Tensor) -> str:
+    return base64.b64encode(values.to(torch.uint8).numpy().tobytes()).decode()
