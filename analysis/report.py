@@ -364,6 +364,8 @@ def readable(value) -> str:
         value = " ".join(map(str, value))
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, int):
+        return f"{value:,}"
     return "none" if value in (None, "") else str(value)
 
 

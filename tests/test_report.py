@@ -345,6 +345,98 @@ def test_a_difference_to_another_kind_of_baseline_is_told(tmp_path):
     assert rows["F"]["remarks"] == "trained otherwise than its baseline, so the difference says little"
 
 
+# ----------------------------------------------------------------------------------- what is measured of runs
+
+
+def measure_row(table: Path, row: str, *results: dict, trained: bool = True, **changes) -> None:
+    """A row whose seeds were measured with these results, of runs that ``changes`` make differ from the protocol."""
+    if trained:
+        write_row(table / row / "trained", "vit_small", *([90.0] * 3 for _ in results), **changes)
+    for seed, result in enumerate(results):
+        (table / row / f"seed{seed}").mkdir(parents=True)
+        (table / row / f"seed{seed}/results.json").write_text(json.dumps(result))
+    (table / row / "protocol.json").write_text(json.dumps({"words": []}))
+
+
+def test_what_was_measured_counts_and_lower_may_be_better(tmp_path):
+    table = tmp_path / "table8"
+    measure_row(table, "in_a_vit_small", {"imagenet_a_accuracy": 20.0}, {"imagenet_a_accuracy": 22.0})
+    measure_row(table, "in_a_vit_small_sar", {"imagenet_a_accuracy": 25.0})
+    measure_row(table, "in_c_vit_small", {"mce": 50.0})
+    measure_row(table, "in_c_vit_small_sar", {"mce": 53.5})
+    text = report.report(table)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[0] == "| row | paper | ours, last epoch | paper − baseline | ours − baseline | epochs | remarks |"
+    assert lines[2:] == [
+        "| ViT-S/16, IN-A | 19.2 | 21.00 ± 1.41 (n = 2) |  |  | 3/3 |  |",
+        "| ViT-S/16 + SAR, IN-A | 22.39 | 25.00 (n = 1) | +3.19 | +4.00 | 3/3 |  |",
+        "| ViT-S/16, IN-C | 52.8 | 50.00 (n = 1) |  |  | 3/3 | mCE (%), lower is better |",
+        "| ViT-S/16 + SAR, IN-C | 51.6 | 53.50 (n = 1) | -1.20 (better) | +3.50 (worse) | 3/3 "
+        "| mCE (%), lower is better |",
+    ]
+    assert "best epoch" not in text, "the last one's weights were measured"
+    rows = summary(table)
+    assert [rows[row]["better"] for row in rows] == ["higher", "higher", "lower", "lower"]
+    assert {row["best_mean"] for row in rows.values()} == {""}
+
+
+def test_what_covers_less_is_no_value_of_the_table(tmp_path):
+    table = tmp_path / "table8"
+    measure_row(table, "in_c_vit_small", {"instead": "mean error 40.00 % over 2 of 15 corruptions"}, {"mce": 51.0})
+    row = summary(table)["in_c_vit_small"]
+    assert (row["last_mean"], row["seeds"]) == ("51.0", "1")
+    assert row["not_comparable"] == "mean error 40.00 % over 2 of 15 corruptions"
+
+
+def test_both_protocols_are_told_and_each_is_compared_with_its_own(tmp_path):
+    table = tmp_path / "table11"
+    result = {"protocol": "paper-code", "images": 1449, "input_size": 480, "mass": 0.6}
+    measure_row(table, "vit_small", result | {"jaccard": 20.0})
+    measure_row(table, "vit_small_sar", result | {"jaccard": 30.0})
+    void = result | {"protocol": "void-excluded"}
+    measure_row(table, "vit_small_void_excluded", void | {"jaccard": 22.0})
+    measure_row(table, "vit_small_sar_void_excluded", void | {"jaccard": 33.0})
+    text = report.report(table)
+    assert "| ViT-S/16 + SAR | 31.19 | 30.00 (n = 1) | +12.01 | +10.00 | 3/3 |  |" in text
+    assert "| ViT-S/16 + SAR, void excluded | – | 33.00 (n = 1) |  | +11.00 | 3/3 |  |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"images": 97}, "images 97, not 1,449"),
+        ({"protocol": "void-excluded"}, "protocol void-excluded, not paper-code"),
+        ({"mass": 0.5, "input_size": 224}, "input size 224, not 480; mass 0.5, not 0.6"),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_comparable(tmp_path, changes, reason):
+    result = {"jaccard": 20.0, "protocol": "paper-code", "images": 1449, "input_size": 480, "mass": 0.6}
+    measure_row(tmp_path / "table11", "vit_small", result | changes)
+    assert summary(tmp_path / "table11")["vit_small"]["not_comparable"] == reason
+
+
+def test_how_the_measured_weights_were_trained_counts_too(tmp_path):
+    table = tmp_path / "table8"
+    measure_row(table, "in_a_vit_small", {"imagenet_a_accuracy": 20.0}, lr=1.0)
+    measure_row(table, "in_a_vit_small_sar", {"imagenet_a_accuracy": 25.0}, trained=False)
+    write_row(table / "in_c_vit_small/trained", "vit_small", [90.0, 91.0])
+    (table / "in_c_vit_small/protocol.json").write_text("{}")
+    rows = summary(table)
+    assert rows["in_a_vit_small"]["not_comparable"] == "lr 1.0, not 0.0005"
+    assert rows["in_a_vit_small_sar"]["remarks"].startswith(
+        "of weights that were given; trained otherwise than its base"
+    )
+    assert rows["in_c_vit_small"]["not_comparable"] == "unfinished, 2 of 3 epochs"
+    assert rows["in_c_vit_small"]["remarks"] == "not measured; mCE (%), lower is better"
+    assert rows["in_c_vit_small_sar"]["remarks"] == "not run; mCE (%), lower is better"
+
+
+def test_measured_rows_have_no_curve(tmp_path):
+    measure_row(tmp_path / "table8", "in_c_vit_small", {"mce": 50.0})
+    figure = report.draw(*report.read_table(tmp_path / "table8"))
+    assert [axis.lines[:] for axis in figure.axes] == [[], []]
+
+
 # ------------------------------------------------------------------------------------------------- errors
 
 
@@ -366,6 +458,15 @@ def unknown_row(folder):
     write_row(folder / "table1b", "A", [1.0])
     write_row(folder / "table1b", "G", [1.0])
     return folder / "table1b"
+
+
+def broken_result(content: str):
+    def make(folder):
+        measure_row(folder / "table8", "in_a_vit_small", {})
+        (folder / "table8/in_a_vit_small/seed0/results.json").write_text(content)
+        return folder / "table8"
+
+    return make
 
 
 def broken(name: str, content: bytes | None):
@@ -399,6 +500,8 @@ def broken(name: str, content: bytes | None):
         (broken("seed0/args.json", b"{}"), "seed0/args.json: not the arguments of main.py"),
         (broken("seed0/log.txt", b"\xff\n"), "seed0/log.txt: 'utf-8' codec"),
         (broken("protocol.json", b"{"), "A/protocol.json: Expecting"),
+        (broken_result("{"), "seed0/results.json: Expecting"),
+        (broken_result("3"), "seed0/results.json: not the results of a measurement"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, capsys, make, message):

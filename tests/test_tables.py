@@ -1,6 +1,7 @@
 """The scripts of the tables: their rows, what they promise before anything starts, and every one of them in small."""
 
 import fcntl
+import importlib
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ import engine
 import launcher
 import main
 from arguments import parse_arguments
-from scripts import plan_table, run_table
+from scripts import plan_table, run_table, toy_data
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,9 @@ SCRIPTS = {
     "table3": "table3_sampling.sh",
     "table4": "table4_imagenet1k.sh",
     "table7": "table7_finetuning.sh",
+    "table8": "table8_robustness.sh",
+    "table11": "table11_jaccard.sh",
+    "fig1_fig4": "fig1_fig4_attention.sh",
     "fig3": "fig3_epochs.sh",
     "appendix_b": "appendix_b_alternatives.sh",
 }
@@ -47,6 +51,9 @@ PLACES = {
     "table3": "Table 3",
     "table4": "Table 4",
     "table7": "Table 7",
+    "table8": "Table 8",
+    "table11": "Table 11",
+    "fig1_fig4": "Fig. 1 and Fig. 4",
     "fig3": "Fig. 3",
     "appendix_b": "Appendix B and section 4.3",
 }
@@ -60,7 +67,8 @@ SIZES_EPOCHS_DATA = {
 def at_the_root(monkeypatch):
     """As the scripts are: in the repository's folder, and with none of their settings."""
     monkeypatch.chdir(ROOT)
-    for name in ("DATA", "OUT", "SEEDS", "ROWS", "LAUNCH", "OVERRIDES", "DRY_RUN", "SMOKE", "CKPT_BASE", "CKPT_SAR"):
+    names = "DATA OUT SEEDS ROWS LAUNCH OVERRIDES DRY_RUN SMOKE CKPT_BASE CKPT_SAR IMAGES COUNT"
+    for name in names.split():
         monkeypatch.delenv(name, raising=False)
 
 
@@ -102,17 +110,28 @@ def start_nothing(command):
 
 def in_this_process(command: list[str]) -> int:
     """``launch`` without a new process."""
-    assert command[:2] == [sys.executable, "main.py"]
+    assert command[0] == sys.executable
+    if command[1] == "-m":
+        return importlib.import_module(command[2]).main(command[3:])
+    assert command[1] == "main.py"
     return main.main(command[2:])
 
 
 class Pretend:
-    """``launch`` that only leaves a finished run's checkpoint, with what main.py would have been told."""
+    """``launch`` that only leaves a finished run's checkpoint, with what main.py would have been told.
+
+    Or the results.json of a measurement.
+    """
 
     def __init__(self):
         self.started = []
+        self.measured = []
 
     def __call__(self, command: list[str]) -> int:
+        if "main.py" not in command:
+            self.measured.append(command[2:])
+            (Path(command[-1]) / "results.json").write_text("{}")
+            return 0
         args = parse_arguments(command[command.index("main.py") + 1 :])
         self.started.append(args)
         os.makedirs(args.output_dir, exist_ok=True)
@@ -152,7 +171,7 @@ def test_a_script_has_the_rows_of_the_papers_table(table, read_script):
     name, rows = read_script(table)
     names = [row.name for row in plan_table.read_rows(rows) if row.name != "-"]
     assert name == table
-    assert sorted(names) == sorted(analysis.report.PAPER[table]["rows"])
+    assert sorted(names) == sorted(analysis.report.PAPER.get(table, {"rows": ["maps"]})["rows"])
 
 
 @pytest.mark.parametrize("table", SCRIPTS)
@@ -164,7 +183,8 @@ def test_a_script_opens_with_purpose_hardware_time_and_numbers(table, run, capsy
     assert run(table, DRY_RUN=1) == 0
     (hours,) = re.findall(r"in all (about [\d.]+ hours)", capsys.readouterr().out)
     assert f"# Time: {hours}" in head
-    values = [row["value"] for row in analysis.report.PAPER[table]["rows"].values() if row["value"] is not None]
+    rows = analysis.report.PAPER.get(table, {"rows": {}})["rows"]
+    values = [row["value"] for row in rows.values() if row["value"] is not None]
     missing = [value for value in values if not re.search(rf"\b{value}\b", head.partition("Expected")[2])]
     assert not missing
 
@@ -188,6 +208,9 @@ def test_rows_that_are_one_experiment_are_one_run(read_script):
     assert run["table1b", "A"] == run["table1c", "vit_small_100"] == run["table3", "1.00_vit_small"]
     assert run["table1a", "0"] == run["table1b", "C"]
     assert run["fig3", "vit_small_sar"] == run["table4", "vit_small_sar"]
+    in1k = {run["table4", "vit_small"], run["table4", "vit_small_sar"]}
+    for table in ("table7", "table8", "table11", "fig1_fig4"):
+        assert {job.row.run for job in jobs_of(table, read_script) if job.row.name == "-"} == in1k
 
 
 @pytest.mark.parametrize(
@@ -254,11 +277,12 @@ def test_a_dry_run_with_weights_has_no_pre_training(run, tmp_path, capsys):
     assert "fine-tuning alone about 1.5 hours" in (ROOT / "scripts/table7_finetuning.sh").read_text()
 
 
+@pytest.mark.parametrize("table", ["table7", "table8", "table11", "fig1_fig4"])
 @pytest.mark.parametrize("variable", ["CKPT_BASE", "CKPT_SAR"])
 @pytest.mark.parametrize("dry_run", ["", "1"])
-def test_weights_that_are_not_there_are_named_by_their_variable(variable, dry_run):
+def test_weights_that_are_not_there_are_named_by_their_variable(table, variable, dry_run):
     environ = os.environ | {"DRY_RUN": dry_run, variable: "no where.pth"}
-    command = ["bash", ROOT / "scripts/table7_finetuning.sh"]
+    command = ["bash", ROOT / "scripts" / SCRIPTS[table]]
     done = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {variable}=no where.pth: no such file (paths are seen from the repository)\n"
@@ -568,6 +592,133 @@ def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypat
     )
 
 
+# -------------------------------------------------------------------------------------- measured when finished
+
+
+@pytest.mark.parametrize("table", ["table8", "table11", "fig1_fig4"])
+def test_what_is_measured_is_a_command_of_finished_runs(table, run, tmp_path, capsys):
+    """Every command of a dry run is understood, and reads what the runs before write."""
+    assert run(table, DRY_RUN=1, OUT=tmp_path / "out", DATA="/data", SEEDS="0 2") == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if " -m analysis." in line]
+    names = analysis.report.PAPER.get(table, {"rows": ["maps"]})["rows"]
+    assert len(commands) == 2 * len(names)
+    for python, _, module, *words in commands:
+        assert python == sys.executable
+        values = list(itertools.pairwise(words))
+        seed = words[-1].rpartition("/")[2]
+        runs = {f"{tmp_path}/out/runs/in1k/{model}/{seed}/checkpoint.pth" for model in ("vit_small", "vit_small_sar")}
+        assert {value for option, value in values if option == "--checkpoint"} <= runs
+        assert any(value.startswith("/data/") for _, value in values)
+        help_text = run_help(module, capsys)
+        assert all(word in help_text for word in words if word.startswith("--"))
+
+
+def run_help(module: str, capsys) -> str:
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    return capsys.readouterr().out
+
+
+def measured_data(folder: Path) -> Path:
+    """Data that can be found, of all that is measured; ImageNet is only a folder."""
+    toy_data.write_toy_data(folder / "data")
+    return folder / "data"
+
+
+def test_a_measured_row_trains_what_it_needs_and_is_recorded_with_it(run, no_report, data_read, tmp_path, capsys):
+    where = {"OUT": tmp_path, "DATA": measured_data(tmp_path), "SEEDS": "0 4"}
+    launch = Pretend()
+    assert run("table8", launch, ROWS="in_c_vit_small_sar", **where) == 0
+    assert [(args.model, args.seed) for args in launch.started] == [("vit_small_sar", 0), ("vit_small_sar", 4)]
+    assert len(launch.measured) == 2
+    row = tmp_path / "table8/in_c_vit_small_sar"
+    assert (row / "seed4").resolve() == tmp_path / "runs/imagenet_c/vit_small_sar/seed4"
+    assert (row / "seed4/results.json").exists()
+    assert (row / "trained/vit_small_sar/seed4").resolve() == tmp_path / "runs/in1k/vit_small_sar/seed4"
+    protocol = json.loads((row / "trained/vit_small_sar/protocol.json").read_text())
+    assert (protocol["epochs"], protocol["model"]) == (300, "vit_small_sar")
+    assert capsys.readouterr().out.endswith(f"report of {tmp_path}/table8\n")
+
+
+def test_what_is_measured_is_not_measured_again(run, no_report, data_read, tmp_path, capsys):
+    """But for another checkpoint; its data need not be there any more."""
+    where = {"OUT": tmp_path, "ROWS": "vit_small vit_small_void_excluded"}
+    launch = Pretend()
+    assert run("table11", launch, DATA=measured_data(tmp_path), **where) == 0
+    assert [words[words.index("--protocol") + 1] for words in launch.measured] == ["paper-code", "void-excluded"]
+    assert run("table11", start_nothing, DATA="/nowhere", **where) == 0
+    assert "jaccard/vit_small, seed 0: measured before" in capsys.readouterr().out
+    os.utime(tmp_path / "runs/in1k/vit_small/seed0/checkpoint.pth", (0, 0))
+    launch = Pretend()
+    assert run("table11", launch, DATA=tmp_path / "data", **where) == 0
+    assert (len(launch.started), len(launch.measured)) == (0, 2)
+    (tmp_path / "runs/jaccard/vit_small/seed0/measured.json").write_text("{")
+    assert run("table11", launch, **where) == 0
+    assert len(launch.measured) == 3
+
+
+@pytest.mark.parametrize(
+    ("table", "missing", "message"),
+    [
+        ("table8", "imagenet-a", "imagenet_a/vit_small, seed 0: --data-path {}/imagenet-a: no such folder"),
+        ("table8", "imagenet-c", "imagenet_c/vit_small, seed 0: --data-path {}/imagenet-c: no such folder"),
+        ("table11", "VOCdevkit", "jaccard/vit_small, seed 0: {}/VOCdevkit: no such folder"),
+        ("fig1_fig4", "imagenet/val", "figures/vit_small, seed 0: {}/imagenet/val: no such folder"),
+    ],
+)
+@pytest.mark.parametrize("launch", ["", "submitit"])
+def test_data_to_measure_on_are_looked_for_before_training(
+    table, missing, message, launch, run, slurm, data_read, tmp_path, capsys
+):
+    data = measured_data(tmp_path)
+    (data / missing).rename(data / "elsewhere")
+    assert run(table, start_nothing, OUT=tmp_path / "out", DATA=data, LAUNCH=launch) == 2
+    assert message.format(data) in capsys.readouterr().err
+    assert slurm.submitted == []
+
+
+def test_given_weights_are_measured_and_nothing_is_trained(run, no_report, tmp_path):
+    given = tmp_path / "given weights.pth"
+    torch.save({}, given)
+    launch = Pretend()
+    environ = {"OUT": tmp_path / "out", "CKPT_BASE": given, "CKPT_SAR": given, "DATA": measured_data(tmp_path)}
+    assert run("table8", launch, **environ) == 0
+    assert launch.started == []
+    assert [words[words.index("--checkpoint") + 1] for words in launch.measured] == 4 * [str(given)]
+    assert (tmp_path / "out/table8/in_a_vit_small/seed0").resolve().parent.parent.name == "imagenet_a_given"
+    assert not list((tmp_path / "out/table8").glob("*/trained"))
+
+
+@pytest.mark.parametrize(("code", "result", "tried"), [(1, 1, 4), (2, 2, 1), (143, 143, 1)])
+def test_a_measurement_that_fails(code, result, tried, run, no_report, tmp_path, capsys):
+    """By itself it leaves the others theirs; what would end the next one, too, ends the script."""
+    launch, commands = Pretend(), []
+
+    def fail(command):
+        if "main.py" in command:
+            return launch(command)
+        commands.append(command)
+        return code
+
+    assert run("table11", fail, SMOKE=1, OUT=tmp_path) == result
+    assert len(commands) == tried
+    assert f"jaccard/vit_small, seed 0: ended with exit code {code}" in capsys.readouterr().err
+    launch = Pretend()
+    assert run("table11", launch, SMOKE=1, OUT=tmp_path) == 0
+    assert len(launch.measured) == 4
+
+
+def test_what_a_failed_run_was_to_be_measured_for_is_left_out(run, no_report, tmp_path, capsys):
+    launch = Pretend()
+
+    def fail_with_sar(command):
+        return 1 if "main.py" in command and "in1k/vit_small_sar/" in command[-1] else launch(command)
+
+    assert run("table8", fail_with_sar, SMOKE=1, OUT=tmp_path) == 1
+    assert len(launch.measured) == 2
+    assert "imagenet_a/vit_small_sar, seed 0: left out; in1k/vit_small_sar failed" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ on a cluster
 
 
@@ -656,6 +807,23 @@ def test_a_run_that_a_job_has_is_not_trained_here_too(run, slurm, tmp_path, caps
     slurm.queue("70 RUNNING None")
     assert run("table1b", LAUNCH="", **environ) == 2
     assert "in100_100/vit_small_sar, seed 0: job 70 has this run (running)" in capsys.readouterr().err
+
+
+def test_what_is_measured_waits_for_the_jobs_and_is_measured_here(
+    run, read_script, no_report, slurm, data_read, tmp_path, capsys
+):
+    environ = {"SMOKE": 1, "OUT": tmp_path / "out", "ROWS": "vit_small_sar", "LAUNCH": "submitit"}
+    assert run("table11", start_nothing, **environ) == 0
+    assert len(slurm.submitted) == 1
+    assert "when all are finished, the same command measures, on this machine, and prints the report" in (
+        capsys.readouterr().out
+    )
+    finished(tmp_path / "out", "table11", read_script, SMOKE="1", ROWS="vit_small_sar")
+    launch = Pretend()
+    assert run("table11", launch, **environ) == 0
+    assert (len(launch.started), len(launch.measured), len(slurm.submitted)) == (0, 1, 1)
+    assert run("table11", start_nothing, DRY_RUN=1, **environ) == 0
+    assert " -m analysis.jaccard " in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------- in small
@@ -749,6 +917,33 @@ def test_fine_tuning_from_given_weights_is_another_run(run, read_script, no_repo
     other = given.rename(tmp_path / "other.pth")
     assert run("table7", start_nothing, CKPT_BASE=other) == 2
     assert f"--finetune: {given} in the checkpoint, {other} now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "told"),
+    [
+        ("table8", "in_a_vit_small", "accuracy [0-9.]+ % over 10 classes and 20 images"),
+        ("table8", "in_c_vit_small", "mean error [0-9.]+ % over 2 of 15 corruptions, 4 of 75 severities"),
+        ("table11", "vit_small", "images 20, not 1,449; input size 40, not 480"),
+    ],
+)
+def test_a_measured_row_of_each_script(table, row, told, run, fewer_digits, smoke_out, capsys):
+    """Scripts, runs and measurements as they are, to the report; none of it passes for the paper's."""
+    assert run(table, in_this_process, SMOKE=1, ROWS=row, OUT=smoke_out) == 0
+    report = (smoke_out / table / "report.md").read_text()
+    assert report in capsys.readouterr().out
+    result = json.loads((smoke_out / table / row / "seed0/results.json").read_text())
+    ours = f"{result['jaccard']:.2f} (n = 1)" if "jaccard" in result else "–"
+    paper = analysis.report.PAPER[table]["rows"][row]
+    assert f"| {paper['name']} | {paper['value']} | {ours} |  |  | 2/2 | **not comparable**" in report
+    assert re.search(rf"Not comparable with the paper: .*{told}.*data set digits, not imagenet", report)
+    assert run(table, start_nothing, SMOKE=1, ROWS=row, OUT=smoke_out) == 0
+
+
+def test_figures_of_both_models(run, fewer_digits, smoke_out, capsys):
+    assert run("fig1_fig4", in_this_process, SMOKE=1, OUT=smoke_out, COUNT=2) == 0
+    assert capsys.readouterr().out.endswith(f"in {smoke_out}/fig1_fig4\n")
+    assert "ViT-S/16 + SAR" in (smoke_out / "fig1_fig4/maps/seed0/index.html").read_text()
 
 
 def terminated_after(number: int, function):
