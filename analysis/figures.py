@@ -86,13 +86,15 @@ def run(args: Namespace) -> int:
     start_logging(0)
     if args.name and len(args.name) != len(args.checkpoint):
         raise UserError(f"{len(args.name)} --name for {len(args.checkpoint)} --checkpoint; give each one or none")
+    if args.images and args.data_path:
+        raise UserError("give either --images or --data-path, where the validation images lie")
     trained = load_models(args, pick_device(args.device))
     samples, classes = folder_samples(args) if args.images else validation_samples(args)
     prepare_output_dir(args.out, "--out")
     names = args.name or [model.name for model in trained]
     models = [look(name, model, samples, classes) for name, model in zip(names, trained, strict=True)]
     count = write_pages(samples, models, args.mass, args.out)
-    page = gallery_html(pictures_of(samples, GALLERY_PICTURE), [sample.title for sample in samples], models)
+    page = gallery_html(pictures_of(samples, GALLERY_PICTURE), [sample.title for sample in samples], models, args.mass)
     write_atomically(args.out / "index.html", lambda file: file.write(page.encode()))
     beside = f"{len(samples)} images; {count} pages as PNG and PDF beside it"
     print(f"attention maps drawn: {args.out / 'index.html'} ({beside})")

@@ -23,14 +23,16 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from analysis.attention import attention_of, keep_mass, measure_maps
+from analysis.attention import MASS, attention_of, keep_mass, measure_maps
 from analysis.panels import COLOUR_MAP, COLOURS, ModelMaps, rank_components
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 JPEG_QUALITY = 85
 
 
-def gallery_html(pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps]) -> str:
+def gallery_html(
+    pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps], mass: float = MASS
+) -> str:
     """The page, all data in it.
 
     Args:
@@ -38,8 +40,10 @@ def gallery_html(pictures: Sequence[np.ndarray], titles: Sequence[str], models: 
             they are to be seen.
         titles: one for each; any characters.
         models: at least one; their grids and numbers of heads may differ.
+        mass: where the slider stands at first, in whole percent.
     """
     data = {
+        "mass": round(100 * mass),
         "images": [_image(picture, title) for picture, title in zip(pictures, titles, strict=True)],
         "models": [_model(model) for model in models],
         "map_colours": (colormaps[COLOUR_MAP](range(256))[:, :3] * 255).round().astype(int).tolist(),
@@ -51,8 +55,7 @@ def gallery_html(pictures: Sequence[np.ndarray], titles: Sequence[str], models: 
 
 def needed_mass(attention: Tensor) -> Tensor:
     """The least whole percentage of mass at which each patch of ``(..., h, w)`` is kept, uint8; 101: never."""
-    missing = [~keep_mass(attention, percentage / 100) for percentage in range(101)]
-    return torch.stack(missing).sum(dim=0).to(torch.uint8)
+    return sum((~keep_mass(attention, percentage / 100)).to(torch.uint8) for percentage in range(101))
 
 
 def _image(picture: np.ndarray, title: str) -> dict:

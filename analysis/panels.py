@@ -232,7 +232,8 @@ def _page(
             for head_box, similarity in zip(boxes, model.similarity[index], strict=True):
                 draw(axes, head_box, picture, similarity)
             if model.predictions:
-                _caption(axes, boxes[0], f"\npredicted {model.predictions[index]}")
+                free_line = "\n" if cells == 1 else ""
+                _caption(axes, boxes[0], f"{free_line}predicted {model.predictions[index]}")
         top += height + 2 * LINE + GAP
     return figure
 
@@ -293,8 +294,9 @@ def _outline(axes: Axes, box: Box, mask: np.ndarray) -> None:
 def _caption(axes: Axes, box: Box, text: str) -> None:
     """Up to two lines below a box, each cut to a cell's width."""
     for number, line in enumerate(text.splitlines()[:2]):
-        bottom = box.top + box.height + (number + 0.6) * LINE
-        _write(axes, box.left + box.width / 2, bottom, shorten(line, CHARACTERS))
+        if line:
+            bottom = box.top + box.height + (number + 0.6) * LINE
+            _write(axes, box.left + box.width / 2, bottom, shorten(line, CHARACTERS))
 
 
 def _write(axes: Axes, x: float, y: float, text: str, size: float = 6.8, align: str = "center", **style) -> None:

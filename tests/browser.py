@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECONDS = 60  # for an answer
 
 KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}
@@ -52,10 +52,13 @@ class Browser:
         return self
 
     def __exit__(self, *error):
-        os.close(self._commands)
-        self._process.kill()
-        self._process.wait()
-        os.close(self._answers)
+        os.close(self._commands)  # Chromium ends when nobody can command it any more
+        try:
+            self._process.wait(timeout=SECONDS)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            os.close(self._answers)
 
     def __call__(self, method: str, **parameters) -> dict:
         """Send one command of the protocol; returns its result."""

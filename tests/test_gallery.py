@@ -333,10 +333,11 @@ def test_two_hundred_images_open_quickly_and_are_drawn_when_they_come_into_view(
     rows = [index % len(PICTURES) for index in range(200)]
     models = [ModelMaps(model.name, model.similarity[rows]) for model in MODELS]
     path = tmp_path / "index.html"
-    path.write_text(gallery_html([PICTURES[row] for row in rows], [str(row) for row in rows], models))
+    path.write_text(gallery_html([PICTURES[row] for row in rows], [str(row) for row in rows], models, mass=0.3))
     chromium.resize(1280, 800)
     chromium.open(path)
     chromium.wait("document.querySelectorAll('figcaption:not(:empty)').length >= 9")
+    assert chromium.run("document.getElementById('mass').value") == "30"
     assert chromium.run("performance.getEntriesByType('navigation')[0].loadEventEnd") < 10_000  # ms, a busy machine's
     drawn = "[...document.querySelectorAll('tbody tr')].map((row) => row.querySelector('figcaption').textContent > '')"
     assert sum(chromium.run(drawn)) < 20
