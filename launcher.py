@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,8 @@ def exit_code(work: Callable[[], int]) -> int:
         return work()
     except (UserError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        # An error of a loading process refers to itself, and so keeps the loader; its processes would never end.
+        traceback.clear_frames(error.__traceback__)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
