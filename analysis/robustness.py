@@ -14,9 +14,7 @@ less than the whole set has another name. Each severity is kept as soon as it is
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import os
 import pkgutil
@@ -37,7 +35,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from analysis.images import centre_crop
 from analysis.jaccard import add_loading_options
 from analysis.models import TrainedModel, add_model_options, load_model, short_names
-from analysis.report import PAPER
+from analysis.report import PAPER, as_csv
 from arguments import Parser, at_least
 from build import choose_amp
 from datasets import AugmentedDataset, build_loader
@@ -146,9 +144,10 @@ def gaps(data_set: str, parts: list[Part], known: Iterable[str]) -> list[str]:
         for name, severities in there.items():
             if absent := sorted(set(SEVERITIES) - severities):
                 lines.append(f"{name}: no folders for the severities {_some(absent)}")
-    known, wanted = set(known), classes_of(data_set)
-    lines += _grouped(parts, lambda part: [name for name in wanted if name not in part.classes], "no folders for")
+    known, wanted = set(known), set(classes_of(data_set))
+    lines += _grouped(parts, lambda part: sorted(wanted - set(part.classes)), "no folders for")
     lines += _grouped(parts, lambda part: sorted(set(part.classes) - known), "not among the model's, so left out,")
+    lines += _grouped(parts, lambda part: sorted(set(part.classes) & known - wanted), "measured, but not of the set,")
     return lines
 
 
@@ -177,7 +176,9 @@ class ImagesOfSize(ImageFiles):
         UnreadableImage: on access, also for one of another size.
     """
 
-    side: int
+    def __init__(self, side: int, *files):
+        super().__init__(*files)
+        self.side = side
 
     def __getitem__(self, index: int):
         image, target = super().__getitem__(index)
@@ -196,18 +197,15 @@ def read_part(part: Part, label_of: Mapping[str, int], side: int | None) -> Imag
         label_of: the label of every class; folders of others are left out.
         side: in pixels, if all images must have it.
     Raises:
-        UserError: there are none, or the first has another size.
+        UserError: there are none.
     """
     chosen = {name: label_of[name] for name in part.classes if name in label_of}
     samples = make_dataset(str(part.folder), chosen, IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise UserError(f"{part.folder}: no images in its class folders; extract it anew")
     names, labels = [os.path.relpath(path, part.folder) for path, _ in samples], [label for _, label in samples]
-    if side is None:
-        return ImageFiles(part.folder, names, labels, list(label_of))
-    images = ImagesOfSize(part.folder, names, labels, list(label_of))
-    images.side = side
-    return images
+    files = (part.folder, names, labels, list(label_of))
+    return ImageFiles(*files) if side is None else ImagesOfSize(side, *files)
 
 
 # --------------------------------------------------------------------------------------------- measuring
@@ -399,12 +397,8 @@ def _extent(data_set: str, records: list[dict]) -> str:
 
 def write_results(folder: Path, results: dict) -> str:
     """Write ``results.json``, ``results.csv`` (a line a record) and ``results.md``; returns the last one's text."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, results["records"][0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(results["records"])
     text = as_markdown(results)
-    for name, content in (("results.csv", table.getvalue()), ("results.md", text)):
+    for name, content in (("results.csv", as_csv(results["records"])), ("results.md", text)):
         write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
     write_json(folder / "results.json", results)
     return text
@@ -437,11 +431,10 @@ def told(results: dict) -> str:
     if "instead" in results:
         missed = "ImageNet-A's accuracy" if results["data_set"] == "imagenet-a" else "mCE"
         return f"This is not {missed}: {results['instead']}."
-    key, rows, name = (
-        ("mce", "in_c", "mCE, lower is better,")
-        if "mce" in results
-        else ("imagenet_a_accuracy", "in_a", "top-1 accuracy over 200 classes")
-    )
+    if "mce" in results:
+        key, rows, name = "mce", "in_c", "mCE, lower is better,"
+    else:
+        key, rows, name = "imagenet_a_accuracy", "in_a", "top-1 accuracy over 200 classes"
     paper = [PAPER["table8"]["rows"][f"{rows}_{model}"]["value"] for model in ("vit_small", "vit_small_sar")]
     return f"{name} {results[key]:.2f} %. The paper (Table 8): ViT-S/16 {paper[0]}, with SAR {paper[1]}."
 

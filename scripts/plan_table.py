@@ -93,6 +93,12 @@ class Measurement:
         except (OSError, ValueError):
             return False
 
+    @property
+    def partial(self) -> bool:
+        """Whether its results are over less than the data set (``instead``), so that more of it may come."""
+        results = self.folder / "results.json"
+        return results.exists() and "instead" in json.loads(results.read_text())
+
     def state(self) -> dict:
         """What it measures: the row's words, wherever data and runs lie, and the size and time of each checkpoint."""
         stats = [os.stat(path) for path in self.checkpoints()]

@@ -288,15 +288,18 @@ def finish_all(settings: Settings, table: str, jobs: list[Job], measurements: li
 
 
 def measure(measurement: Measurement, command: list[str]) -> int:
-    """Measure what is not measured yet; the command's exit code, or 128 + the signal that ended it."""
+    """Measure what is not measured yet; the command's exit code, or 128 + the signal that ended it.
+
+    What was measured on less than the data set is looked at anew each time: its command goes on with what has come.
+    """
     if measurement.measured:
         print(f"{measurement}: measured before", flush=True)
         return 0
     print(f"{measurement}: {shlex.join(command)}", flush=True)
     code = launcher.launch(command)
-    if code == 0:
+    if code == 0 and not measurement.partial:
         write_json(measurement.folder / "measured.json", measurement.state())
-    else:
+    if code:
         print(f"{measurement}: ended with exit code {code}", file=sys.stderr)
     return code
 

@@ -285,6 +285,9 @@ def test_what_is_missing_is_said_first(checkpoint, corrupted, tmp_path, capsys, 
         "(in snow, severity 1, snow, severity 4, fog, severity 1, fog, severity 2, spatter, severity 1)",
         f"imagenet-c: no folders for 999 classes: {all_but_first} and 994 more (in fog, severity 5)",
         "imagenet-c: not among the model's, so left out, 2 classes: 11, n01440764 (in fog, severity 5)",
+        "imagenet-c: measured, but not of the set, 3 classes: 0, 3, 7 "
+        "(in snow, severity 1, snow, severity 4, fog, severity 1, fog, severity 2, spatter, severity 1)",
+        "imagenet-c: measured, but not of the set, 2 classes: 0, 3 (in fog, severity 5)",
     ]
 
 
