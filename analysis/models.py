@@ -77,7 +77,7 @@ def load_model(
 
 def _is_own(checkpoint: Mapping) -> bool:
     args = checkpoint.get("args")
-    return isinstance(args, Mapping) and "data_set" in args and "last_block" in args
+    return isinstance(args, Mapping) and "last_block" in args and "data" in checkpoint
 
 
 def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None, input_size: int | None) -> tuple:
