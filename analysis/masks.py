@@ -171,10 +171,17 @@ def count_labels(labels: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
         labels: uint8 ``(B, H, W)``, ``H`` and ``W`` multiples of ``h`` and ``w``.
 
     Returns:
-        ``present``, int64 ``(K,)``: the labels of the batch, rising; ``counts``, int32 ``(B, K, h, w)``.
+        ``present``, int64 ``(K,)``: the labels of the batch, rising; ``counts``, int64 ``(B, K, h, w)``.
     """
-    cells = labels.unflatten(2, (w, -1)).unflatten(1, (h, -1)).transpose(2, 3).flatten(3).long()  # (B, h, w, pixels)
-    counts = torch.zeros(*cells.shape[:3], 256, dtype=torch.int32, device=labels.device)
-    counts.scatter_add_(-1, cells, torch.ones_like(counts[..., :1]).expand_as(cells))
-    present = counts.flatten(0, 2).any(0).nonzero().flatten()
-    return present, counts[..., present].permute(0, 3, 1, 2)
+    batch, height, width = labels.shape
+    device = labels.device
+    present = labels.flatten().bincount().nonzero().flatten()
+    place = torch.zeros(256, dtype=torch.int32, device=device)
+    place[present] = torch.arange(len(present), dtype=torch.int32, device=device)
+    image = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None]
+    row = torch.arange(height, dtype=torch.int32, device=device)[:, None] // (height // h)
+    column = torch.arange(width, dtype=torch.int32, device=device) // (width // w)
+    bins = (image * h + row) * (w * len(present)) + column * len(present)  # (B, H, W): that of the patch's first label
+    bins = bins.flatten() + place.index_select(0, labels.flatten().int())
+    counts = bins.bincount(minlength=batch * h * w * len(present)).view(batch, h, w, -1)
+    return present, counts.permute(0, 3, 1, 2)

@@ -55,7 +55,7 @@ class CroppedImages(Dataset):
 
 
 def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[str, Tensor]:
-    """All :data:`MEASURES` of every image's maps: float64 ``(N, H)`` on the host.
+    """All :data:`MEASURES` of every image's maps: ``(N, H)`` on the host.
 
     ``largest`` and ``kept`` count patches, of the largest component and above the mean; ``share`` is their quotient, 0
     for a constant map, which has nothing above its mean.
@@ -63,26 +63,26 @@ def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[
     batches = []
     for images in progress(loader, trained.name):
         found = measure_maps(similarity_maps(trained.model, images.to(device, non_blocking=True)))
-        batches.append({name: values.double().cpu() for name, values in found.items()})
+        batches.append({name: values.cpu() for name, values in found.items()})
     measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     return measured | {"share": measured["largest"] / measured["kept"].clamp_min(1)}
 
 
 def head_rows(measured: dict[str, Tensor]) -> list[dict]:
     """Means over the images, a row a head (counted from 1), and a last row of the means over the heads."""
-    means = {name: measured[name].mean(0) for name in MEASURES}
+    means = {name: measured[name].double().mean(0) for name in MEASURES}
     heads = len(means["entropy"])
     rows = [{"head": head + 1} | {name: means[name][head].item() for name in MEASURES} for head in range(heads)]
     return [*rows, {"head": "mean"} | {name: means[name].mean().item() for name in MEASURES}]
 
 
 def image_rows(measured: dict[str, Tensor], names: list[str]) -> list[dict]:
-    """A row for each image and head."""
-    values = torch.stack([measured[name] for name in MEASURES], dim=-1).tolist()
+    """A row for each image and head, heads counted from 1."""
+    values = {name: measured[name].tolist() for name in MEASURES}
     return [
-        {"image": name, "head": head} | dict(zip(MEASURES, row, strict=True))
-        for name, image in zip(names, values, strict=True)
-        for head, row in enumerate(image, start=1)
+        {"image": image, "head": head + 1} | {name: values[name][index][head] for name in MEASURES}
+        for index, image in enumerate(names)
+        for head in range(measured["entropy"].shape[1])
     ]
 
 
