@@ -16,7 +16,6 @@ from analysis.masks import VOID
 from analysis.measures import foreground, head_rows, measure_images, summarise_masks
 from analysis.models import TrainedModel, load_model
 
-
 # ------------------------------------------------------------------------------------------------- of maps
 
 
