@@ -9,7 +9,7 @@ after the other in one process. The loop enlarges each thresholded mask to pixel
 ways run in turn in every repeat; the table holds medians, and counts the images whose scores are not the same numbers.
 
 Expected on one core: the measure 13 times faster at 64 px, twice at 480 px, where counting the pixels of large masks
-takes most of the time; the whole command, most of whose time is the model, 1.2 to 1.7 times.
+takes most of the time; the whole command half as fast again at 64 px, and no faster at 480 px, where the model is all.
 """
 
 import argparse
