@@ -113,13 +113,15 @@ def exit_code(work: Callable[[], int]) -> int:
     """What ``work`` returns, or the code of the error that it prints: 1, or 2 where the user's input cannot be used."""
     try:
         return work()
-    except (UserError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        # An error of a loading process refers to itself, and so keeps the loader; its processes would never end.
-        traceback.clear_frames(error.__traceback__)
-        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        # The frames of an error keep a loader, whose processes would never end.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, UserError | RunError | OSError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
 
 
 # ------------------------------------------------------------------------------------------------------ here

@@ -30,10 +30,10 @@ from matplotlib.backends.backend_pdf import PdfPages
 from PIL import Image
 
 from analysis.attention import MASS, similarity_maps
+from analysis.commands import add_model_options, load_models
 from analysis.gallery import gallery_html
 from analysis.images import choose_samples, list_images, read_image, squash
-from analysis.jaccard import load_models
-from analysis.models import TrainedModel, add_model_options
+from analysis.models import TrainedModel
 from analysis.panels import ModelMaps, attention_page, component_page, mask_page
 from arguments import HelpFormatter, Parser, at_least, parse_arguments
 from checkpoints import read_checkpoint

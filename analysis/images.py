@@ -1,7 +1,8 @@
 """Images to look at: files, the two ways to bring them to a model's size, and back to pictures."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets import SMALL_IMAGE, AugmentedDataset
-from readers import ImageFiles
+from readers import UnreadableImage
 from samplers import Draw
 from utils import UserError
 
@@ -39,9 +40,22 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         UnreadableImage: missing, truncated, or no image.
     """
-    path = Path(path)
-    image, _ = ImageFiles(path.parent, [path.name], [0], [""])[0]
-    return image
+    with opened(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image in a file, as it is stored, for as long as the block lasts.
+
+    Raises:
+        UnreadableImage: missing, truncated, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        raise UnreadableImage(f"{path}: cannot be read ({str(error).splitlines()[0]}); bring a whole file") from error
 
 
 def choose_samples(dataset: AugmentedDataset, count: int) -> list[tuple[torch.Tensor, int]]:

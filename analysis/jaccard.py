@@ -22,33 +22,35 @@ import argparse
 import math
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 
 from analysis.attention import MASS, attention_of, keep_mass, similarity_maps
+from analysis.commands import (
+    add_loading_options,
+    add_model_options,
+    load_batches,
+    load_models,
+    result_folders,
+    write_results,
+)
 from analysis.images import squash
 from analysis.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
-from analysis.models import TrainedModel, add_model_options, load_model, short_names
-from analysis.report import as_csv
-from arguments import Parser, at_least, build_parser
-from datasets import build_loader
+from analysis.models import TrainedModel
+from arguments import Parser, at_least
 from launcher import exit_code
 from samplers import seed_sequence
 from utils import (
     UserError,
-    environment,
     pick_device,
-    prepare_output_dir,
     progress,
     start_logging,
-    write_atomically,
-    write_json,
 )
 
 
@@ -267,13 +269,6 @@ def as_markdown(results: dict[str, Measured]) -> str:
     return "\n".join(lines)
 
 
-def write_results(folder: Path, tables: dict[str, list[dict]], figures: dict) -> None:
-    """Each table as a CSV file, and the figures, with what they depend on, as results.json."""
-    for name, rows in tables.items():
-        write_atomically(folder / name, lambda file, rows=rows: file.write(as_csv(rows).encode()))
-    write_json(folder / "results.json", figures | {"environment": environment()})
-
-
 # ------------------------------------------------------------------------------------------ the command line
 
 
@@ -295,35 +290,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_model_options(parser)
     add_loading_options(parser)
     return parser.parse_args(argv)
-
-
-def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that take many images through a model."""
-    add = parser.add_argument
-    workers = build_parser().get_default("num_workers")
-    add("--batch-size", type=at_least(int, 1), default=32, metavar="N", help="images at once (default: %(default)s)")
-    add("--num-workers", type=at_least(int, 0), default=workers, metavar="N", help="loading processes")
-
-
-def load_models(args: argparse.Namespace, device: torch.device, positions: str = "timm") -> list[TrainedModel]:
-    """The model of every ``--checkpoint``, under names that tell them apart; errors as of ``load_model``."""
-    how = {"key": args.checkpoint_key, "num_heads": args.num_heads, "input_size": args.input_size}
-    models = [load_model(path, device, positions=positions, **how) for path in args.checkpoint]
-    return [replace(model, name=name) for model, name in zip(models, short_names(args.checkpoint), strict=True)]
-
-
-def result_folders(args: argparse.Namespace, models: list[TrainedModel]) -> list[Path | None]:
-    """``--out`` for one model, a folder in it for each of several; made, and tried to be written to."""
-    folders = [args.out] if len(models) == 1 else [args.out and args.out / model.name for model in models]
-    for folder in filter(None, folders):
-        prepare_output_dir(folder, "--out")
-    return folders
-
-
-def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
-    """The items of a data set in their order, as batches."""
-    sampler = SequentialSampler(dataset)
-    return build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
 
 
 def main(argv: list[str] | None = None) -> int:

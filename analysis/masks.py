@@ -7,8 +7,6 @@ VOC's masks hold the number of a class in every pixel, 0 for background, 255 for
 what is too hard to outline. Other masks have one object: what is not 0 in them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from analysis.images import list_images, read_image
-from readers import UnreadableImage
+from analysis.images import list_images, opened, read_image
 from utils import UserError
 
 BACKGROUND, VOID = 0, 255
@@ -59,7 +56,7 @@ class MaskedImages:
         Raises:
             UnreadableImage: a file that is truncated or no image.
         """
-        with _opened(self.masks[index]) as mask:
+        with opened(self.masks[index]) as mask:
             pixels = np.array(mask)
         if self.split is None:
             pixels = (pixels.reshape(*pixels.shape[:2], -1) > 0).any(axis=-1)
@@ -142,7 +139,7 @@ def _read_foregrounds(root: Path) -> MaskedImages:
 
 def _check_pair(image: Path, mask: Path, voc: bool) -> None:
     """Refuse a pair of files by their headers."""
-    with _opened(image) as picture, _opened(mask) as labels:
+    with opened(image) as picture, opened(mask) as labels:
         if picture.size != labels.size:
             sizes = " and ".join("{} x {}".format(*file.size) for file in (picture, labels))
             raise UserError(f"{image} and {mask} differ in size: {sizes} px; bring the mask that belongs to the image")
@@ -153,15 +150,6 @@ def _check_pair(image: Path, mask: Path, voc: bool) -> None:
             )
         if not voc and labels.mode not in FOREGROUND_MODES:
             raise UserError(f"{mask}: {labels.mode} pixels; save the mask as black and white, without transparency")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as file:
-            yield file
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
-        raise UnreadableImage(f"{path}: cannot be read ({str(error).splitlines()[0]}); bring a whole file") from error
 
 
 def count_labels(labels: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:

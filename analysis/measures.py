@@ -23,10 +23,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from analysis.attention import component_sizes, measure_maps, similarity_maps
+from analysis.commands import (
+    add_loading_options,
+    add_model_options,
+    load_batches,
+    load_models,
+    result_folders,
+    write_results,
+)
 from analysis.images import centre_crop, list_images, read_image
-from analysis.jaccard import add_loading_options, load_batches, load_models, result_folders, write_results
 from analysis.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
-from analysis.models import TrainedModel, add_model_options
+from analysis.models import TrainedModel
 from arguments import Parser, at_least
 from launcher import exit_code
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging

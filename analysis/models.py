@@ -1,6 +1,5 @@
 """A trained model to be looked at, from a checkpoint of any format (the table in ``checkpoints.py``)."""
 
-import argparse
 import math
 import os
 from collections.abc import Mapping
@@ -145,19 +144,16 @@ def _classes(checkpoint: Mapping, model: nn.Module) -> list[str] | None:
     return ImageNetInfo("imagenet-1k").label_names() if model.num_classes == 1000 else None
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``load_model`` that all commands share."""
-    add = parser.add_argument
-    add("--checkpoint-key", metavar="KEY", help="which weights of the file: ema, teacher, momentum, ...")
-    add("--num-heads", type=int, metavar="N", help="of a ViT whose file does not tell")
-    add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu or cuda")
-
-
 def short_names(paths: list[str | Path]) -> list[str]:
     """What tells the paths of checkpoints apart: ``["a/seed0/best.pth", "b/seed0/best.pth"]`` -> ``["a", "b"]``.
 
     A single path's is the name of its file, or of its folder where all such files are called alike.
+
+    Raises:
+        UserError: a path that is given twice.
     """
+    if len({os.path.abspath(path) for path in paths}) < len(paths):
+        raise UserError(f"a checkpoint is given twice: {', '.join(map(str, paths))}; name each once")
     parts = [Path(os.path.abspath(path)).with_suffix("").parts for path in paths]
     if len(parts) == 1:
         *_, folder, name = parts[0]

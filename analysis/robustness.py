@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from analysis.commands import add_loading_options, add_model_options
 from analysis.images import centre_crop
-from analysis.jaccard import add_loading_options
-from analysis.models import TrainedModel, add_model_options, load_model, short_names
+from analysis.models import TrainedModel, load_model, short_names
 from analysis.report import PAPER, as_csv
 from arguments import Parser, at_least
 from build import choose_amp

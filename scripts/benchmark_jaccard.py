@@ -26,18 +26,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.attention import MASS, attention_of, keep_mass, similarity_maps
+from analysis.commands import add_loading_options, add_model_options, load_batches
 from analysis.jaccard import (
     PROTOCOLS,
     Best,
     Scores,
     SquashedImages,
-    add_loading_options,
     best_heads,
-    load_batches,
     measure,
 )
 from analysis.masks import BACKGROUND, VOID, count_labels, read_masked_images
-from analysis.models import add_model_options, load_model
+from analysis.models import load_model
 from utils import pick_device
 
 

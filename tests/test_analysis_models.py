@@ -152,3 +152,5 @@ def test_short_names_tell_checkpoints_apart():
     assert short_names(["x/deit.pth", "y/z/dino.pth"]) == ["x/deit", "y/z/dino"]
     assert short_names(["output/quickstart/best.pth"]) == ["quickstart"]
     assert short_names(["weights/deit_small.pth"]) == ["deit_small"]
+    with pytest.raises(UserError, match=r"a checkpoint is given twice: a.pth, ./a.pth, b.pth; name each once$"):
+        short_names(["a.pth", "./a.pth", "b.pth"])

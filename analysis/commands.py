@@ -1,0 +1,58 @@
+"""What the commands share that look at trained models: options, models, batches of images, results."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+
+from analysis.models import TrainedModel, load_model, short_names
+from analysis.report import as_csv
+from arguments import at_least, build_parser
+from datasets import build_loader
+from utils import environment, prepare_output_dir, write_atomically, write_json
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how a checkpoint is to be read."""
+    add = parser.add_argument
+    add("--checkpoint-key", metavar="KEY", help="which weights of the file: ema, teacher, momentum, ...")
+    add("--num-heads", type=int, metavar="N", help="of a ViT whose file does not tell")
+    add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu or cuda")
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that take many images through a model."""
+    add = parser.add_argument
+    workers = build_parser().get_default("num_workers")
+    add("--batch-size", type=at_least(int, 1), default=32, metavar="N", help="images at once (default: %(default)s)")
+    add("--num-workers", type=at_least(int, 0), default=workers, metavar="N", help="loading processes")
+
+
+def load_models(args: argparse.Namespace, device: torch.device, positions: str = "timm") -> list[TrainedModel]:
+    """The model of every ``--checkpoint``, under names that tell them apart; errors as of ``load_model``."""
+    how = {"key": args.checkpoint_key, "num_heads": args.num_heads, "input_size": args.input_size}
+    models = [load_model(path, device, positions=positions, **how) for path in args.checkpoint]
+    return [replace(model, name=name) for model, name in zip(models, short_names(args.checkpoint), strict=True)]
+
+
+def result_folders(args: argparse.Namespace, models: list[TrainedModel]) -> list[Path | None]:
+    """``--out`` for one model, a folder in it for each of several; made, and tried to be written to."""
+    folders = [args.out] if len(models) == 1 else [args.out and args.out / model.name for model in models]
+    for folder in filter(None, folders):
+        prepare_output_dir(folder, "--out")
+    return folders
+
+
+def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
+    """The items of a data set in their order, as batches."""
+    sampler = SequentialSampler(dataset)
+    return build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
+
+
+def write_results(folder: Path, tables: dict[str, list[dict]], figures: dict) -> None:
+    """Each table as a CSV file, and the figures, with what they depend on, as results.json."""
+    for name, rows in tables.items():
+        write_atomically(folder / name, lambda file, rows=rows: file.write(as_csv(rows).encode()))
+    write_json(folder / "results.json", figures | {"environment": environment()})
