@@ -15,13 +15,18 @@ from pathlib import Path
 import timm
 from timm.utils import ParseKwargs
 
-import models_sar  # noqa: F401 - registers the models
+import models_cvt
+import models_pvt
+import models_sar
+import models_swin
+import models_t2t
 from checkpoints import last_block_of
 from datasets import DATASETS, canonical_name
 from losses import SAR_LOSSES, SAR_SCHEDULES
 from utils import UserError
 
-MODEL_MODULES = ("models_sar",)
+MODEL_MODULES = (models_sar, models_t2t, models_pvt, models_cvt, models_swin)
+MODELS = {name: module for module in MODEL_MODULES for name in timm.list_models(module=module.__name__)}
 
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes the mathematics.
 # The split of a total batch into processes and accumulation changes only rounding and who draws what; --amp is
@@ -47,6 +52,7 @@ MODEL_OPTIONS = {
     "patch_size": "--patch-size",
     "last_block": "--last-block",
     "similarity": "--sar-similarity",
+    "similarity_query": "--sar-query",
     "proj_drop_rate": "--drop",
     "drop_path_rate": "--drop-path",
     "num_classes": "--data-set",
@@ -136,9 +142,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_model(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="vit_small_sar", metavar="NAME", help="vit_tiny, vit_small, vit_base, each also with _sar")
+    plain = ", ".join(name for name in MODELS if not name.endswith("_sar"))
+    add("--model", default="vit_small_sar", metavar="NAME", help=f"{plain}, each also with _sar")
     add("--input-size", type=_count, default=224, metavar="PX", help="image side")
-    add("--patch-size", type=_count, default=16, metavar="PX", help="patch side")
+    add(
+        "--patch-size",
+        type=_count,
+        default=None,
+        metavar="PX",
+        help="patch side, of pyramids in their first stage (default: the model's, 16 or 4; 4 below 32 px)",
+    )
     add(
         "--model-kwargs",
         nargs="*",
@@ -200,6 +213,12 @@ def _add_sar(parser):
         choices=("dot", "cosine", "softmax"),
         default="dot",
         help="Eq. 4, Eq. 15, sec. 4.3",
+    )
+    add(
+        "--sar-query",
+        choices=("cls", "mean"),
+        default="cls",
+        help="whose similarity: that of [CLS], or of the mean of the patches; mean for models without [CLS]",
     )
     add(
         "--sar-loss",
@@ -360,6 +379,8 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     parser.set_defaults(**(_saved_defaults(saved) or _context_defaults(first)))
     args = parser.parse_args(words)
     args.data_set = canonical_name(args.data_set)
+    if args.patch_size is None:
+        args.patch_size = _own_patch_size(args)
     if args.output_dir is None:
         args.output_dir = f"output/{args.model}_{args.data_set}_seed{args.seed}"
     if saved is not None or not args.eval:
@@ -384,9 +405,16 @@ def _context_defaults(args) -> dict:
     return {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
+        "sar_query": "mean" if MODELS.get(args.model) is models_swin else "cls",
         "last_block": last_block,
         **DATASETS[canonical_name(data_set)].defaults,
     }
+
+
+def _own_patch_size(args) -> int:
+    """The model's; a ViT's own would leave no map of images below two patches."""
+    own = MODELS.get(args.model, models_sar).PATCH_SIZE
+    return 4 if args.input_size < 2 * own else own
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -395,9 +423,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: one line that names the option and the mend.
     """
-    known = [name for module in MODEL_MODULES for name in timm.list_models(module=module)]
-    if args.model not in known:
-        raise UserError(f"no model {args.model!r}{_nearest(args.model, known)} Known: {', '.join(known)}")
+    if args.model not in MODELS:
+        raise UserError(f"no model {args.model!r}{_nearest(args.model, MODELS)} Known: {', '.join(MODELS)}")
     for name in args.model_kwargs.keys() & MODEL_OPTIONS.keys():
         raise UserError(f"--model-kwargs {name}: say it with {MODEL_OPTIONS[name]}")
     if args.input_size % args.patch_size:

@@ -98,6 +98,7 @@ def build_model(args, num_classes: int, device: torch.device) -> nn.Module:
             num_classes=num_classes,
             last_block=args.last_block,
             similarity=args.sar_similarity,
+            similarity_query=args.sar_query,
             proj_drop_rate=args.drop,
             drop_path_rate=args.drop_path,
             **sizes,

@@ -19,6 +19,7 @@ heads of DINO and MoCo-v3 are no part of the ViT and are left out; any other nam
 import argparse
 import math
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ import safetensors.torch
 import torch
 from timm.layers import build_sincos2d_pos_embed
 from timm.models import clean_state_dict
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from utils import UserError
@@ -197,11 +198,16 @@ def _is_state_dict(value) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
 
 
+# A block's number, after the name of its stage: blocks.11 (ViT, T2T-ViT), block4.2 (PVT), stage2.blocks.9 (CvT),
+# layers.3.blocks.1 (Swin).
+BLOCK = re.compile(r"((?:stage\d+\.|layers\.\d+\.)?blocks?\d*)\.(\d+)\.")
+
+
 def last_block_of(source: str | Path | Mapping, key: str | None = None) -> str | None:
-    """The kind of last block that a ViT checkpoint's weights were trained with (`models_sar.LAST_BLOCKS`).
+    """The kind of last block that a checkpoint's weights were trained with (`models_sar.LAST_BLOCKS`).
 
     This program's checkpoints say it. Of other files only the second LayerNorm is seen: with it the block is
-    taken for ``standard``, without it for ``sar`` (the released code's `nosn`). None: no ViT's weights.
+    taken for ``standard``, without it for ``sar`` (the released code's `nosn`). None: no weights of a model here.
 
     Args:
         source: a file, or a checkpoint already read.
@@ -212,10 +218,11 @@ def last_block_of(source: str | Path | Mapping, key: str | None = None) -> str |
     if isinstance(args, Mapping) and "last_block" in args:
         return args["last_block"]
     state, _ = select_weights(checkpoint, key)
-    depth = num_blocks(state)
-    if not depth:
+    blocks = {(match[1], int(match[2])) for name in state if (match := BLOCK.match(name))}
+    if not blocks:
         return None
-    return "standard" if f"blocks.{depth - 1}.norm2.weight" in state else "sar"
+    stage, number = max(blocks, key=lambda block: (*map(int, re.findall(r"\d+", block[0])), block[1]))
+    return "standard" if f"{stage}.{number}.norm2.weight" in state else "sar"
 
 
 def num_blocks(state: Mapping[str, Tensor]) -> int:
@@ -305,16 +312,22 @@ def _compare_heads(heads: int | None, model: nn.Module) -> list[str]:
     return [f"trained with {heads} heads by all that is known, the model has {own}: --model-kwargs num_heads={heads}"]
 
 
+# Weights that belong to a patch size or a grid.
+OF_THE_GRID = re.compile(r"^pos_embed\d?$|^patch_embed\.proj\.weight$|relative_position_bias_table$")
+
+
 def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """Position embedding and patch embedding resampled to the model's grid and patch size."""
-    if not isinstance(model, VisionTransformer):
+    # timm's convention: what has to be done to weights for a model is in its module
+    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if fit is None:
         return state, []
     try:
-        fitted = checkpoint_filter_fn(state, model)
+        fitted = fit(state, model)
     except (RuntimeError, ValueError):
         return state, []  # not resampled, so `_check_fit` names what has another shape
     notes = []
-    for name in {"pos_embed", "patch_embed.proj.weight"} & state.keys() & fitted.keys():
+    for name in filter(OF_THE_GRID.search, state.keys() & fitted.keys()):
         if state[name].shape == fitted[name].shape:
             fitted[name] = state[name]  # timm may guess a square source grid where ours fits as it is
         else:

@@ -116,7 +116,6 @@ DATASETS: dict[str, DataSet] = {
         "1,797 scanned digits that come with scikit-learn",
         defaults={  # minutes on a laptop; digits are not mirrored, nor cropped to a part
             "input_size": 20,
-            "patch_size": 4,
             "batch_size": 32,
             "total_batch": 32,
             "epochs": 5,

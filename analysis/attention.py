@@ -22,7 +22,7 @@ def similarity_maps(model: nn.Module, images: Tensor) -> Tensor:
 
     It is Eq. 4's, whatever similarity the model was trained with: its attention comes from that one.
     """
-    with _dot_similarity(model.blocks[-1]):
+    with _dot_similarity(model.last()):
         _, similarity = model(images, return_similarity=True)
     return similarity
 

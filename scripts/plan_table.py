@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import parse_arguments
+from arguments import MODELS, expand_arguments, parse_arguments
 from datasets import DATASETS
 from launcher import Cluster, Point
 from utils import UserError
 
 # What a run costs at the paper's hardware is an estimate: DeiT's paper has (from memory) 53 hours for ViT-B, 300
 # epochs of 1,281,167 images, on a node of 8 V100; other sizes are scaled by their GFLOPs an image at 224 px.
-GFLOPS = {"tiny": 1.3, "small": 4.6, "base": 17.6}
+GFLOPS = {"vit_tiny": 1.3, "vit_small": 4.6, "vit_base": 17.6, "t2t_vit_14": 4.8, "pvt_small": 3.8, "cvt_13": 4.5}
 VIT_BASE_IMAGES_AN_HOUR = 300 * 1_281_167 / 53
 
 
@@ -171,7 +171,7 @@ def plan(settings: Settings, rows: list[Row]) -> list[Job]:
             words = [locate(word, settings, seed) for word in row.words]
             protocol = args = resolve(words, weights)
             if settings.overrides:
-                words += settings.overrides
+                words += smoke_of(args.model) if settings.smoke else settings.overrides
                 try:
                     args = resolve(words, weights)
                 except UserError as error:
@@ -186,6 +186,12 @@ def plan(settings: Settings, rows: list[Row]) -> list[Job]:
             weights[str(folder / "checkpoint.pth")] = args.last_block
             jobs.append(Job(name_of(row.run, seed), words, args, row, seed, protocol))
     return jobs
+
+
+def smoke_of(model: str) -> list[str]:
+    """SMOKE's options for a model: those of its family, if it has its own."""
+    own = Path(f"recipes/smoke_{model.split('_')[0]}.args")
+    return expand_arguments([f"@{own if own.exists() else 'recipes/smoke.args'}"])
 
 
 def locate(word: str, settings: Settings, seed: int) -> str:
@@ -224,9 +230,11 @@ def images(args: argparse.Namespace) -> int | None:
 
 def hours(args: argparse.Namespace, epochs: int) -> float | None:
     """Hours on 8 x V100 32 GB; None but for the paper's models at 224 px and data of known size."""
-    if images(args) is None or args.model_kwargs or (args.input_size, args.patch_size) != (224, 16):
+    plain = args.model.removesuffix("_sar")
+    own = (args.input_size, args.patch_size) == (224, MODELS[args.model].PATCH_SIZE)
+    if images(args) is None or args.model_kwargs or not own or plain not in GFLOPS:
         return None
-    scale = GFLOPS[args.model.split("_")[1]] / GFLOPS["base"]
+    scale = GFLOPS[plain] / GFLOPS["vit_base"]
     return epochs * images(args) * scale / VIT_BASE_IMAGES_AN_HOUR
 
 

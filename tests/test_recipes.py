@@ -41,6 +41,7 @@ COMMON = {
     "sar_weight": 0.01,
     "sar_schedule": "constant",
     "sar_similarity": "dot",
+    "sar_query": "cls",
     "sar_loss": "spatial-entropy",
     "drloc_weight": 0.0,
     "last_block": "sar",
@@ -76,12 +77,37 @@ RECIPES = {
     "small_sets": DEIT | {"epochs": 5000, "model_ema": False, "eval_every": 50, "save_every": 10},
     "finetune": DEIT | {"total_batch": 512, "peak_lr": 5e-4, "epochs": 100, "warmup_epochs": 3, "model_ema": False},
 }
-NO_PROTOCOL = {"quickstart", "smoke"}  # of ours
+T2T = DEIT | {
+    "total_batch": 512,
+    "unscale_lr": True,
+    "peak_lr": 5e-4,
+    "warmup_epochs": 10,
+    "cooldown_epochs": 10,
+    "report": "ema",
+    "train_interpolation": "random",
+    "crop_pct": 0.9,
+}
+PVT = DEIT | {"repeated_aug": True, "model_ema": False}
+CVT = DEIT | {"total_batch": 2048, "unscale_lr": True, "peak_lr": 2e-3, "model_ema": False}
+IN100 = {"data_set": "imagenet100", "epochs": 100}
+RECIPES |= {
+    "t2t_in1k": T2T,
+    "t2t_in1k_paper": T2T | {"total_batch": 1024, "peak_lr": 1e-3},
+    "t2t_in100": T2T | IN100,
+    "pvt_in1k": PVT,
+    "pvt_in100": PVT | IN100,
+    "cvt_in1k": CVT,
+    "cvt_in1k_paper": CVT | {"peak_lr": 2e-2},
+    "cvt_in100": CVT | IN100,
+}
+FURTHER = {"swin_in100_300", "t2t_in1k_paper", "t2t_in100", "pvt_in100", "cvt_in1k_paper", "cvt_in100"}
+"""Recipes that begin with another one, where the rest is said."""
+NO_PROTOCOL = {"quickstart", "smoke", "smoke_t2t", "smoke_pvt", "smoke_cvt"}  # of ours
 
 
 def resolved(name: str, *more: str) -> dict:
     args = vars(parse_arguments([f"@{ROOT}/recipes/{name}.args", "--model", "vit_small_sar", *more]))
-    return args | {"peak_lr": args["lr"] * args["total_batch"] / 512}
+    return args | {"peak_lr": args["lr"] if args["unscale_lr"] else args["lr"] * args["total_batch"] / 512}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -127,8 +153,8 @@ def test_no_value_of_the_protocol_is_left_out_of_this_test():
 def test_a_recipe_says_where_it_comes_from(name):
     text = (ROOT / f"recipes/{name}.args").read_text()
     first = text.splitlines()[0]
-    if name == "swin_in100_300":  # the rest is said in the recipe that it begins with
-        assert first == "@swin_in100_100.args"
+    if name in FURTHER:
+        assert first.removeprefix("@").removesuffix(".args") in RECIPES.keys() - FURTHER
         return
     for said in ("Source:", "otal batch", "Hardware in the paper: 8 x V100 32 GB", "it names no hours"):
         assert said in text

@@ -59,7 +59,7 @@ PLACES = {
 }
 SIZES_EPOCHS_DATA = {
     *("data_set", "input_size", "patch_size", "crop_pct", "model_kwargs"),
-    *("batch_size", "total_batch", "epochs", "warmup_epochs", "num_workers"),
+    *("batch_size", "total_batch", "epochs", "warmup_epochs", "cooldown_epochs", "num_workers"),
 }
 
 

@@ -1,0 +1,186 @@
+"""CvT (Convolutional vision Transformer, H. Wu et al., 2021) in timm's registry: ``cvt_13``, ``cvt_13_sar``.
+
+Three stages; queries, keys and values come from depthwise convolutions, those of keys and values with stride 2, so
+that S in the last stage is 7 x 7 for 14 x 14 patches at 224 px. [CLS] enters the last stage and skips the
+convolutions; there are no positions. The names of the weights are the official release's.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from timm.layers import QuickGELU, calculate_drop_path_rates, trunc_normal_
+from timm.models import register_model
+from torch import Tensor, nn
+
+from models_pyramid import PyramidBlock, PyramidTransformer, as_map, init_linear
+from models_sar import create, imagenet_cfgs
+
+__all__ = ["CvT"]
+
+
+PATCH_SIZE = 4
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in at least float32, also under autocast or with weights of less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class ConvEmbed(nn.Module):
+    """A stage's patches: a convolution of overlapping windows, and a LayerNorm; ``(B, C, h, w)`` to tokens and grid."""
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
+        self.norm = LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.proj(x)
+        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[-2], x.shape[-1])
+
+
+class ConvAttention(nn.Module):
+    """Weights of CvT's attention; scores are scaled by the root of all channels, not of a head's."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, stride_kv: int):
+        super().__init__()
+        self.num_heads, self.stride_kv, self.scale = num_heads, stride_kv, dim**-0.5
+        for name, stride in (("q", 1), ("k", stride_kv), ("v", stride_kv)):
+            conv = nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False)
+            setattr(self, f"conv_proj_{name}", nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(dim))))
+            setattr(self, f"proj_{name}", nn.Linear(dim, dim, bias=qkv_bias))
+        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
+        self.proj = nn.Linear(dim, dim)
+
+
+class CvTBlock(PyramidBlock):
+    """A block with `ConvAttention`."""
+
+    def query(self, y: Tensor) -> Tensor:
+        return self.heads(self.attn.proj_q(y))
+
+    def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """See `LastBlock.project`. All queries are projected, also for one: the statistics of their BatchNorm, which
+        every other use of the weights needs, come from all patches."""
+        attn, (h, w) = self.attn, grid
+        cls, patches = y[:, : -h * w], as_map(y, grid)
+        q, k, v = (
+            self.heads(linear(torch.cat([cls, conv(patches).flatten(2).transpose(1, 2)], dim=1)))
+            for conv, linear in (
+                (attn.conv_proj_q, attn.proj_q),
+                (attn.conv_proj_k, attn.proj_k),
+                (attn.conv_proj_v, attn.proj_v),
+            )
+        )
+        return q[:, :, :1] if one_query else q, k, v
+
+    def key_grid(self, h: int, w: int) -> tuple[int, int]:
+        stride = self.attn.stride_kv
+        return -(-h // stride), -(-w // stride)
+
+
+class Stage(nn.Module):
+    """The parts of a stage, under their official names."""
+
+    def __init__(self, patch_embed: ConvEmbed, blocks: nn.ModuleList, cls_token: nn.Parameter | None):
+        super().__init__()
+        self.patch_embed, self.blocks, self.cls_token = patch_embed, blocks, cls_token
+
+
+class CvT(PyramidTransformer):
+    """CvT with a last block of Table 1(b); any image size.
+
+    Args:
+        last_block, similarity, similarity_query: see `models_sar.LastBlock.attach`.
+        img_size: of no consequence: there are no positions.
+        patch_size: px between two patches of the first stage; the other stages halve the grid.
+        drop_path_rate: of the last stage's last block, linear over that stage from 0; the others have none.
+    """
+
+    def __init__(
+        self,
+        last_block: str = "standard",
+        similarity: str = "dot",
+        similarity_query: str = "cls",
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = PATCH_SIZE,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dims: tuple[int, ...] = (64, 192, 384),
+        depths: tuple[int, ...] = (1, 2, 10),
+        num_heads: tuple[int, ...] = (1, 3, 6),
+        mlp_ratios: tuple[float, ...] = (4, 4, 4),
+        patch_sizes: tuple[int, ...] = (7, 3, 3),
+        patch_paddings: tuple[int, ...] = (2, 1, 1),
+        stride_kv: int = 2,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        strides = [patch_size] + [2] * (len(depths) - 1)
+        reductions = [patch_size * 2**stage for stage in range(len(depths))]
+        super().__init__(num_classes, global_pool, embed_dims, reductions, LayerNorm, drop_rate)
+        self.last_block = last_block
+        for stage, dim in enumerate(embed_dims):
+            last = stage == len(depths) - 1
+            rates = calculate_drop_path_rates(drop_path_rate if last else 0.0, depths[stage])
+            channels = in_chans if stage == 0 else embed_dims[stage - 1]
+            embed = ConvEmbed(channels, dim, patch_sizes[stage], strides[stage], patch_paddings[stage])
+            blocks = nn.ModuleList(
+                CvTBlock(
+                    ConvAttention(dim, num_heads[stage], qkv_bias, attn_drop_rate, proj_drop_rate, stride_kv),
+                    dim,
+                    mlp_ratios[stage],
+                    LayerNorm,
+                    QuickGELU,
+                    proj_drop_rate,
+                    rate,
+                )
+                for rate in rates
+            )
+            cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if last else None
+            setattr(self, f"stage{stage}", Stage(embed, blocks, cls_token))
+        trunc_normal_(cls_token, std=0.02)
+        self.apply(init_linear)
+        self.last().attach(last_block, similarity, similarity_query)
+
+    def blocks_of(self, stage: int) -> nn.ModuleList:
+        return getattr(self, f"stage{stage}").blocks
+
+    def drop_stage(self, stage: int) -> None:
+        delattr(self, f"stage{stage}")
+
+    def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        parts = getattr(self, f"stage{stage}")
+        x, grid = parts.patch_embed(x)
+        if parts.cls_token is not None:
+            x = torch.cat([parts.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return x, grid
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {f"stage{self.num_stages - 1}.cls_token"}
+
+
+default_cfgs = imagenet_cfgs("cvt_13", first_conv="stage0.patch_embed.proj")
+
+
+@register_model
+def cvt_13(pretrained: bool = False, **kwargs) -> CvT:
+    """CvT-13: 19,997,480 parameters."""
+    return create(CvT, "cvt_13", pretrained, (0, 1, 2), **kwargs)
+
+
+@register_model
+def cvt_13_sar(pretrained: bool = False, **kwargs) -> CvT:
+    """CvT-13 with the last block of Eq. 10-11: 19,996,712 parameters."""
+    return create(CvT, "cvt_13_sar", pretrained, (0, 1, 2), **kwargs)

@@ -1,0 +1,170 @@
+"""PVT v1 (Pyramid Vision Transformer, W. Wang et al., 2021) in timm's registry: ``pvt_small``, ``pvt_small_sar``.
+
+Four stages; keys and values of the first three are of a coarser grid; [CLS] enters the last stage, where SAR's S is
+7 x 7 for 224 px. The names of the weights are the official release's.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_
+from timm.models import register_model
+from torch import Tensor, nn
+
+from models_pyramid import PyramidBlock, PyramidTransformer, as_map, init_linear
+from models_sar import create, imagenet_cfgs
+
+__all__ = ["PVT"]
+
+
+PATCH_SIZE = 4
+
+
+class ReducedAttention(nn.Module):
+    """Weights of PVT's attention: keys and values of patches that ``sr_ratio x sr_ratio`` others were merged into."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, sr_ratio: int):
+        super().__init__()
+        self.num_heads, self.sr_ratio, self.scale = num_heads, sr_ratio, (dim // num_heads) ** -0.5
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
+        self.proj = nn.Linear(dim, dim)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+
+class PVTBlock(PyramidBlock):
+    """A block with `ReducedAttention`."""
+
+    def query(self, y: Tensor) -> Tensor:
+        return self.heads(self.attn.q(y))
+
+    def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        attn, source = self.attn, y
+        if attn.sr_ratio > 1:
+            source = attn.norm(attn.sr(as_map(y, grid)).flatten(2).transpose(1, 2))
+        k, v = attn.kv(source).chunk(2, dim=-1)
+        return self.query(y[:, :1] if one_query else y), self.heads(k), self.heads(v)
+
+
+class PVT(PyramidTransformer):
+    """PVT v1 with a last block of Table 1(b).
+
+    Args:
+        last_block, similarity, similarity_query: see `models_sar.LastBlock.attach`.
+        img_size: px; the learned positions are of its grids, and interpolated (bilinearly, as officially) for others.
+    """
+
+    def __init__(
+        self,
+        last_block: str = "standard",
+        similarity: str = "dot",
+        similarity_query: str = "cls",
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = PATCH_SIZE,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dims: tuple[int, ...] = (64, 128, 320, 512),
+        depths: tuple[int, ...] = (3, 4, 6, 3),
+        num_heads: tuple[int, ...] = (1, 2, 5, 8),
+        mlp_ratios: tuple[float, ...] = (8, 8, 4, 4),
+        sr_ratios: tuple[int, ...] = (8, 4, 2, 1),
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        reductions = [patch_size * 2**stage for stage in range(len(depths))]
+        super().__init__(num_classes, global_pool, embed_dims, reductions, norm_layer, drop_rate)
+        self.last_block = last_block
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        sides = (height, width)
+        for stage, dim in enumerate(embed_dims):
+            step = patch_size if stage == 0 else 2
+            channels = in_chans if stage == 0 else embed_dims[stage - 1]
+            norm = partial(nn.LayerNorm, eps=1e-5)
+            embed = PatchEmbed(sides, step, channels, dim, norm, strict_img_size=False)
+            sides = embed.grid_size
+            if 0 in sides:
+                least = patch_size * 2 ** (len(depths) - 1)
+                raise ValueError(f"img_size={img_size} leaves no patch in stage {stage + 1}: take at least {least}")
+            last = stage == len(depths) - 1
+            positions = nn.Parameter(torch.zeros(1, embed.num_patches + last, dim))
+            first = sum(depths[:stage])
+            blocks = nn.ModuleList(
+                PVTBlock(
+                    ReducedAttention(dim, num_heads[stage], qkv_bias, attn_drop_rate, proj_drop_rate, sr_ratios[stage]),
+                    dim,
+                    mlp_ratios[stage],
+                    norm_layer,
+                    nn.GELU,
+                    proj_drop_rate,
+                    rates[first + block],
+                )
+                for block in range(depths[stage])
+            )
+            for name, part in (("patch_embed", embed), ("pos_embed", positions), ("block", blocks)):
+                setattr(self, f"{name}{stage + 1}", part)
+            trunc_normal_(positions, std=0.02)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims[-1]))
+        trunc_normal_(self.cls_token, std=0.02)
+        self.apply(init_linear)
+        self.last().attach(last_block, similarity, similarity_query)
+
+    def blocks_of(self, stage: int) -> nn.ModuleList:
+        return getattr(self, f"block{stage + 1}")
+
+    def drop_stage(self, stage: int) -> None:
+        for name in ("patch_embed", "pos_embed", "block"):
+            delattr(self, f"{name}{stage + 1}")
+
+    def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        embed, positions = getattr(self, f"patch_embed{stage + 1}"), getattr(self, f"pos_embed{stage + 1}")
+        grid = embed.dynamic_feat_size(x.shape[-2:])
+        x, prefix = embed(x), positions.shape[1] - embed.num_patches
+        if prefix:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        if grid != embed.grid_size:
+            known = as_map(positions, embed.grid_size)
+            resized = F.interpolate(known, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
+            positions = torch.cat([positions[:, :prefix], resized], dim=1)
+        return self.pos_drop(x + positions), grid
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token"}
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: PVT) -> dict[str, Tensor]:
+    """Weights for another grid: the learned positions of each stage resampled by timm."""
+    fitted = dict(state)
+    for stage in range(model.num_stages):
+        name, grid = f"pos_embed{stage + 1}", getattr(model, f"patch_embed{stage + 1}").grid_size
+        prefix = int(stage == model.num_stages - 1)
+        if name in state and state[name].shape[1] != grid[0] * grid[1] + prefix:
+            fitted[name] = resample_abs_pos_embed(state[name], grid, num_prefix_tokens=prefix)
+    return fitted
+
+
+default_cfgs = imagenet_cfgs("pvt_small", first_conv="patch_embed1.proj")
+
+
+@register_model
+def pvt_small(pretrained: bool = False, **kwargs) -> PVT:
+    """PVT-Small: 24,485,864 parameters."""
+    return create(PVT, "pvt_small", pretrained, (0, 1, 2, 3), **kwargs)
+
+
+@register_model
+def pvt_small_sar(pretrained: bool = False, **kwargs) -> PVT:
+    """PVT-Small with the last block of Eq. 10-11: 24,484,840 parameters."""
+    return create(PVT, "pvt_small_sar", pretrained, (0, 1, 2, 3), **kwargs)

@@ -1,0 +1,187 @@
+"""What PVT and CvT share: stages of blocks on ever coarser grids, [CLS] in the last stage, SAR in its last block.
+
+A stage embeds patches of the map before it and runs its blocks. See ``models_sar.py`` for the interface of all models.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import global_pool_nlc
+from torch import Tensor, nn
+
+from models_sar import LastBlock, SimilarityModel
+
+__all__ = ["PyramidBlock", "PyramidTransformer"]
+
+
+class PyramidBlock(LastBlock):
+    """A pre-norm block of a stage; ``forward`` knows the grid of its patches. The last block of a model is one, too."""
+
+    def __init__(
+        self, attn: nn.Module, dim: int, mlp_ratio: float, norm_layer, act_layer, proj_drop: float, drop_path: float
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.attach("standard")
+
+    def forward(self, x: Tensor, grid: tuple[int, int], one_query: bool | None = None, similarity: bool = False):
+        """Tokens ``(B, N, C)`` to tokens; with ``one_query`` True or False: `LastBlock.with_similarity`."""
+        if one_query is not None:
+            return self.with_similarity(x, one_query, grid, similarity)
+        return self.with_similarity(x, False, grid, False)[0]
+
+    def heads(self, x: Tensor) -> Tensor:
+        """``(B, N, C)`` -> ``(B, H, N, D)``."""
+        return x.unflatten(2, (self.attn.num_heads, -1)).transpose(1, 2)
+
+
+class PyramidTransformer(SimilarityModel):
+    """Base of the pyramids; a class says how a stage embeds, and which blocks it has.
+
+    Attributes:
+        embed_dims: channels of the stages; ``reductions``: pixels a patch of theirs.
+    """
+
+    num_prefix_tokens = 1
+
+    def __init__(
+        self,
+        num_classes: int,
+        global_pool: str,
+        embed_dims: Sequence[int],
+        reductions: Sequence[int],
+        norm_layer,
+        drop_rate: float,
+    ):
+        super().__init__()
+        if global_pool not in ("token", "avg"):
+            raise ValueError(f"global_pool={global_pool!r} is unknown; choose token or avg")
+        self.num_classes, self.global_pool, self.grad_checkpointing = num_classes, global_pool, False
+        self.num_stages = len(embed_dims)
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stage {stage}"}
+            for stage, (dim, reduction) in enumerate(zip(embed_dims, reductions, strict=True))
+        ]
+        self.norm = norm_layer(embed_dims[-1])
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dims[-1], num_classes) if num_classes > 0 else nn.Identity()
+
+    def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens ``(B, N, C)`` of a stage's patches, [CLS] first in the last one, and their grid."""
+        raise NotImplementedError
+
+    def blocks_of(self, stage: int) -> nn.ModuleList:
+        """The blocks of a stage."""
+        raise NotImplementedError
+
+    def last(self) -> LastBlock | None:
+        blocks = self.blocks_of(len(self.feature_info) - 1) if self.num_stages == len(self.feature_info) else None
+        return blocks[-1] if blocks is not None else None
+
+    def reads_only_cls(self) -> bool:
+        return self.global_pool == "token"
+
+    def _run(self, blocks, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        return x
+
+    def forward_trunk(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = images
+        for stage in range(self.num_stages - 1):
+            x, grid = self.embed(stage, x)
+            x = as_map(self._run(self.blocks_of(stage), x, grid), grid)
+        x, grid = self.embed(self.num_stages - 1, x)
+        return self._run(self.blocks_of(self.num_stages - 1)[:-1], x, grid), grid
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens of the last stage after the final norm, ``(B, 1 + h * w, C)``."""
+        x, grid = self.forward_trunk(images)
+        return self.norm(self._run(self.blocks_of(self.num_stages - 1)[-1:], x, grid))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (the features before the classifier if ``pre_logits``) of normalised tokens."""
+        x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """timm's: the maps ``(B, C, h, w)`` after the stages ``indices``, after the last tokens unless alone."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: a pyramid's maps are NCHW")
+        take, last = feature_take_indices(self.num_stages, indices)
+        maps = []
+        for stage in range(last + 1 if stop_early else self.num_stages):
+            x, grid = self.embed(stage, x)
+            tokens = self._run(self.blocks_of(stage), x, grid)
+            final = stage == len(self.feature_info) - 1
+            tokens = self.norm(tokens) if final and norm else tokens
+            x = as_map(tokens, grid)
+            if stage in take:
+                maps.append(x)
+        if intermediates_only:
+            return maps
+        return (self.norm(tokens) if final and not norm else tokens), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: drop the stages behind the last of ``indices``."""
+        take, last = feature_take_indices(self.num_stages, indices)
+        for stage in range(last + 1, self.num_stages):
+            self.drop_stage(stage)
+        if prune_norm or last + 1 < self.num_stages:
+            self.norm = nn.Identity()
+        if prune_head or last + 1 < self.num_stages:
+            self.reset_classifier(0)
+        self.num_stages = last + 1
+        return take
+
+    def drop_stage(self, stage: int) -> None:
+        """Take a stage's modules away."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier (none for 0)."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+
+def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The patches of ``(B, N, C)``, all behind the prefix, as ``(B, C, h, w)``."""
+    h, w = grid
+    return tokens[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Both pyramids': truncated normal weights of deviation 0.02, no bias."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

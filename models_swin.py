@@ -1,0 +1,114 @@
+"""Swin-T (Z. Liu et al., 2021) with SAR, in timm's registry: ``swin_tiny``, ``swin_tiny_sar``.
+
+Swin has no [CLS]: the query of S is that of the mean of the normalised tokens, which the paper leaves for later. The
+last stage's one window is the whole 7 x 7 map at 224 px; S leaves out the relative-position bias: it knows no content.
+"""
+
+import torch.nn.functional as F
+from timm.models import checkpoint, register_model
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, checkpoint_filter_fn
+from torch import Tensor
+
+from models_sar import LastBlock, SimilarityModel, create, imagenet_cfgs
+
+__all__ = ["SARSwinTransformer"]
+
+
+PATCH_SIZE = 4
+
+
+class SwinLastBlock(LastBlock, SwinTransformerBlock):
+    """timm's block as a `LastBlock`: S and what goes with it is of one window, which must be the whole map."""
+
+    def forward(
+        self, x: Tensor, one_query: bool | None = None, grid: tuple[int, int] | None = None, similarity: bool = False
+    ):
+        """timm's, ``(B, h, w, C)`` to the same; with ``one_query`` given, tokens: `LastBlock.with_similarity`."""
+        if one_query is not None:
+            return self.with_similarity(x, one_query, grid, similarity)
+        return self.residuals(x, self._attn(self.norm1(x)))
+
+    def query(self, y: Tensor) -> Tensor:
+        qkv = self.attn.qkv
+        dim = qkv.out_features // 3
+        q = F.linear(y, qkv.weight[:dim], None if qkv.bias is None else qkv.bias[:dim])
+        return q.unflatten(2, (self.attn.num_heads, -1)).transpose(1, 2)
+
+    def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.attn.qkv(y).unflatten(2, (3, self.attn.num_heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def position_bias(self) -> Tensor:
+        return self.attn._get_rel_pos_bias()
+
+
+class SARSwinTransformer(SimilarityModel, SwinTransformer):
+    """timm's ``SwinTransformer`` (every keyword of it) with a `LastBlock`.
+
+    Args:
+        last_block, similarity: see `LastBlock.attach`; the query is always the mean's.
+    """
+
+    def __init__(self, last_block: str = "standard", similarity: str = "dot", similarity_query: str = "mean", **kwargs):
+        if similarity_query != "mean":
+            raise ValueError(f"similarity_query={similarity_query!r}: Swin has no [CLS]; its query is the mean's")
+        super().__init__(**kwargs)
+        self.last_block = last_block
+        block = self.layers[-1].blocks[-1]
+        block.__class__ = SwinLastBlock  # timm's stage builds its blocks itself; this one knows a little more
+        block.attach(last_block, similarity, similarity_query)
+
+    def last(self) -> LastBlock | None:
+        block = self.layers[-1].blocks[-1]
+        return block if isinstance(block, LastBlock) else None
+
+    def reads_only_cls(self) -> bool:
+        return False
+
+    def check_maps(self, return_similarity: bool) -> None:
+        super().check_maps(return_similarity)
+        block = self.last()
+        if block.window_size != tuple(block.input_resolution):
+            (h, w), (rows, columns) = block.input_resolution, block.window_size
+            raise ValueError(
+                f"the last stage has {h} x {w} tokens in windows of {rows} x {columns}: S needs one window that is the "
+                "whole map, as at 224 px with windows of 7"
+            )
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        return self.layers[-1].grad_checkpointing
+
+    def forward_trunk(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.patch_embed(images)
+        for stage in list(self.layers)[:-1]:
+            x = stage(x)
+        stage = self.layers[-1]
+        x = stage.downsample(x)
+        for block in list(stage.blocks)[:-1]:
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        return x.flatten(1, 2), (x.shape[1], x.shape[2])
+
+    def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.forward_head(self.norm(x).unflatten(1, grid))
+
+
+SIZES = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7}
+default_cfgs = imagenet_cfgs("swin_tiny", first_conv="patch_embed.proj", classifier="head.fc")
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> SARSwinTransformer:
+    kwargs = {"pretrained_filter_fn": checkpoint_filter_fn, **SIZES, **kwargs}
+    return create(SARSwinTransformer, name, pretrained, (0, 1, 2, 3), **kwargs)
+
+
+@register_model
+def swin_tiny(pretrained: bool = False, **kwargs) -> SARSwinTransformer:
+    """Swin-T: 28,288,354 parameters."""
+    return _create("swin_tiny", pretrained, **kwargs)
+
+
+@register_model
+def swin_tiny_sar(pretrained: bool = False, **kwargs) -> SARSwinTransformer:
+    """Swin-T with the last block of Eq. 10-11: 28,286,818 parameters."""
+    return _create("swin_tiny_sar", pretrained, **kwargs)

@@ -1,0 +1,206 @@
+"""T2T-ViT (Tokens-to-Token ViT, L. Yuan et al., 2021): ``t2t_vit_14``, ``t2t_vit_t_14``, each also with ``_sar``.
+
+Two small attention layers on overlapping windows turn the image into 14 x 14 tokens, Performers in ``t2t_vit_14`` and
+transformers in ``t2t_vit_t_14``; a ViT with fixed sinusoidal positions follows, and its last block is SAR's. The names
+of the weights are the official release's.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models import register_model
+from torch import Tensor, nn
+
+from models_sar import SARVisionTransformer, create, imagenet_cfgs
+
+__all__ = ["T2TViT"]
+
+PATCH_SIZE = 16
+WINDOWS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
+"""Kernel, stride and padding of the three steps; together a patch of 16 px."""
+
+
+class Performer(nn.Module):
+    """A token-to-token layer whose attention is linear in the tokens, by random features of the softmax kernel.
+
+    ``(B, N, dim)`` to ``(B, N, token_dim)``, computed in at least float32. The skip is that of the values: the tokens
+    have another width. The features are orthogonal and stay as they were drawn.
+    """
+
+    def __init__(self, dim: int, token_dim: int, num_features: int, dropout: float = 0.1):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.kqv = nn.Linear(dim, 3 * token_dim)
+        self.w = nn.Parameter(
+            nn.init.orthogonal_(torch.empty(num_features, token_dim)) * math.sqrt(num_features), requires_grad=False
+        )
+        self.proj = nn.Linear(token_dim, token_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(token_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), nn.Dropout(dropout)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)  # in this order
+        x = v + self.dropout(self.proj(self.attend(k, q, v).to(v.dtype)))
+        return x + self.mlp(self.norm2(x))
+
+    def attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
+        """Attention's output ``(B, N, token_dim)``, never forming an ``N x N`` matrix."""
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        with torch.autocast(v.device.type, enabled=False):
+            k, q, v = self.features(k.to(dtype)), self.features(q.to(dtype)), v.to(dtype)
+            sums = q @ k.sum(dim=1).unsqueeze(-1)
+            return q @ (k.mT @ v) / (sums + 1e-8)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Positive random features ``(B, N, num_features)``: exp(w x - |x|^2 / 2) / sqrt(their number)."""
+        w = self.w.to(x.dtype)
+        return (x @ w.T - x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(len(w))
+
+
+class TokenTransformer(nn.Module):
+    """A token-to-token layer with one head of ordinary attention: ``(B, N, dim)`` to ``(B, N, token_dim)``."""
+
+    def __init__(self, dim: int, token_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = TokenAttention(dim, token_dim)
+        self.norm2 = nn.LayerNorm(token_dim)
+        self.mlp = Mlp(token_dim, token_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TokenAttention(nn.Module):
+    """Attention of one head to another width, with a skip of the values; scores are scaled by the incoming width."""
+
+    def __init__(self, dim: int, token_dim: int):
+        super().__init__()
+        self.scale = dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * token_dim, bias=False)
+        self.proj = nn.Linear(token_dim, token_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return v + self.proj(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=self.scale)[:, 0])
+
+
+class TokensToToken(nn.Module):
+    """The image as tokens: three times overlapping windows are unfolded, twice with attention after it.
+
+    Takes the place of timm's ``PatchEmbed`` and has what ``VisionTransformer`` asks of it. Any image size that patches
+    of 16 px divide.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 384,
+        token_dim: int = 64,
+        performer: bool = True,
+        **unused,
+    ):
+        super().__init__()
+        if patch_size != math.prod(stride for _, stride, _ in WINDOWS):
+            raise ValueError(f"patch_size={patch_size}: the strides of T2T-ViT's windows come to 16")
+        self.patch_size = (patch_size, patch_size)
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = math.prod(self.grid_size)
+        areas = [kernel * kernel for kernel, _, _ in WINDOWS]
+        layer = partial(Performer, num_features=token_dim // 2) if performer else TokenTransformer
+        self.attention1 = layer(in_chans * areas[0], token_dim)
+        self.attention2 = layer(token_dim * areas[1], token_dim)
+        self.project = nn.Linear(token_dim * areas[2], embed_dim)
+
+    def feat_ratio(self, as_scalar: bool = True):
+        """Pixels a token."""
+        return self.patch_size[0] if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens for an image of this height and width."""
+        for kernel, stride, padding in WINDOWS:
+            img_size = tuple((side + 2 * padding - kernel) // stride + 1 for side in img_size)
+        return img_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        for window, layer in zip(WINDOWS, (self.attention1, self.attention2, self.project), strict=True):
+            kernel, stride, padding = window
+            h, w = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[-2:])
+            x = layer(F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2))
+            if layer is not self.project:
+                x = x.transpose(1, 2).unflatten(2, (h, w))
+        return x
+
+
+def sinusoids(positions: int, dim: int) -> Tensor:
+    """The fixed positions ``(1, positions, dim)`` of the first transformers, sine and cosine in turn."""
+    angles = torch.arange(positions)[:, None] * 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :dim].float()
+
+
+class T2TViT(SARVisionTransformer):
+    """T2T-ViT with a last block of Table 1(b).
+
+    Args:
+        token_dim: width of the tokens within the token-to-token module.
+        performer: its attention; False for ordinary one.
+        Others: see `SARVisionTransformer`.
+    """
+
+    def __init__(self, token_dim: int = 64, performer: bool = True, norm_layer=None, **kwargs):
+        embed = partial(TokensToToken, token_dim=token_dim, performer=performer)
+        super().__init__(embed_layer=embed, norm_layer=norm_layer or partial(nn.LayerNorm, eps=1e-5), **kwargs)
+        self._modules["tokens_to_token"] = self._modules.pop("patch_embed")
+        self.pos_embed = nn.Parameter(sinusoids(self.pos_embed.shape[1], self.embed_dim), requires_grad=False)
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        """The token-to-token module, where timm looks for it."""
+        return self.tokens_to_token
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token"}
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: T2TViT) -> dict[str, Tensor]:
+    """Weights for another grid: the fixed positions are the model's own."""
+    return state | {"pos_embed": model.pos_embed.data} if "pos_embed" in state else state
+
+
+SIZES = {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0, "qkv_bias": False}
+default_cfgs = imagenet_cfgs("t2t_vit_14", "t2t_vit_t_14", first_conv=None, crop_pct=0.9)
+
+
+@register_model
+def t2t_vit_14(pretrained: bool = False, **kwargs) -> T2TViT:
+    """T2T-ViT-14: 21,545,550 parameters, 21,465,806 of them trained."""
+    return create(T2TViT, "t2t_vit_14", pretrained, 3, **SIZES | kwargs)
+
+
+@register_model
+def t2t_vit_14_sar(pretrained: bool = False, **kwargs) -> T2TViT:
+    """T2T-ViT-14 with the last block of Eq. 10-11: 21,544,782 parameters."""
+    return create(T2TViT, "t2t_vit_14_sar", pretrained, 3, **SIZES | kwargs)
+
+
+@register_model
+def t2t_vit_t_14(pretrained: bool = False, **kwargs) -> T2TViT:
+    """T2T-ViT-14 with transformers in its token-to-token module: 21,541,070 parameters."""
+    return create(T2TViT, "t2t_vit_t_14", pretrained, 3, **{"performer": False} | SIZES | kwargs)
+
+
+@register_model
+def t2t_vit_t_14_sar(pretrained: bool = False, **kwargs) -> T2TViT:
+    """The same with the last block of Eq. 10-11: 768 parameters fewer."""
+    return create(T2TViT, "t2t_vit_t_14_sar", pretrained, 3, **{"performer": False} | SIZES | kwargs)

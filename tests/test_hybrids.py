@@ -1,0 +1,349 @@
+"""T2T-ViT, PVT, CvT, Swin, and ViT beside them: the official numbers, one interface, one way to attach SAR."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models import is_model_pretrained, list_models  # noqa: F401
+
+import models_cvt
+import models_pvt
+import models_sar
+import models_swin  # noqa: F401 - registers the model
+import models_t2t
+from checkpoints import last_block_of, load_weights
+from losses import SpatialEntropyLoss
+from models_sar import LAST_BLOCKS
+
+SMALL = {
+    "vit_small": {"embed_dim": 48, "depth": 2, "num_heads": 3},
+    "t2t_vit_14": {"embed_dim": 48, "depth": 2, "num_heads": 3, "token_dim": 16},
+    "t2t_vit_t_14": {"embed_dim": 48, "depth": 2, "num_heads": 3, "token_dim": 16},
+    "pvt_small": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 2), "num_heads": (1, 2, 3, 4)},
+    "cvt_13": {"embed_dims": (16, 24, 48), "depths": (1, 2, 2), "num_heads": (1, 3, 6)},
+    "swin_tiny": {"embed_dim": 16, "depths": (1, 2, 1, 2), "num_heads": (1, 2, 2, 4)},
+}
+HYBRIDS = [name for name in SMALL if name != "vit_small"]
+PYRAMIDS = ["pvt_small", "cvt_13", "swin_tiny"]
+NAMES = [name + suffix for name in SMALL for suffix in ("", "_sar")]
+
+
+def make(name, img_size=64, **kwargs):
+    torch.manual_seed(0)
+    sizes = SMALL[name.removesuffix("_sar")]
+    return timm.create_model(name, **{"img_size": img_size, "num_classes": 5, "drop_path_rate": 0.0, **sizes, **kwargs})
+
+
+def images(batch=2, size=64, dtype=torch.float32):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def fill(model):
+    """Give all weights and running statistics values far from their initial ones; returns the model."""
+    generator = torch.Generator().manual_seed(2)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).abs())
+    return model
+
+
+# ------------------------------------------------------------------------------------------- official numbers
+
+
+def golden_t2t(performer, c):
+    sizes = {name: c[name] for name in ("embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "token_dim")}
+    return lambda **kwargs: models_t2t.T2TViT(img_size=112, num_classes=10, performer=performer, **sizes, **kwargs)
+
+
+def golden_pvt(c):
+    sizes = {name: c[name] for name in ("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios", "img_size")}
+    return lambda **kwargs: models_pvt.PVT(num_classes=10, **sizes, **kwargs)
+
+
+def golden_cvt(c):
+    sizes = {"embed_dims": c["spec"]["DIM_EMBED"], "depths": c["spec"]["DEPTH"], "num_heads": c["spec"]["NUM_HEADS"]}
+    return lambda **kwargs: models_cvt.CvT(num_classes=10, **sizes, **kwargs)
+
+
+GOLDEN = {
+    "t2t_performer_tiny.pt": lambda c: golden_t2t(True, c),
+    "t2t_transformer_tiny.pt": lambda c: golden_t2t(False, c),
+    "pvt_v1_tiny.pt": golden_pvt,
+    "cvt_tiny.pt": golden_cvt,
+}
+
+
+@pytest.mark.parametrize(("last_block", "prefix"), [("standard", ""), ("sar", "nosn_")])
+@pytest.mark.parametrize("file", GOLDEN)
+def test_official_weights_load_by_name_and_give_the_official_numbers(golden, file, last_block, prefix):
+    content = golden(file)
+    model = GOLDEN[file](content["config"])(last_block=last_block).eval()
+    removed = {name for name in content["state_dict"] if name not in model.state_dict()}
+    assert len(removed) == (0 if last_block == "standard" else 2)
+    assert all(".norm2." in name for name in removed)
+    model.load_state_dict({name: value for name, value in content["state_dict"].items() if name not in removed})
+    if last_block == "standard":
+        torch.testing.assert_close(model(content["input"]), content["logits"], rtol=0, atol=1e-5)
+    model, expected = model.double(), content[f"{prefix}logits_f64"]
+    logits, similarity = model(content["input"].double(), return_similarity=True)
+    errors = {
+        "logits": (logits - expected).abs().max(),
+        "all tokens": (model.forward_head(model.forward_features(content["input"].double())) - expected).abs().max(),
+        "similarity": (similarity.flatten(2) - content[f"{prefix}last_block_q_cls_dot_k"]).abs().max(),
+    }
+    print(file, last_block, {name: f"{error.item():.1e}" for name, error in errors.items()})
+    assert max(errors.values()) < 1e-9
+
+
+COUNTS = {
+    "t2t_vit_14": (21_545_550, 21_465_806),
+    "t2t_vit_14_sar": (21_544_782, 21_465_038),
+    "t2t_vit_t_14": (21_541_070, 21_465_422),
+    "t2t_vit_t_14_sar": (21_540_302, 21_464_654),
+    "pvt_small": (24_485_864, 24_485_864),
+    "pvt_small_sar": (24_484_840, 24_484_840),
+    "cvt_13": (19_997_480, 19_997_480),
+    "cvt_13_sar": (19_996_712, 19_996_712),
+    "swin_tiny": (28_288_354, 28_288_354),
+    "swin_tiny_sar": (28_286_818, 28_286_818),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_full_size_parameters_and_grid(name):
+    model = timm.create_model(name).eval()
+    parameters = list(model.parameters())
+    assert (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)) == COUNTS[name]
+    with torch.inference_mode():
+        _, similarity = model(torch.randn(1, 3, 224, 224), return_similarity=True)
+    side = 14 if name.startswith("t2t") else 7
+    heads = {"t2t": 6, "pvt": 8, "cvt": 6, "swi": 24}[name[:3]]
+    assert similarity.shape == (1, heads, side, side)
+
+
+def test_swin_is_timms(monkeypatch):
+    ours = fill(make("swin_tiny", img_size=224)).eval()
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **SMALL["swin_tiny"]).eval()
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(images(size=224)), theirs(images(size=224)))
+    torch.testing.assert_close(ours(images(size=224), return_similarity=True)[0], theirs(images(size=224)))
+
+
+# ---------------------------------------------------------------------- against a slow and explicit last block
+
+
+def explicit(model, x):
+    """Logits and S with the last block written out, all tokens computed, no fused attention."""
+    tokens, (h, w) = model.forward_trunk(x)
+    block, attn = model.last(), model.last().attn
+    y = block.norm1(tokens)
+    q, k, v = block.project(y, False, (h, w))
+    scores = q @ k.mT * attn.scale
+    if block.similarity_query == "cls":
+        row = scores[:, :, 0]
+    else:
+        mean = y[:, -h * w :].mean(dim=1, keepdim=True)
+        row = torch.einsum("bhd,bhnd->bhn", block.query(mean)[:, :, 0], k) * attn.scale
+    rows, columns = block.key_grid(h, w)
+    similarity = row[:, :, -rows * columns :].unflatten(2, (rows, columns))
+    if hasattr(attn, "relative_position_bias_table"):
+        scores = scores + attn._get_rel_pos_bias()
+    z = attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    if model.last_block in ("standard",):
+        z = tokens + z
+        z = z + block.mlp(block.norm2(z))
+    elif model.last_block == "no_msa_skip":
+        z = z + block.mlp(block.norm2(z))
+    elif model.last_block == "sar":
+        z = z + block.mlp(z)
+    else:
+        z = block.mlp(z)
+    return model.classify(z, (h, w)), similarity
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("last_block", LAST_BLOCKS)
+@pytest.mark.parametrize("name", SMALL)
+def test_value_and_every_gradient_equal_an_explicit_last_block(name, last_block, training):
+    fast = fill(make(name, last_block=last_block).double()).train(training)
+    slow = copy.deepcopy(fast)
+    for module in (*fast.modules(), *slow.modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    outputs = []
+    for model, forward in ((fast, lambda m, x: m(x, return_similarity=True)), (slow, explicit)):
+        logits, similarity = forward(model, images(dtype=torch.float64))
+        (logits.square().mean() + SpatialEntropyLoss()(similarity)).backward()
+        outputs.append((logits, similarity))
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    for (parameter, ours), theirs in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        if ours.requires_grad:
+            assert ours.grad is not None, parameter
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=parameter)
+    for buffer, other in zip(fast.buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_function_makes_all_similarity_maps(name, monkeypatch):
+    calls = []
+    whole = models_sar.similarity_map
+    monkeypatch.setattr(models_sar, "similarity_map", lambda *args: calls.append(args) or whole(*args))
+    make(f"{name}_sar").eval()(images(), return_similarity=True)
+    assert len(calls) == 1
+    assert isinstance(make(f"{name}_sar").last(), models_sar.LastBlock)
+
+
+def test_the_query_of_the_mean_on_a_vit_without_class_token():
+    kwargs = {"class_token": False, "global_pool": "avg", "similarity_query": "mean", "qk_norm": True}
+    model = fill(make("vit_small_sar", **kwargs)).eval()
+    x, (h, w) = model.forward_trunk(images())
+    attn, y = model.last().attn, model.last().norm1(x)
+    q, k, _ = attn.qkv(torch.cat([y.mean(dim=1, keepdim=True), y], dim=1)).chunk(3, dim=-1)
+    heads = (3, -1)
+    q, k = attn.q_norm(q[:, :1].unflatten(2, heads)), attn.k_norm(k[:, 1:].unflatten(2, heads))
+    expected = (q * k).sum(-1).transpose(1, 2).unflatten(2, (h, w)) * attn.scale
+    torch.testing.assert_close(model(images(), return_similarity=True)[1], expected)
+    with pytest.raises(ValueError, match=r"class_token=True, or with similarity_query='mean'"):
+        make("vit_small", class_token=False, global_pool="avg")(images(), return_similarity=True)
+    with pytest.raises(ValueError, match=r"similarity_query='max' is unknown; choose one of cls, mean"):
+        make("vit_small", similarity_query="max")
+
+
+def test_swin_refuses_a_map_of_several_windows_and_the_class_query():
+    model = make("swin_tiny_sar", img_size=256).eval()
+    assert model(images(size=256)).shape == (2, 5), "without S it is timm's Swin at any size"
+    with pytest.raises(ValueError, match=r"8 x 8 tokens in windows of 7 x 7: S needs one window .* 224 px"):
+        model(images(size=256), return_similarity=True)
+    with pytest.raises(ValueError, match=r"similarity_query='cls': Swin has no \[CLS\]"):
+        make("swin_tiny", similarity_query="cls")
+
+
+# -------------------------------------------------------------------------------------- timm's kind of tests
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_backward_reach_every_parameter(name):
+    model = make(name, drop_path_rate=0.1).train()
+    logits = model(images())
+    assert logits.shape == (2, 5)
+    logits.mean().backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert model.eval()(images(batch=1)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_head_and_classifier(name):
+    model = make(name).eval()
+    features = model.forward_features(images())
+    torch.testing.assert_close(model.forward_head(features), model(images()))
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.num_features) == (2, model.head_hidden_size)
+    logits, similarity, tokens = model(images(), return_similarity=True, return_tokens=True)
+    torch.testing.assert_close(logits, model(images()))
+    assert tokens.shape[:2] == (2, model.num_features)
+    assert similarity.dtype == torch.float32
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(images()), pooled)
+    model.reset_classifier(9)
+    assert model(images()).shape == (2, 9)
+    assert model.get_classifier().out_features == 9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_image_size(name):
+    larger = make(name, img_size=96).eval()
+    logits, similarity = larger(images(size=96), return_similarity=True)
+    assert logits.shape == (2, 5)
+    assert similarity.shape[-1] == {"vit": 6, "t2t": 6, "pvt": 3, "cvt": 3, "swi": 3}[name[:3]]
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_a_pyramids_maps(name):
+    model = make(name).eval()
+    tokens, maps = model.forward_intermediates(images())
+    assert tokens.shape == model.forward_features(images()).shape
+    reductions = [4, 8, 16, 32][: len(maps)]
+    assert [tuple(one.shape[-2:]) for one in maps] == [(64 // r, 64 // r) for r in reductions]
+    getter = make(name, features_only=True).eval()
+    getter.load_state_dict({f"model.{n}": v for n, v in model.state_dict().items()}, strict=False)
+    features = getter(images())
+    assert getter.feature_info.reduction() == reductions
+    assert getter.feature_info.channels() == [one.shape[1] for one in features]
+    for one, other in zip(features, maps, strict=True):
+        torch.testing.assert_close(one, other)
+    first = make(name, features_only=True, out_indices=(0, 1)).eval()
+    assert [one.shape[-1] for one in first(images())] == [16, 8]
+    assert sum(p.numel() for p in first.parameters()) < sum(p.numel() for p in model.parameters()) / 2
+
+
+@pytest.mark.parametrize("name", ["pvt_small", "cvt_13"])
+def test_a_pyramid_whose_stages_were_dropped_has_no_map(name):
+    model = make(name)
+    model.prune_intermediate_layers([0, 1])
+    with pytest.raises(ValueError, match="the last block was pruned away"):
+        model(images(), return_similarity=True)
+
+
+@pytest.mark.parametrize("name", ["pvt_small", "cvt_13"])
+def test_a_pyramid_can_pool_its_patches(name):
+    model = make(name, global_pool="avg").eval()
+    expected = model.head(model.forward_features(images())[:, 1:].mean(dim=1))
+    torch.testing.assert_close(model(images()), expected)
+    with pytest.raises(ValueError, match=r"global_pool='max' is unknown; choose token or avg"):
+        make(name, global_pool="max")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_and_copies_change_nothing(name):
+    model = make(name).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    saving = copy.deepcopy(model)
+    saving.set_grad_checkpointing()
+    for one in (model, saving):
+        logits, similarity = one(images(), return_similarity=True)
+        (logits.square().sum() + similarity.square().sum()).backward()
+    for (parameter, one), other in zip(model.named_parameters(), saving.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, msg=parameter)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_what_is_not_decayed_is_there(name):
+    model = make(name)
+    names = model.no_weight_decay()
+    assert names <= {n for n, _ in model.named_parameters()}
+    expected = {"t2t": {"cls_token"}, "pvt": {"cls_token"}, "cvt": {"stage2.cls_token"}}
+    assert name.startswith("swin") or names == expected[name[:3]]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_autocast_leaves_the_map_in_float32(name):
+    model = make(f"{name}_sar").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, similarity = model(images(), return_similarity=True)
+    assert (similarity.dtype, similarity.isfinite().all()) == (torch.float32, True)
+    assert logits.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("suffix", ["", "_sar"])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_weights_for_another_image_size_and_head(name, suffix):
+    small, large = make(name + suffix), make(name + suffix, img_size=96, num_classes=3)
+    notes = load_weights(large, {"model": fill(small).state_dict()})
+    assert notes[-1].endswith("5 -> 3 classes, dropped and re-initialised")
+    resampled = {"t2t": 1, "pvt": 4, "cvt": 0, "swi": 3}[name[:3]]
+    assert len([note for note in notes if note.endswith("resampled")]) == resampled
+    again = make(name + suffix)
+    assert load_weights(again, {"model": small.state_dict()}) == []
+    assert torch.equal(again.eval()(images()), small.eval()(images()))
+    assert last_block_of({"model": small.state_dict()}) == ("sar" if suffix else "standard")
