@@ -101,6 +101,11 @@ def time_case(size: str, dtype, args) -> dict[str, float]:
     targets = torch.randint(1000, (args.batch_size,), device=args.device)
     kinds = {"plain": (Plain, None), "naive": (Naive, map_by_map_loss), "ours": (Ours, SpatialEntropyLoss())}
     steps = {name: make_step(kind(size), loss, images, targets, dtype) for name, (kind, loss) in kinds.items()}
+    return in_turn(steps, args)
+
+
+def in_turn(steps: dict, args) -> dict[str, float]:
+    """Median images a second of each step; all of them are run in every repeat."""
     times = {name: [] for name in steps}
     for repeat in range(args.repeats + args.warmup):
         for name, step in steps.items():

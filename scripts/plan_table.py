@@ -17,7 +17,8 @@ from launcher import Cluster, Point
 from utils import UserError
 
 # What a run costs at the paper's hardware is an estimate: DeiT's paper has (from memory) 53 hours for ViT-B, 300
-# epochs of 1,281,167 images, on a node of 8 V100; other sizes are scaled by their GFLOPs an image at 224 px.
+# epochs of 1,281,167 images, on a node of 8 V100; other sizes and architectures are scaled by their GFLOPs an image at
+# 224 px (T2T-ViT's from memory; the paper has that of the variant with transformers).
 GFLOPS = {"vit_tiny": 1.3, "vit_small": 4.6, "vit_base": 17.6, "t2t_vit_14": 4.8, "pvt_small": 3.8, "cvt_13": 4.5}
 VIT_BASE_IMAGES_AN_HOUR = 300 * 1_281_167 / 53
 

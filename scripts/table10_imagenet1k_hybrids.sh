@@ -6,7 +6,7 @@
 #   DRY_RUN=1 bash scripts/table10_imagenet1k_hybrids.sh        # the commands and what they cost
 #
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
-# Time: about 135 hours on it (our estimate; the paper names no hours).
+# Time: about 108 hours on it (our estimate; the paper names no hours).
 # Expected, top-1:
 #   ViT-S/16 79.8, with SAR 80.7; T2T-ViT-14 81.5, 81.9; PVT-Small 79.8, 79.84; CvT-13 81.6, 81.8 (without SAR: quoted).
 # Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
