@@ -1,21 +1,28 @@
 """T2T-ViT, PVT, CvT, Swin, and ViT beside them: the official numbers, one interface, one way to attach SAR."""
 
 import copy
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from timm.models import is_model_pretrained, list_models  # noqa: F401
+from PIL import Image
+from sklearn.datasets import load_digits
 
+import main
 import models_cvt
 import models_pvt
 import models_sar
 import models_swin  # noqa: F401 - registers the model
 import models_t2t
+from analysis import figures, jaccard
 from checkpoints import last_block_of, load_weights
 from losses import SpatialEntropyLoss
 from models_sar import LAST_BLOCKS
 
+ROOT = Path(__file__).parents[1]
 SMALL = {
     "vit_small": {"embed_dim": 48, "depth": 2, "num_heads": 3},
     "t2t_vit_14": {"embed_dim": 48, "depth": 2, "num_heads": 3, "token_dim": 16},
@@ -347,3 +354,52 @@ def test_weights_for_another_image_size_and_head(name, suffix):
     assert load_weights(again, {"model": small.state_dict()}) == []
     assert torch.equal(again.eval()(images()), small.eval()(images()))
     assert last_block_of({"model": small.state_dict()}) == ("sar" if suffix else "standard")
+
+
+# --------------------------------------------------------------------------------------- the program around them
+
+SMOKE = {
+    "t2t_vit_14_sar": ["@recipes/smoke_t2t.args"],
+    "t2t_vit_t_14_sar": ["@recipes/smoke_t2t.args"],
+    "pvt_small_sar": ["@recipes/smoke_pvt.args", "--drloc-weight", "0.1"],
+    "cvt_13_sar": ["@recipes/smoke_cvt.args"],
+    "swin_tiny_sar": ["--input-size", "64", "--model-kwargs", "embed_dim=8", "depths=(1,1,1,2)", "num_heads=(1,1,2,2)"],
+}
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """Three digits and their ink as masks."""
+    root = tmp_path_factory.mktemp("masked")
+    for number, digit in enumerate(load_digits().images[:3]):
+        for folder, pixels in (("images", digit * 15), ("masks", (digit > 8) * 255)):
+            (root / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).resize((64, 64), 0).save(root / folder / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_training_evaluation_and_analysis_work_on_all(name, masked, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    short = "--epochs 1 --warmup-epochs 0 --sampling-ratio 0.1 --num-workers 0 --batch-size 8 --total-batch 64".split()
+    first, *more = SMOKE[name]
+    files, options = ([first], more) if first.startswith("@") else ([], SMOKE[name])
+    out = ["--output-dir", str(tmp_path / "out")]
+    assert main.main([*files, "--model", name, *options, *short, *out]) == 0
+    record = json.loads((tmp_path / "out/log.txt").read_text())
+    assert record["test_components"] >= 1
+    best = str(tmp_path / "out/best.pth")
+    assert main.main(["--eval", "--resume", best, "--num-workers", "0"]) == 0
+    assert f"Acc@1 {record['test_acc1']:.3f}" in capsys.readouterr().out
+    where = ["--data-path", str(masked), "--input-size", "128", "--num-workers", "0"]
+    assert jaccard.main(["--checkpoint", best, *where]) == 0
+    grid = {"t2t": "8 x 8", "pvt": "8 x 8", "cvt": "8 x 8", "swi": "4 x 4"}[name[:3]]
+    assert f"of {grid}" in capsys.readouterr().out
+    assert figures.main(["--checkpoint", best, "--count", "2", "--out", str(tmp_path / "figures")]) == 0
+
+
+def test_released_positions_are_for_vits_alone(tmp_path, capsys, masked, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    torch.save({"model": make("pvt_small").state_dict()}, tmp_path / "pvt.pth")
+    assert jaccard.main(["--checkpoint", str(tmp_path / "pvt.pth"), "--data-path", str(masked)]) == 2
+    assert "its weights are no ViT's" in capsys.readouterr().err
