@@ -339,6 +339,51 @@ def test_autocast_leaves_the_map_in_float32(name):
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_the_graph_is_one_for_a_compiler(name):
+    torch._dynamo.reset()
+    model = make(f"{name}_sar").eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for one, other in zip(
+        compiled(images(), return_similarity=True), model(images(), return_similarity=True), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+SHALLOW = {
+    "t2t": {"depth": 1},
+    "pvt": {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)},
+    "cvt": {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2)},
+    "swi": {"depths": (1, 1), "num_heads": (1, 2), "img_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "t2t_vit_14_sar",
+        pytest.param("t2t_vit_t_14_sar", marks=pytest.mark.slow),
+        "pvt_small_sar",
+        "cvt_13_sar",
+        "swin_tiny_sar",
+    ],
+)
+def test_a_compiled_training_step(name):
+    torch._dynamo.reset()
+    model = make(name, **SHALLOW[name[:3]]).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    results = []
+    for one in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), fullgraph=True)):
+        size = SHALLOW[name[:3]].get("img_size", 64)
+        logits, similarity = one(images(size=size), return_similarity=True)
+        (logits.square().mean() + similarity.square().mean()).backward()
+        gradients = {n.removeprefix("_orig_mod."): p.grad for n, p in one.named_parameters() if p.requires_grad}
+        results.append((logits, similarity, gradients))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------- checkpoints
 
 
