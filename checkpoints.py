@@ -256,7 +256,12 @@ def num_heads_of(checkpoint: Mapping, key: str | None = None) -> int | None:
     width = state["cls_token"].shape[-1]
     if (program and program.name == "MoCo-v3") or has_moco_positions(state):
         return MOCO_HEADS
-    told = program or isinstance(args, Mapping) or width != 384 or (key == "model" and "head.weight" in state)
+    told = (
+        program
+        or isinstance(args, Mapping)
+        or width != 384
+        or (key in ("model", "model_ema") and "head.weight" in state)
+    )
     return HEADS.get(width) if told else None
 
 

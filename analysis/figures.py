@@ -30,7 +30,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from PIL import Image
 
 from analysis.attention import MASS, similarity_maps
-from analysis.commands import add_model_options, load_models
+from analysis.commands import add_checkpoint_options, add_model_options, load_models
 from analysis.gallery import gallery_html
 from analysis.images import choose_samples, list_images, read_image, squash
 from analysis.models import TrainedModel
@@ -69,13 +69,12 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", action="append", required=True, metavar="FILE", help="once for each model")
-    add("--name", action="append", metavar="LABEL", help="of each model, in the same order")
+    add_checkpoint_options(parser, required=True)
     add("--images", metavar="DIR", help="with image files (default: the first checkpoint's validation images)")
     add("--data-path", metavar="DIR", help="where the first checkpoint's data set lies now")
     add("--count", type=at_least(int, 1), default=16, help="images, spread evenly over all")
     add("--mass", type=at_least(float, 0, 1), default=MASS, help="share of the attention that masks keep")
-    add("--input-size", type=at_least(int, 1), metavar="PX", help="of all models (default: each one's own)")
+    add("--input-size", type=at_least(int, 1, 4096), metavar="PX", help="of all models (default: each one's own)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and gallery")
     add_model_options(parser)
     return parser
@@ -84,15 +83,12 @@ def build_parser() -> Parser:
 def run(args: Namespace) -> int:
     """Read, look, draw; says where the gallery is. What can be wrong with the input is known before a model runs."""
     start_logging(0)
-    if args.name and len(args.name) != len(args.checkpoint):
-        raise UserError(f"{len(args.name)} --name for {len(args.checkpoint)} --checkpoint; give each one or none")
     if args.images and args.data_path:
         raise UserError("give either --images or --data-path, where the validation images lie")
     trained = load_models(args, pick_device(args.device))
     samples, classes = folder_samples(args) if args.images else validation_samples(args)
     prepare_output_dir(args.out, "--out")
-    names = args.name or [model.name for model in trained]
-    models = [look(name, model, samples, classes) for name, model in zip(names, trained, strict=True)]
+    models = [look(model.name, model, samples, classes) for model in trained]
     count = write_pages(samples, models, args.mass, args.out)
     page = gallery_html(pictures_of(samples, GALLERY_PICTURE), [sample.title for sample in samples], models, args.mass)
     write_atomically(args.out / "index.html", lambda file: file.write(page.encode()))

@@ -1,5 +1,6 @@
 """Images to look at: files, the two ways to bring them to a model's size, and back to pictures."""
 
+import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import SMALL_IMAGE, AugmentedDataset
+from datasets import AugmentedDataset, build_transform
 from readers import UnreadableImage
 from samplers import Draw
 from utils import UserError
@@ -27,7 +28,11 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with images in it")
-    found = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]
+    found, seen = [], set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        below[:] = [name for name in below if os.path.realpath(os.path.join(place, name)) not in seen]  # no circles
+        found += [Path(place, name) for name in names]
     found = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")]
     if not found:
         raise UserError(f"{folder}: no image in it or below; known are {', '.join(IMG_EXTENSIONS)}")
@@ -83,9 +88,9 @@ def squash(
     )
 
 
-def centre_crop(size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """A transform to a normalised ``(3, size, size)``: DeiT's evaluation, 256 -> 224; small images whole."""
-    return create_transform(size, interpolation="bicubic", crop_pct=1.0 if size <= SMALL_IMAGE else 0.875)
+def centre_crop(size: int, crop_pct: float | None = None) -> Callable[[Image.Image], torch.Tensor]:
+    """A transform to a normalised ``(3, size, size)``: the evaluation's, see `datasets.build_transform`."""
+    return build_transform(False, argparse.Namespace(input_size=size, crop_pct=crop_pct))
 
 
 def as_picture(image: torch.Tensor) -> np.ndarray:

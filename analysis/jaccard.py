@@ -33,6 +33,7 @@ from torchvision.transforms import InterpolationMode
 
 from analysis.attention import MASS, attention_of, keep_mass, similarity_maps
 from analysis.commands import (
+    add_checkpoint_options,
     add_loading_options,
     add_model_options,
     load_batches,
@@ -257,12 +258,13 @@ def image_rows(measured: Measured, data: MaskedImages) -> list[dict]:
 
 def as_markdown(results: dict[str, Measured]) -> str:
     """The printed table: a row a model, one for random maps of each shape, one for the whole image."""
-    rows = {name: measured.model for name, measured in results.items()}
+    rows = [(name.replace("|", "\\|"), measured.model) for name, measured in results.items()]
+    baselines = {}
     for measured in results.values():
-        rows["random maps, {} of {} x {}".format(*measured.shape)] = measured.random_maps
-        rows["the whole image"] = measured.whole_image
+        baselines["random maps, {} of {} x {}".format(*measured.shape)] = measured.random_maps
+        baselines["the whole image"] = measured.whole_image
     lines = ["| | Jaccard | mean over classes | images | skipped |", "|---|---:|---:|---:|---:|"]
-    for name, scores in rows.items():
+    for name, scores in [*rows, *baselines.items()]:
         with_class = sum(map(bool, scores))
         means = f"{100 * mean_over_images(scores):.2f} | {100 * mean_over_classes(scores):.2f}"
         lines.append(f"| {name} | {means} | {with_class} | {len(scores) - with_class} |")
@@ -280,13 +282,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", action="append", required=True, metavar="FILE", help="of any format; may be given again")
+    add_checkpoint_options(parser, required=True)
     add("--data-path", required=True, metavar="DIR", help="VOCdevkit or alike; or a folder with images/ and masks/")
     add("--split", metavar="NAME", help="of VOC's lists (default: val)")
     add("--out", type=Path, metavar="DIR", help="keep the results there")
     add("--protocol", choices=PROTOCOLS, default="void-excluded", help="default: %(default)s")
     add("--mass", type=at_least(float, 0, 1, open_low=True), default=MASS, help="share kept (default: %(default)s)")
-    add("--input-size", type=at_least(int, 1), default=480, metavar="PX", help="default: %(default)s")
+    add("--input-size", type=at_least(int, 1, 4096), default=480, metavar="PX", help="default: %(default)s")
     add_model_options(parser)
     add_loading_options(parser)
     return parser.parse_args(argv)

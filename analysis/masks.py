@@ -7,6 +7,7 @@ VOC's masks hold the number of a class in every pixel, 0 for background, 255 for
 what is too hard to outline. Other masks have one object: what is not 0 in them.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,8 +105,14 @@ def _read_voc(root: Path, split: str) -> MaskedImages:
     if not (lists / f"{split}.txt").is_file():
         there = ", ".join(sorted(path.stem for path in lists.glob("*.txt")))
         raise UserError(f"{lists / split}.txt: no such list; " + (f"--split can be {there}" if there else VOC_LAYOUT))
-    lines = (lists / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+    try:
+        lines = (lists / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+    except ValueError:
+        raise UserError(f"{lists / split}.txt is not text in UTF-8; it needs one name a line, without suffix") from None
     names = [line.strip() for line in lines if line.strip()]
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(f"{lists / split}.txt names {twice[0]} twice ({len(twice):,} names are); take one out")
     if not names:
         raise UserError(f"{lists / split}.txt names no image; it needs one name a line, without suffix")
     images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
@@ -122,7 +129,13 @@ def _read_voc(root: Path, split: str) -> MaskedImages:
 
 def _read_foregrounds(root: Path) -> MaskedImages:
     def by_name(folder: Path) -> dict[str, Path]:
-        return {path.relative_to(folder).with_suffix("").as_posix(): path for path in list_images(folder)}
+        found = {}
+        for path in list_images(folder):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name in found:
+                raise UserError(f"{found[name]} and {path}: which of the two is meant? Take one away")
+            found[name] = path
+        return found
 
     images, masks = by_name(root / "images"), by_name(root / "masks")
     lossy = [path for path in masks.values() if path.suffix.lower() != ".png"]

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from analysis.attention import component_sizes, measure_maps, similarity_maps
 from analysis.commands import (
+    add_checkpoint_options,
     add_loading_options,
     add_model_options,
     load_batches,
@@ -51,8 +52,8 @@ MEASURES = ("entropy", "components", "largest", "kept", "share")
 class CroppedImages(Dataset):
     """The images of files, as a model of this input size evaluates them: ``(3, size, size)``."""
 
-    def __init__(self, paths: list[Path], size: int):
-        self.paths, self.transform = paths, centre_crop(size)
+    def __init__(self, paths: list[Path], size: int, crop_pct: float | None = None):
+        self.paths, self.transform = paths, centre_crop(size, crop_pct)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -114,7 +115,7 @@ def run_maps(args: argparse.Namespace) -> None:
     images = [path.relative_to(args.images).as_posix() for path in paths]
     results = {}
     for model, path, folder in zip(models, args.checkpoint, folders, strict=True):
-        loader = load_batches(CroppedImages(paths, model.input_size), args, device)
+        loader = load_batches(CroppedImages(paths, model.input_size, model.crop_pct), args, device)
         measured = measure_images(model, loader, device)
         *heads, mean = results[model.name] = head_rows(measured)
         if folder:
@@ -230,15 +231,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--images", metavar="DIR", help="measure the maps of these")
     what.add_argument("--masks", metavar="DIR", help="VOCdevkit or alike, or a folder with images/ and masks/")
     add = parser.add_argument
-    add("--checkpoint", action="append", metavar="FILE", help="with --images: of any format; may be given again")
-    add("--input-size", type=at_least(int, 1), metavar="PX", help="with --images (default: the model's)")
+    add_checkpoint_options(parser, required=False)
+    add("--input-size", type=at_least(int, 1, 4096), metavar="PX", help="with --images (default: the model's)")
     add("--split", metavar="NAME", help="with --masks: of VOC's lists (default: val)")
-    add("--grid", type=at_least(int, 1), metavar="K", help=f"with --masks: patches a side (default: {GRID})")
+    add("--grid", type=at_least(int, 1, 256), metavar="K", help=f"with --masks: patches a side (default: {GRID})")
     add("--out", type=Path, metavar="DIR", help="keep the results there")
     add_model_options(parser)
     add_loading_options(parser)
     args = parser.parse_args(argv)
-    given, foreign = ("--images", ("split", "grid")) if args.images else ("--masks", ("checkpoint", "input_size"))
+    given, foreign = (
+        ("--images", ("split", "grid")) if args.images else ("--masks", ("checkpoint", "name", "input_size"))
+    )
     for name in foreign:
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} has no meaning with {given}; leave it out")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from arguments import parse_arguments
 from build import build_model
 from checkpoints import last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
-from utils import UserError
+from utils import UserError, logger
 
 CPU = torch.device("cpu")
 POSITIONS = ("timm", "released")
@@ -29,6 +29,7 @@ class TrainedModel:
         name: what tables and pictures call it.
         input_size: side of its images, px.
         classes: the names of its classes, in order; None where the file does not tell them.
+        crop_pct: of its evaluation; None: by size, see `datasets.build_transform`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TrainedModel:
     input_size: int
     patch_size: int
     classes: list[str] | None
+    crop_pct: float | None = None
 
 
 def load_model(
@@ -50,14 +52,15 @@ def load_model(
 
     Args:
         path, key: see `checkpoints.read_checkpoint`, `checkpoints.select_weights`.
-        num_heads: of a ViT whose file does not tell it (`checkpoints.num_heads_of`); it wins over the file.
+        num_heads: of a ViT whose file does not tell it. Of another program's file it wins over what
+            `checkpoints.num_heads_of` takes from layout and width, with a warning; this program's files know.
         input_size: px; None: that of the training. For another one the position embedding is resampled.
         positions: how: "timm" (bicubic, antialiased) or "released", as the released code does it (bicubic without
             antialiasing, by a scale factor of 0.1 patches more).
 
     Raises:
-        UserError: no such file, weights that are no ViT's or do not fit, heads that must be said, a size that the
-            patches do not divide.
+        UserError: no such file, weights that are no ViT's or do not fit, heads that must be said or that are known to
+            be others, a size that the patches do not divide.
     """
     path, checkpoint = Path(path), read_checkpoint(path)
     try:
@@ -71,7 +74,9 @@ def load_model(
         load_weights(model, state, keep_head=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return TrainedModel(short_names([path])[0], model.to(device).eval(), size, patch_size, _classes(checkpoint, model))
+    crop_pct = checkpoint["args"]["crop_pct"] if _is_own(checkpoint) else None
+    classes, name = _classes(checkpoint, model), short_names([path])[0]
+    return TrainedModel(name, model.to(device).eval(), size, patch_size, classes, crop_pct)
 
 
 def _is_own(checkpoint: Mapping) -> bool:
@@ -82,11 +87,13 @@ def _is_own(checkpoint: Mapping) -> bool:
 def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None, input_size: int | None) -> tuple:
     """The model of a checkpoint of this program, without its weights, and its input and patch size."""
     args = parse_arguments(["--eval"], saved=checkpoint["args"])
-    if num_heads is not None:
-        args.model_kwargs = args.model_kwargs | {"num_heads": num_heads}
     args.input_size = input_size or args.input_size
     _check_size(args.input_size, args.patch_size)
-    return build_model(args, len(checkpoint["data"]["classes"]), device), args.input_size, args.patch_size
+    model = build_model(args, len(checkpoint["data"]["classes"]), device)
+    own = num_heads if num_heads is None else model.blocks[-1].attn.num_heads
+    if own != num_heads:
+        raise UserError(f"trained with {own} heads, not {num_heads}; leave --num-heads out")
+    return model, args.input_size, args.patch_size
 
 
 def _other_vit(checkpoint: Mapping, key: str | None, num_heads: int | None, input_size: int | None) -> tuple:
@@ -97,7 +104,10 @@ def _other_vit(checkpoint: Mapping, key: str | None, num_heads: int | None, inpu
     if missing:
         raise UserError(f"its weights are no ViT's: no {', '.join(missing)}; only ViTs of other programs are read")
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    heads = num_heads or num_heads_of(checkpoint, key)
+    known = num_heads_of(checkpoint, key)
+    heads = num_heads or known
+    if None not in (num_heads, known) and num_heads != known:
+        logger.warning(f"taken as one of {num_heads} heads, though by its layout it has {known}")
     if heads is None:
         raise UserError(f"how many heads a ViT of width {width} has, the file does not tell: say it with --num-heads")
     if width % heads:
@@ -154,7 +164,9 @@ def short_names(paths: list[str | Path]) -> list[str]:
     """
     if len({os.path.abspath(path) for path in paths}) < len(paths):
         raise UserError(f"a checkpoint is given twice: {', '.join(map(str, paths))}; name each once")
-    parts = [Path(os.path.abspath(path)).with_suffix("").parts for path in paths]
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    without = [path.with_suffix("") for path in whole]
+    parts = [path.parts for path in (without if len(set(without)) == len(without) else whole)]
     if len(parts) == 1:
         *_, folder, name = parts[0]
         return [folder if name in ("best", "checkpoint") else name]

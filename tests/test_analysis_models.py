@@ -1,6 +1,7 @@
 """A trained model from a file of any origin: the same logits or features as the model it came from, or a clear line."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import runs
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 
 import main
 from analysis.attention import attention_of, similarity_maps
-from analysis.models import load_model, short_names
+from analysis.commands import add_checkpoint_options, add_model_options, load_models
+from analysis.models import CPU, load_model, short_names
+from arguments import Parser, parse_arguments
 from utils import UserError
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -143,6 +146,53 @@ def test_what_cannot_be_used_is_said(tmp_path):
         load_model(save(tmp_path / "odd.pth", state | {"blocks.0.ls1.gamma": torch.ones(24)}), num_heads=3)
 
 
+def test_a_vit_of_other_proportions_needs_no_word_but_its_heads(tmp_path):
+    source = another_programs(qkv_bias=False, mlp_ratio=2)
+    trained = load_model(save(tmp_path / "odd.pth", source.state_dict()), num_heads=3)
+    torch.testing.assert_close(trained.model(IMAGES), source(IMAGES))
+
+
+def test_heads_that_are_said_are_compared_with_what_is_known(tmp_path, caplog):
+    own = own_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"best.pth: trained with 3 heads, not 6; leave --num-heads out$"):
+        load_model(own, num_heads=6)
+    assert load_model(own, num_heads=3).model.blocks[-1].attn.num_heads == 3
+    files.write_moco(tmp_path / "moco.pth", *(another_programs(num_classes=0).state_dict() for _ in range(2)))
+    with caplog.at_level("WARNING", "sar"):
+        assert load_model(tmp_path / "moco.pth", num_heads=6).model.blocks[0].attn.num_heads == 6
+    assert "taken as one of 6 heads, though by its layout it has 12" in caplog.text
+    plain = save(tmp_path / "plain.pth", another_programs().state_dict())
+    with pytest.raises(UserError, match=r"moco.pth has 12 heads by its layout"):
+        load_models(options(plain, tmp_path / "moco.pth", "--num-heads", "6"), CPU)
+    with pytest.raises(UserError, match=r"'0' is not a whole number of at least 1"):
+        options(plain, "--num-heads", "0")
+
+
+def options(*words):
+    parser = Parser(prog="test")
+    add_checkpoint_options(parser, required=True)
+    add_model_options(parser)
+    files = [word for path in words if isinstance(path, Path) for word in ("--checkpoint", str(path))]
+    args = parser.parse_args([*files, *(word for word in words if isinstance(word, str))])
+    args.input_size = None
+    return args
+
+
+def own_checkpoint(folder):
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3}
+    words = "--model vit_tiny --input-size 32 --patch-size 8 --crop-pct 0.9".split()
+    args = vars(parse_arguments(words)) | {"model_kwargs": sizes}
+    model = files.make("vit_tiny", img_size=32, num_classes=2, depth=1)
+    torch.save({"args": args, "data": {"classes": ["a", "b"]}, "model": model.state_dict()}, folder / "best.pth")
+    return folder / "best.pth"
+
+
+def test_an_own_checkpoint_keeps_its_crop_and_its_patches(tmp_path):
+    assert load_model(own_checkpoint(tmp_path)).crop_pct == 0.9
+    with pytest.raises(UserError, match=r"size of 50 is not divisible by its patches of 8; take 48$"):
+        load_model(tmp_path / "best.pth", input_size=50)
+
+
 def test_short_names_tell_checkpoints_apart():
     assert short_names(["out/runs/vit_small/seed0/best.pth", "out/runs/vit_small_sar/seed0/best.pth"]) == [
         "vit_small",
@@ -151,6 +201,7 @@ def test_short_names_tell_checkpoints_apart():
     assert short_names(["a/seed0/best.pth", "b/seed1/best.pth"]) == ["a/seed0", "b/seed1"]
     assert short_names(["x/deit.pth", "y/z/dino.pth"]) == ["x/deit", "y/z/dino"]
     assert short_names(["output/quickstart/best.pth"]) == ["quickstart"]
+    assert short_names(["a/best.pth", "a/best.pt"]) == ["best.pth", "best.pt"]
     assert short_names(["weights/deit_small.pth"]) == ["deit_small"]
     with pytest.raises(UserError, match=r"a checkpoint is given twice: a.pth, ./a.pth, b.pth; name each once$"):
         short_names(["a.pth", "./a.pth", "b.pth"])

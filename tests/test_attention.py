@@ -85,6 +85,8 @@ def test_images_are_listed_below_a_folder_in_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a/z.jpg", "b.PNG"]
+    (tmp_path / "a/round").symlink_to(tmp_path)
+    assert len(list_images(tmp_path)) == 2, "a link in a circle is not followed"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no image in it or below; known are .jpg, .*"):
         list_images(tmp_path / "empty")
@@ -108,8 +110,9 @@ def test_squashing_keeps_the_whole_image_and_can_be_undone():
     assert np.abs(as_picture(squashed) - expected).max() < 1e-3
 
 
+@pytest.mark.parametrize("crop_pct", [None, 0.7])
 @pytest.mark.parametrize("size", [20, 64])
-def test_the_centre_crop_is_the_evaluations(size):
-    arguments = argparse.Namespace(input_size=size, crop_pct=None)
+def test_the_centre_crop_is_the_evaluations(size, crop_pct):
+    arguments = argparse.Namespace(input_size=size, crop_pct=crop_pct)
     image = photograph(0)
-    assert torch.equal(centre_crop(size)(image), build_transform(False, arguments)(image))
+    assert torch.equal(centre_crop(size, crop_pct)(image), build_transform(False, arguments)(image))

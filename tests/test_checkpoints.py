@@ -243,7 +243,9 @@ def test_a_key_that_a_self_supervised_program_does_not_have(tmp_path):
         load_weights(make(), tmp_path / "moco.pth", "state_dict")
 
 
-@pytest.mark.parametrize("odd", ["backbone.fc.weight", "queue", "backbone.blocks.0.head.mlp.0.weight"])
+@pytest.mark.parametrize(
+    "odd", ["backbone.fc.weight", "queue", "backbone.blocks.0.head.mlp.0.weight", "backbone.head.weight"]
+)
 def test_weights_beside_the_known_networks_are_an_error(odd):
     state = with_prefix("backbone.", headless()) | dino_head() | {odd: torch.zeros(1)}
     with pytest.raises(UserError, match=rf"(unexpected|more than its networks): {odd.removeprefix('backbone.')}"):
@@ -282,6 +284,10 @@ def test_six_and_twelve_heads_of_a_vit_s_are_told_apart_as_far_as_the_file_allow
     assert num_heads_of({"teacher": with_prefix("backbone.", bare)}) == 6
     assert num_heads_of(moco) == 12
     assert num_heads_of({"model": fixed}) == num_heads_of(fixed) == 12, "MoCo-v3's positions"
+    learned_cls = moco_positions(384, 4)
+    learned_cls[0, 0] = 0.1
+    assert num_heads_of({"model": wide(positions=learned_cls)}) == 6, "MoCo-v3's have zeros for [CLS]"
+    assert num_heads_of({"model_ema": plain}) == 6
     assert num_heads_of(plain) is num_heads_of(bare) is num_heads_of({"model": bare}) is None
     assert (num_heads_of(wide(192)), num_heads_of(wide(768)), num_heads_of(wide(48))) == (3, 12, None)
     assert num_heads_of(timm.create_model("resnet18").state_dict()) is None

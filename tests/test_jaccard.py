@@ -16,7 +16,15 @@ from torchvision.transforms import InterpolationMode
 
 from analysis import jaccard
 from analysis.attention import attention_of, keep_mass, similarity_maps
-from analysis.jaccard import SquashedImages, best_heads, image_mean, mean_over_images, random_maps
+from analysis.jaccard import (
+    Best,
+    SquashedImages,
+    best_heads,
+    image_mean,
+    mean_over_classes,
+    mean_over_images,
+    random_maps,
+)
 from analysis.masks import VOID, count_labels, read_masked_images
 from analysis.models import load_model
 from scripts import benchmark_jaccard
@@ -263,11 +271,42 @@ def test_several_checkpoints_in_one_table(checkpoint, voc, tmp_path, capsys):
     names = [line.split("|")[1].strip() for line in table]
     assert len(names) == 4, "the baselines of models of equal shape stand there once"
     assert names[2:] == ["random maps, 3 of 6 x 6", "the whole image"]
-    folders = [tmp_path / "out" / name for name in names[:2]]
+    folders = [tmp_path / "out" / name.replace("/", "_") for name in names[:2]]
     assert folders[0] != folders[1]
     results = [json.loads((folder / "results.json").read_text()) for folder in folders]
     assert [result["checkpoint"] for result in results] == [str(checkpoint), str(other)]
     assert results[0]["jaccard"] == results[1]["jaccard"]
+
+
+def test_models_have_the_names_that_they_are_given(checkpoint, voc, tmp_path, capsys):
+    same_stem = shutil.copy(checkpoint, checkpoint.with_suffix(".pt"))
+    more = ("--checkpoint", str(same_stem))
+    assert command(checkpoint, voc, *more) == 0
+    assert re.findall(r"^\| (\S+) \|", capsys.readouterr().out, re.M)[:2] == [checkpoint.name, same_stem.name]
+    assert command(checkpoint, voc, *more, "--name", "the whole image", "--name", "a|b", "--out", str(tmp_path)) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        "| the whole image",
+        "| a\\|b",
+        "| random maps, 3 of 6 x 6",
+        "| the whole image",
+    ]
+    assert {path.name for path in tmp_path.iterdir()} >= {"the_whole_image", "a_b"}
+    for names, message in {
+        ("one",): "1 --name for 2 --checkpoint; give each one or none",
+        ("one", "one "): "must be told apart, not 'one', 'one'",
+        ("one", ""): "must be told apart, not 'one', ''",
+    }.items():
+        words = [word for name in names for word in ("--name", name)]
+        assert command(checkpoint, voc, *more, *words) == 2
+        assert message in capsys.readouterr().err
+    assert command(checkpoint, voc, "--checkpoint", str(checkpoint)) == 2
+    assert "a checkpoint is given twice" in capsys.readouterr().err
+
+
+def test_a_rare_class_weighs_as_much_as_a_common_one():
+    scores = [{1: Best(0.2, 0)}, {1: Best(0.4, 0)}, {1: Best(0.6, 0), 7: Best(1.0, 0)}]
+    assert mean_over_classes(scores) == pytest.approx((0.4 + 1.0) / 2)
 
 
 # ------------------------------------------------------------------------------------ what is in the folders
@@ -355,6 +394,21 @@ BROKEN = {
         write_foregrounds,
         lambda root: (root / "images/sub/2.jpg").unlink(),
         "masks/sub/2.png has no image",
+    ),
+    "two images of a name": (
+        write_foregrounds,
+        lambda root: picture(size=(60, 48)).save(root / "images/sub/1.png"),
+        "images/sub/1.png: which of the two is meant?",
+    ),
+    "a list that names one twice": (
+        write_voc,
+        lambda root: voc_file(root, "ImageSets/Segmentation/val.txt").open("a").write("\na 1\n"),
+        "names a 1 twice",
+    ),
+    "a list in another encoding": (
+        write_voc,
+        lambda root: voc_file(root, "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfea"),
+        "is not text in UTF-8",
     ),
     "JPEG mask": (
         write_foregrounds,

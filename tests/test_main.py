@@ -1,5 +1,6 @@
 """Training and evaluation as a user meets them: pre-flight errors, options, evaluation, fine-tuning, schedules."""
 
+import argparse
 import io
 import json
 import math
@@ -381,6 +382,12 @@ def test_attention_is_drawn_every_few_epochs_and_changes_no_weight(data, tmp_pat
     assert (pictures[0] != pictures[1]).any(), "the same images, seen by other weights"
     weights = [torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"] for name in ("drawn", "not")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_attention_is_drawn_by_one_process():
+    other = records.Records.__new__(records.Records)
+    other.run = argparse.Namespace(processes=utils.Processes(1, 2, torch.device("cpu")), model=None)
+    assert other.attention(None) is None, "nothing is computed or drawn on rank 1"
 
 
 def test_resume_of_foreign_weights_points_to_finetune(trained, data, tmp_path, capsys):
