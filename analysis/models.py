@@ -90,7 +90,7 @@ def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None,
     args.input_size = input_size or args.input_size
     _check_size(args.input_size, args.patch_size)
     model = build_model(args, len(checkpoint["data"]["classes"]), device)
-    own = num_heads if num_heads is None else model.blocks[-1].attn.num_heads
+    own = num_heads if num_heads is None else model.last().attn.num_heads
     if own != num_heads:
         raise UserError(f"trained with {own} heads, not {num_heads}; leave --num-heads out")
     return model, args.input_size, args.patch_size
