@@ -277,7 +277,7 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
     if args.data_set == "imagenet-a":
         network = OverClasses(network, [label_of[name] for name in common]).to(device)
         label_of = {name: label for label, name in enumerate(common)}
-        transform, side = centre_crop(trained.input_size), None
+        transform, side = centre_crop(trained.input_size, trained.crop_pct), None
     dtype, _ = choose_amp("auto", device)
     options = (args.batch_size, args.num_workers, args.skip_unreadable, device)
     return Evaluation(network, label_of, transform, side, dtype, *options)
