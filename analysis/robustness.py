@@ -64,6 +64,8 @@ SEVERITIES: list[int] = IMAGENET_C["severities"]
 IMAGES = {"imagenet-a": 7_500, "imagenet-c": 50_000}
 """Of ImageNet-A, and of each severity of each corruption."""
 LAYOUTS = {"imagenet-a": "<wnid>/*", "imagenet-c": "<corruption>/<severity>/<wnid>/*, corruptions in groups or not"}
+COLUMNS = "corruption severity classes missing_classes files images error spatial_entropy components".split()
+"""Of results.csv; the keys of a record."""
 TITLES = {"imagenet-a": "ImageNet-A", "imagenet-c": "ImageNet-C"}
 
 
@@ -275,7 +277,7 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
     if args.data_set == "imagenet-a":
         network = OverClasses(network, [label_of[name] for name in common]).to(device)
         label_of = {name: label for label, name in enumerate(common)}
-        transform, side = centre_crop(trained.input_size), None
+        transform, side = centre_crop(trained.input_size, trained.crop_pct), None
     dtype, _ = choose_amp("auto", device)
     options = (args.batch_size, args.num_workers, args.skip_unreadable, device)
     return Evaluation(network, label_of, transform, side, dtype, *options)
@@ -398,7 +400,8 @@ def _extent(data_set: str, records: list[dict]) -> str:
 def write_results(folder: Path, results: dict) -> str:
     """Write ``results.json``, ``results.csv`` (a line a record) and ``results.md``; returns the last one's text."""
     text = as_markdown(results)
-    for name, content in (("results.csv", as_csv(results["records"])), ("results.md", text)):
+    rows = [{name: record[name] for name in COLUMNS} for record in results["records"]]
+    for name, content in (("results.csv", as_csv(rows)), ("results.md", text)):
         write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
     write_json(folder / "results.json", results)
     return text

@@ -4,6 +4,7 @@
 #
 #   DATA=/data bash scripts/fig1_fig4_attention.sh        # trains Table 4's two rows first, or takes them if finished
 #   DATA=/data CKPT_BASE=vit.pth CKPT_SAR=sar.pth bash scripts/fig1_fig4_attention.sh        # of weights you have
+#   CKPT_OPTIONS="--num-heads 6 --checkpoint-key ema" beside them: what your files do not tell of themselves
 #   IMAGES=mine COUNT=20 bash scripts/fig1_fig4_attention.sh        # of a folder of images (DATA/imagenet/val)
 #   DRY_RUN=1 bash scripts/fig1_fig4_attention.sh        # the commands and what they cost
 #
@@ -21,8 +22,8 @@ images=${IMAGES:-data:imagenet/val}
 
 rows() {
     in1k_rows
-    models="--checkpoint '$base' --name ViT-S/16 --checkpoint '$sar' --name 'ViT-S/16 + SAR'"
+    models="--checkpoint $base --name ViT-S/16 --checkpoint $sar --name 'ViT-S/16 + SAR'"
     given=${given_base:-$given_sar}
-    echo "maps  figures$given/vit_small  analysis.figures --images '$images' --count ${COUNT:-12} $models"
+    echo "maps  figures$given/vit_small  analysis.figures --images $(quote "$images") --count $(quote "${COUNT:-12}") $models"
 }
 exec bash scripts/run_table.sh fig1_fig4 < <(rows)

@@ -89,16 +89,19 @@ class Measurement:
     @property
     def measured(self) -> bool:
         """Whether it was done, of the files that are there now."""
+        return self.noted("measured.json")
+
+    def noted(self, name: str) -> bool:
+        """Whether the file ``name`` in its folder has the state of now."""
         try:
-            return json.loads((self.folder / "measured.json").read_text()) == self.state()
-        except (OSError, ValueError):
+            return saved(self.folder / name) == self.state()
+        except OSError:  # a checkpoint is not there yet, or not any more
             return False
 
     @property
     def partial(self) -> bool:
         """Whether its results are over less than the data set (``instead``), so that more of it may come."""
-        results = self.folder / "results.json"
-        return results.exists() and "instead" in json.loads(results.read_text())
+        return "instead" in (saved(self.folder / "results.json") or {})
 
     def state(self) -> dict:
         """What it measures: the row's words, wherever data and runs lie, and the size and time of each checkpoint."""
@@ -108,9 +111,9 @@ class Measurement:
     def checkpoints(self) -> list[str]:
         return [path for option, path in itertools.pairwise(self.words) if option == "--checkpoint"]
 
-    def option(self, name: str) -> str | None:
-        """The value of one of its options; None if it is not there."""
-        return next((value for option, value in itertools.pairwise(self.words) if option == name), None)
+    def given(self) -> list[str]:
+        """Those of its checkpoints that no run of ours writes."""
+        return [path for path in self.checkpoints() if path in self.row.words]
 
     def __str__(self) -> str:
         return name_of(self.row.run, self.seed)
@@ -121,6 +124,14 @@ def name_of(run: str, seed: int) -> str:
     return f"{run}, seed {seed}"
 
 
+def saved(path: Path) -> dict | None:
+    """The content of a JSON file; None where none can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def read_rows(text: str) -> list[Row]:
     """One row a line; ``#`` starts a comment.
 
@@ -129,7 +140,10 @@ def read_rows(text: str) -> list[Row]:
     """
     rows = []
     for line in text.splitlines():
-        name, run, *words = [*shlex.split(line, comments=True), "", ""]
+        try:
+            name, run, *words = [*shlex.split(line, comments=True), "", ""]
+        except ValueError as error:
+            raise UserError(f"{line!r}: {error}") from None
         if name and not (re.fullmatch(r"[\w.-]+", name) and re.fullmatch(r"[\w.-]+/[\w.-]+", run)):
             raise UserError(f"{line!r} is no row; expected its id, its run (protocol/name), arguments of main.py")
         if name:
@@ -149,10 +163,10 @@ def choose(rows: list[Row], wanted: list[str]) -> list[Row]:
 
 
 def plan_measurements(settings: Settings, rows: list[Row]) -> list[Measurement]:
-    """What the rows measure, a whole table of one seed after the other."""
+    """What the rows measure, a whole table of one seed after the other; of given weights alone, once."""
     measurements = []
     for seed in settings.seeds:
-        for row in filter(lambda row: row.measures, rows):
+        for row in filter(lambda row: row.measures and (row.needs() or seed == settings.seeds[0]), rows):
             folder = settings.out / "runs" / row.run / f"seed{seed}"
             words = [locate(word, settings, seed) for word in row.words]
             measurements.append(Measurement(row, seed, [*words, "--out", str(folder)], folder))

@@ -14,7 +14,7 @@ The environment says the rest:
     DATA        the folder with the data sets' folders (data): imagenet/, domainnet/, imagenet-a/, imagenet-c/,
                 VOCdevkit/, torchvision's own
     OUT         where everything is written (output; output/smoke for SMOKE=1)
-    SEEDS       one run of each row for each (0)
+    SEEDS       one run of each row for each (0); what is measured of given weights alone, for the first
     ROWS        only these rows
     LAUNCH      the words before main.py (torchrun with all GPUs of this machine; python where there is one or none,
                 but torchrun with 8 for the plan of a machine without any); or "submitit", which gives the runs to a
@@ -72,6 +72,7 @@ from scripts.plan_table import (
     plan,
     plan_measurements,
     read_rows,
+    saved,
 )
 from scripts.toy_data import write_toy_data
 from utils import UserError, write_json
@@ -188,28 +189,41 @@ def check(settings: Settings, jobs: list[Job]) -> None:
 
 
 def check_measurements(settings: Settings, measurements: list[Measurement]) -> None:
-    """Refuse what cannot be measured for want of data; SMOKE's are made first.
+    """Refuse what could not be measured when the runs are finished; SMOKE's data are made first.
 
     Raises:
-        UserError: data that are not there or not as they should be.
+        UserError: options that are none, data or given weights that are not there or not as they should be.
     """
-    from analysis.images import list_images  # and others that a plan has no use for
-    from analysis.masks import read_masked_images
-    from analysis.robustness import find_parts
-
-    readers = {
-        "analysis.figures": lambda of: list_images(of.option("--images")),
-        "analysis.jaccard": lambda of: read_masked_images(of.option("--data-path")),
-        "analysis.robustness": lambda of: find_parts(of.option("--data-set"), Path(of.option("--data-path"))),
-    }
     unfinished = [measurement for measurement in measurements if not measurement.measured]
     if unfinished and settings.smoke:
         write_toy_data(settings.data)
     for measurement in unfinished:
         try:
-            readers[measurement.words[0]](measurement)
+            check_measurement(*measurement.words, given=measurement.given())
         except UserError as error:
-            raise UserError(f"{measurement}: {error} (DATA is the folder of all data sets)") from None
+            mend = "DATA is the folder of all data sets; the script's head has the other settings"
+            raise UserError(f"{measurement}: {error} ({mend})") from None
+
+
+def check_measurement(module: str, *words: str, given: list[str]) -> None:
+    """Read the words, the data and the ``given`` weights of a command as it will itself."""
+    from analysis import figures, jaccard, robustness  # a plan has no use for them
+    from analysis.images import list_images
+    from analysis.masks import read_masked_images
+    from analysis.models import CPU, load_model
+
+    def check_robustness(args, models):
+        parts = robustness.find_parts(args.data_set, args.data_path)
+        for model in models:
+            robustness.build_evaluation(args, model, parts, CPU)
+
+    parse, check_data = {
+        "analysis.figures": (figures.build_parser().parse_args, lambda args, _: list_images(args.images)),
+        "analysis.jaccard": (jaccard.parse_args, lambda args, _: read_masked_images(args.data_path)),
+        "analysis.robustness": (robustness.build_command_line().parse_args, check_robustness),
+    }[module]
+    args = parse(words)
+    check_data(args, [load_model(path, CPU, args.checkpoint_key, args.num_heads, args.input_size) for path in given])
 
 
 def print_plan(settings: Settings, table: str, jobs: list[Job], measurements: list[Measurement]) -> None:
@@ -244,9 +258,16 @@ def record(table_folder: Path, job: Job) -> None:
 
 
 def record_measurement(table_folder: Path, measurement: Measurement, jobs: list[Job]) -> None:
-    """The same for a row that measures, and in ``trained`` for the runs that it measures."""
-    folder = table_folder / measurement.row.name
-    _record(folder, {"words": measurement.row.words}, measurement)
+    """The same for a row that measures, and in ``trained`` for the runs that it measures.
+
+    What was measured with other words, of other weights, is no seed of this row any more; given weights have no others.
+    """
+    folder, protocol = table_folder / measurement.row.name, {"words": measurement.row.words}
+    if not measurement.row.needs() or saved(folder / "protocol.json") != protocol:
+        shutil.rmtree(folder / "trained", ignore_errors=True)
+        for link in folder.glob("seed*"):
+            link.unlink()
+    _record(folder, protocol, measurement)
     for job in jobs:
         if job.seed == measurement.seed and job.row.run in measurement.row.needs():
             _record(folder / "trained" / Path(job.row.run).name, vars(job.protocol), job)
@@ -288,20 +309,30 @@ def finish_all(settings: Settings, table: str, jobs: list[Job], measurements: li
 
 
 def measure(measurement: Measurement, command: list[str]) -> int:
-    """Measure what is not measured yet; the command's exit code, or 128 + the signal that ended it.
+    """Measure what is not measured yet; 0, 1 if it failed, or 128 + the signal that ended it.
 
     What was measured on less than the data set is looked at anew each time: its command goes on with what has come.
     """
     if measurement.measured:
         print(f"{measurement}: measured before", flush=True)
         return 0
+    if not measurement.noted("begun.json"):
+        begin(measurement)
     print(f"{measurement}: {shlex.join(command)}", flush=True)
     code = launcher.launch(command)
     if code == 0 and not measurement.partial:
         write_json(measurement.folder / "measured.json", measurement.state())
     if code:
         print(f"{measurement}: ended with exit code {code}", file=sys.stderr)
-    return code
+    return 1 if code == 2 else code  # input that cannot be used is this row's alone
+
+
+def begin(measurement: Measurement) -> None:
+    """Clear away what was measured with other words or of another checkpoint, and note what is measured now."""
+    for path in measurement.folder.iterdir():
+        if path.is_file() and path != measurement.lock:
+            path.unlink()
+    write_json(measurement.folder / "begun.json", measurement.state())
 
 
 def command(settings: Settings, planned: Job | Measurement) -> list[str]:

@@ -3,6 +3,7 @@
 #
 #   DATA=/data bash scripts/table11_jaccard.sh        # trains Table 4's two rows first, or takes them if finished
 #   DATA=/data CKPT_BASE=vit.pth CKPT_SAR=sar.pth bash scripts/table11_jaccard.sh        # of weights you have
+#   CKPT_OPTIONS="--num-heads 6 --checkpoint-key ema" beside them: what your files do not tell of themselves
 #   DRY_RUN=1 bash scripts/table11_jaccard.sh        # the commands and what they cost
 #
 # DATA/VOCdevkit is VOC 2012's, 1,449 validation images. Each model is measured twice: as the paper's code does it, with
@@ -21,11 +22,11 @@ size=480
 
 rows() {
     in1k_rows
-    measured="analysis.jaccard --data-path data:VOCdevkit --input-size $size"
     for protocol in paper-code void-excluded; do
+        measured="analysis.jaccard --data-path data:VOCdevkit --input-size $size --protocol $protocol"
         suffix=$([ $protocol = paper-code ] || echo _void_excluded)
-        echo "vit_small$suffix      jaccard$given_base/vit_small$suffix     $measured --protocol $protocol --checkpoint '$base'"
-        echo "vit_small_sar$suffix  jaccard$given_sar/vit_small_sar$suffix  $measured --protocol $protocol --checkpoint '$sar'"
+        echo "vit_small$suffix      jaccard$given_base/vit_small$suffix     $measured --name ViT-S/16 --checkpoint $base"
+        echo "vit_small_sar$suffix  jaccard$given_sar/vit_small_sar$suffix  $measured --name 'ViT-S/16 + SAR' --checkpoint $sar"
     done
 }
 exec bash scripts/run_table.sh table11 < <(rows)

@@ -5,6 +5,7 @@
 #
 #   DATA=/data bash scripts/table7_finetuning.sh        # trains Table 4's two rows first, or takes them if finished
 #   DATA=/data CKPT_BASE=vit.pth CKPT_SAR=sar.pth bash scripts/table7_finetuning.sh        # from weights you have
+#   CKPT_OPTIONS="--checkpoint-key ema" beside them: which weights of your files
 #   DRY_RUN=1 bash scripts/table7_finetuning.sh        # the commands and what they cost
 #
 # Of Table 4's runs checkpoint.pth is taken, the last epoch, as DeiT does: best.pth was chosen on the validation set.
@@ -23,10 +24,10 @@ rows() {
     in1k_rows
     for set in cifar10 cifar100 flowers pets; do
         tuned="@recipes/finetune.args --data-set $set"
-        echo "no-no_$set    finetune$given_base/no-no_$set   $tuned --model vit_small     --finetune '$base'"
-        echo "yes-no_$set   finetune$given_sar/yes-no_$set   $tuned --model vit_small     --finetune '$sar'"
-        echo "no-yes_$set   finetune$given_base/no-yes_$set  $tuned --model vit_small_sar --finetune '$base'"
-        echo "yes-yes_$set  finetune$given_sar/yes-yes_$set  $tuned --model vit_small_sar --finetune '$sar'"
+        echo "no-no_$set    finetune$given_base/no-no_$set   $tuned --model vit_small     --finetune $base"
+        echo "yes-no_$set   finetune$given_sar/yes-no_$set   $tuned --model vit_small     --finetune $sar"
+        echo "no-yes_$set   finetune$given_base/no-yes_$set  $tuned --model vit_small_sar --finetune $base"
+        echo "yes-yes_$set  finetune$given_sar/yes-yes_$set  $tuned --model vit_small_sar --finetune $sar"
     done
 }
 exec bash scripts/run_table.sh table7 < <(rows)

@@ -3,6 +3,7 @@
 #
 #   DATA=/data bash scripts/table8_robustness.sh        # trains Table 4's two rows first, or takes them if finished
 #   DATA=/data CKPT_BASE=vit.pth CKPT_SAR=sar.pth bash scripts/table8_robustness.sh        # of weights you have
+#   CKPT_OPTIONS="--num-heads 6 --checkpoint-key ema" beside them: what your files do not tell of themselves
 #   DRY_RUN=1 bash scripts/table8_robustness.sh        # the commands and what they cost
 #
 # DATA/imagenet-a is <wnid>/*; DATA/imagenet-c is <corruption>/<severity>/<wnid>/*, its tars' groups (noise/...) or not.
@@ -22,8 +23,8 @@ rows() {
     in1k_rows
     for set in a c; do
         measured="analysis.robustness --data-set imagenet-$set --data-path data:imagenet-$set"
-        echo "in_${set}_vit_small      imagenet_$set$given_base/vit_small     $measured --checkpoint '$base'"
-        echo "in_${set}_vit_small_sar  imagenet_$set$given_sar/vit_small_sar  $measured --checkpoint '$sar'"
+        echo "in_${set}_vit_small      imagenet_$set$given_base/vit_small     $measured --checkpoint $base"
+        echo "in_${set}_vit_small_sar  imagenet_$set$given_sar/vit_small_sar  $measured --checkpoint $sar"
     done
 }
 exec bash scripts/run_table.sh table8 < <(rows)

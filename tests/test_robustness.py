@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo
 
 import models_sar  # noqa: F401 - registers the models
 from analysis import robustness
+from analysis.attention import measure_maps, similarity_maps
 from analysis.images import centre_crop
 from analysis.models import load_model
 from analysis.robustness import CORRUPTIONS, COUNTED, IMAGES, SEVERITIES, classes_of
@@ -30,9 +31,9 @@ SMALL = (
 ).split()
 
 
-def write_checkpoint(path: Path, classes: list[str], seed: int = 0) -> Path:
+def write_checkpoint(path: Path, classes: list[str], seed: int = 0, more: str = "") -> Path:
     """A small model of these classes, not trained, as main.py saves one."""
-    args = parse_arguments([*SMALL, "--seed", str(seed)])
+    args = parse_arguments([*SMALL, "--seed", str(seed), *more.split()])
     model = build_model(args, len(classes), torch.device("cpu"))
     with torch.no_grad():
         model.head.weight.normal_(std=1.0)  # the initial one is so small that all logits are alike
@@ -211,6 +212,21 @@ def test_a_head_of_another_program_has_the_wnids_in_order(tmp_path):
     assert measured["error"] < 100
 
 
+def test_how_blob_like_the_maps_are(checkpoint, corrupted, tmp_path):
+    assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out", "--batch-size", "4") == 0
+    model = load_model(checkpoint).model
+    for measured in results(tmp_path / "out")["records"]:
+        files = (corrupted / measured["corruption"] / str(measured["severity"])).glob("*/*.png")
+        transform = build_transform(False, parse_arguments([*SMALL, "--crop-pct", "1.0"]))
+        maps = [
+            measure_maps(similarity_maps(model, transform(Image.open(path).convert("RGB"))[None])) for path in files
+        ]
+        for name, key in (("spatial_entropy", "entropy"), ("components", "components")):
+            mean = torch.cat([one[key] for one in maps]).double().mean().item()
+            assert measured[name] == pytest.approx(mean, rel=1e-5)
+            assert mean > 0
+
+
 # ---------------------------------------------------------------------------------------------- what it leaves
 
 
@@ -320,6 +336,26 @@ def test_an_interrupted_command_goes_on(checkpoint, corrupted, tmp_path, capsys,
     assert results(tmp_path / "out")["records"] == results(tmp_path / "whole")["records"]
 
 
+def test_what_goes_on_leaves_what_one_go_does(checkpoint, corrupted, tmp_path, monkeypatch):
+    assert run("imagenet-c", checkpoint, corrupted, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "evaluate", interrupted_after(2, robustness.evaluate))
+        assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 130
+    assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
+    for name in ("results.csv", "results.md", "results.json"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_killed_again_before_where_it_was_nothing_is_lost(checkpoint, corrupted, tmp_path, capsys, monkeypatch):
+    assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "read_part", interrupted_after(1, robustness.read_part))
+        assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 130
+    capsys.readouterr()
+    assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
+    assert capsys.readouterr().out.count(", measured before\n") == 5
+
+
 def test_changed_files_are_measured_again(checkpoint, corrupted, tmp_path, capsys):
     assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
     write_images(corrupted / "fog/2", ["5"])
@@ -350,6 +386,36 @@ def test_results_of_something_else_are_never_mixed(change, message, checkpoint, 
     assert message in error
     assert error.count("\n") == 1
     assert (tmp_path / "out/results.json").read_text() == before
+
+
+def other_program(path: Path, key: str) -> Path:
+    """A ViT of a thousand classes, in a file that has its weights under ``key``, too, and does not tell its heads."""
+    model = timm.create_model("vit_small", img_size=8, patch_size=2, embed_dim=24, depth=1, num_heads=3)
+    torch.save({"model": model.state_dict(), key: model.state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ([], ["--checkpoint-key", "model_ema"], "checkpoint_key None there, model_ema now"),
+        (["--num-heads", "3"], ["--num-heads", "2"], "num_heads 3 there, 2 now"),
+    ],
+)
+def test_results_of_other_weights_or_heads_of_a_file_are_not_mixed(first, then, message, tmp_path, capsys):
+    checkpoint = other_program(tmp_path / "model.pth", "model_ema")
+    write_images(tmp_path / "c/snow/1", classes_of("imagenet-c")[:2])
+    heads = [] if "--num-heads" in first else ["--num-heads", "3"]
+    assert run("imagenet-c", checkpoint, tmp_path / "c", tmp_path / "out", *heads, *first) == 0
+    assert run("imagenet-c", checkpoint, tmp_path / "c", tmp_path / "out", *heads, *then) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_results_of_another_precision_are_not_mixed(checkpoint, corrupted, tmp_path, capsys, monkeypatch):
+    assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
+    monkeypatch.setattr(robustness, "choose_amp", lambda *_: (torch.bfloat16, None))
+    assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 2
+    assert "precision float32 there, bfloat16 now" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- errors

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import sklearn.datasets
+import timm
 import torch
 from fake_slurm import FakeSlurm, sbatch_options
+from test_robustness import write_checkpoint
 
 import analysis.report
 import datasets
@@ -61,6 +63,7 @@ PLACES = {
     "fig3": "Fig. 3",
     "appendix_b": "Appendix B and section 4.3",
 }
+DIGITS = [str(digit) for digit in range(10)]
 SIZES_EPOCHS_DATA = {
     *("data_set", "input_size", "patch_size", "crop_pct", "model_kwargs"),
     *("batch_size", "total_batch", "epochs", "warmup_epochs", "cooldown_epochs", "num_workers"),
@@ -71,7 +74,7 @@ SIZES_EPOCHS_DATA = {
 def at_the_root(monkeypatch):
     """As the scripts are: in the repository's folder, and with none of their settings."""
     monkeypatch.chdir(ROOT)
-    names = "DATA OUT SEEDS ROWS LAUNCH OVERRIDES DRY_RUN SMOKE CKPT_BASE CKPT_SAR IMAGES COUNT"
+    names = "DATA OUT SEEDS ROWS LAUNCH OVERRIDES DRY_RUN SMOKE CKPT_BASE CKPT_SAR CKPT_OPTIONS IMAGES COUNT"
     for name in names.split():
         monkeypatch.delenv(name, raising=False)
 
@@ -394,6 +397,46 @@ def test_a_line_that_is_no_row(line):
         plan_table.read_rows(line)
 
 
+def test_a_line_with_an_open_quotation():
+    with pytest.raises(UserError, match="No closing quotation"):
+        plan_table.read_rows("A in100/vit --finetune 'seed.pth")
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("table", ["table7", "table8", "table11", "fig1_fig4"])
+def test_any_path_is_one_word_of_a_row(table, locale, read_script, tmp_path, monkeypatch):
+    path = tmp_path / """it's "Günther's" $HOME # \\ .pth"""
+    path.touch()
+    for name in ("CKPT_BASE", "CKPT_SAR", "IMAGES"):
+        monkeypatch.setenv(name, str(path))
+    monkeypatch.setenv("LC_ALL", locale)
+    rows = [row for row in plan_table.read_rows(read_script(table)[1]) if row.name != "-"]
+    assert all(row.words[-1] == str(path) or str(path) in row.words[:-2] for row in rows)
+    if table == "fig1_fig4":
+        assert [row.words.count(str(path)) for row in rows] == [3]
+
+
+@pytest.mark.parametrize("variable", ["CKPT_BASE", "CKPT_SAR"])
+@pytest.mark.parametrize("table", ["table7", "table8", "table11", "fig1_fig4"])
+def test_options_of_given_weights_are_not_those_of_runs(table, variable, read_script, tmp_path, monkeypatch):
+    (tmp_path / "given.pth").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "given.pth"))
+    monkeypatch.setenv("CKPT_OPTIONS", "--num-heads 6 --checkpoint-key ema")
+    for row in plan_table.read_rows(read_script(table)[1]):
+        behind = [row.words[i + 1 : i + 5] for i, word in enumerate(row.words) if word == str(tmp_path / "given.pth")]
+        assert all(words == ["--num-heads", "6", "--checkpoint-key", "ema"] for words in behind)
+        assert row.words.count("--num-heads") == len(behind)
+        assert behind or "_given" not in row.run
+
+
+def test_options_of_no_weights(tmp_path):
+    environ = os.environ | {"CKPT_OPTIONS": "--num-heads 6", "DRY_RUN": "1"}
+    command = ["bash", ROOT / "scripts" / SCRIPTS["table11"]]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: CKPT_OPTIONS=--num-heads 6: there is no CKPT_BASE or CKPT_SAR that it is of\n"
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -628,6 +671,11 @@ def run_help(module: str, capsys) -> str:
     return capsys.readouterr().out
 
 
+def given_weights(path: Path, classes: list[str] = DIGITS, seed: int = 0) -> Path:
+    """Of a small model, not trained, for the toy data's images; its patches divide Table 11's size, too."""
+    return write_checkpoint(path, classes, seed, f"--input-size {toy_data.SIDE} --patch-size {toy_data.SIDE // 2}")
+
+
 def measured_data(folder: Path) -> Path:
     """Data that can be found, of all that is measured; ImageNet is only a folder."""
     toy_data.write_toy_data(folder / "data")
@@ -664,6 +712,29 @@ def test_what_is_measured_is_not_measured_again(run, no_report, data_read, tmp_p
     (tmp_path / "runs/jaccard/vit_small/seed0/measured.json").write_text("{")
     assert run("table11", launch, **where) == 0
     assert len(launch.measured) == 3
+    (tmp_path / "runs/in1k/vit_small/seed0/checkpoint.pth").unlink()
+    assert run("table11", launch, **where) == 0
+    assert (len(launch.started), len(launch.measured)) == (1, 5)
+
+
+def test_what_was_begun_of_another_checkpoint_is_not_gone_on_with(run, no_report, data_read, tmp_path):
+    """Nor left there as if it were this one's, should measuring this one fail."""
+
+    def stopped(command):
+        if "main.py" in command:
+            return Pretend()(command)
+        there.append(sorted(path.name for path in folder.iterdir()))
+        (folder / "progress.json").write_text("{}")
+        return 143
+
+    where = {"OUT": tmp_path, "ROWS": "in_c_vit_small", "DATA": measured_data(tmp_path)}
+    folder, there = tmp_path / "runs/imagenet_c/vit_small/seed0", []
+    for _ in range(2):
+        assert run("table8", stopped, **where) == 143
+    os.utime(tmp_path / "runs/in1k/vit_small/seed0/checkpoint.pth", (0, 0))
+    assert run("table8", stopped, **where) == 143
+    new = ["begun.json", "launcher.lock"]
+    assert there == [new, [*new, "progress.json"], new]
 
 
 @pytest.mark.parametrize(
@@ -701,20 +772,93 @@ def test_what_covers_less_than_the_data_set_goes_on_when_more_has_come(run, no_r
 
 
 def test_given_weights_are_measured_and_nothing_is_trained(run, no_report, tmp_path):
-    given = tmp_path / "given weights.pth"
-    torch.save({}, given)
+    given = given_weights(tmp_path / "given weights.pth")
     launch = Pretend()
-    environ = {"OUT": tmp_path / "out", "CKPT_BASE": given, "CKPT_SAR": given, "DATA": measured_data(tmp_path)}
+    environ = {
+        "OUT": tmp_path / "out",
+        "SEEDS": "3 4",
+        "CKPT_BASE": given,
+        "CKPT_SAR": given,
+        "DATA": measured_data(tmp_path),
+    }
     assert run("table8", launch, **environ) == 0
     assert launch.started == []
-    assert [words[words.index("--checkpoint") + 1] for words in launch.measured] == 4 * [str(given)]
-    assert (tmp_path / "out/table8/in_a_vit_small/seed0").resolve().parent.parent.name == "imagenet_a_given"
+    assert [words[words.index("--checkpoint") + 1] for words in launch.measured] == 4 * [str(given)], "once"
+    assert (tmp_path / "out/table8/in_a_vit_small/seed3").resolve().parent.parent.name == "imagenet_a_given"
     assert not list((tmp_path / "out/table8").glob("*/trained"))
 
 
-@pytest.mark.parametrize(("code", "result", "tried"), [(1, 1, 4), (2, 2, 1), (143, 143, 1)])
+def test_given_weights_are_not_reported_as_the_trained_ones(run, data_read, tmp_path):
+    """Nor trained ones as given ones, nor the seeds of the one and the other together."""
+
+    def launch(command):
+        code = pretend(command)
+        if "main.py" in command:
+            args = vars(pretend.started[-1])
+            Path(args["output_dir"], "args.json").write_text(json.dumps(args))
+        else:
+            result = {"jaccard": next(values), "protocol": "paper-code", "images": 1449, "input_size": 480, "mass": 0.6}
+            Path(command[-1], "results.json").write_text(json.dumps(result))
+        return code
+
+    def line(**environ):
+        assert run("table11", launch, ROWS="vit_small", OUT=tmp_path, DATA=tmp_path / "data", **environ) == 0
+        text = (tmp_path / "table11/report.md").read_text()
+        return next(line for line in text.splitlines() if line.startswith("| ViT-S/16 |"))
+
+    pretend, values = Pretend(), itertools.count(20.0)
+    measured_data(tmp_path)
+    assert line(SEEDS="0 1") == "| ViT-S/16 | 19.18 | 20.50 ± 0.71 (n = 2) |  |  | 0/300 | **not comparable** [1] |"
+    given, other = (given_weights(tmp_path / f"{seed}.pth", seed=seed) for seed in (1, 2))
+    of_given = "| ViT-S/16 | 19.18 | {} (n = 1) |  |  |  | of weights that were given |"
+    assert line(CKPT_BASE=given, SEEDS="0") == of_given.format("22.00")
+    assert line(CKPT_BASE=other, SEEDS="0") == of_given.format("23.00")
+    assert line(CKPT_BASE=other, SEEDS="1") == of_given.format("24.00")
+    assert "| 20.00 (n = 1) |  |  | 0/300" in line(CKPT_BASE="", SEEDS="0"), "a given seed 1 is not its"
+    assert "20.50 ± 0.71 (n = 2) |  |  | 0/300" in line(CKPT_BASE="", SEEDS="1"), "its seed 0 has the same words"
+
+
+@pytest.mark.parametrize(
+    ("table", "environ", "message"),
+    [
+        ("table11", {"CKPT_BASE": "README.md"}, "jaccard_given/vit_small, seed 0: README.md "),
+        ("table8", {"CKPT_SAR": "README.md"}, "imagenet_a_given/vit_small_sar, seed 0: README.md "),
+        ("fig1_fig4", {"CKPT_SAR": "README.md"}, "figures_given/vit_small, seed 0: README.md "),
+        ("table8", {"CKPT_BASE": "other.pth"}, "imagenet-a: no class folder is a class of the model"),
+        ("table11", {"CKPT_BASE": "other.pth", "CKPT_OPTIONS": "--checkpoint-key ema"}, "other.pth: "),
+        ("table11", {"CKPT_BASE": "other.pth", "CKPT_OPTIONS": "--num-haeds 6"}, "no option --num-haeds"),
+        ("table11", {"CKPT_BASE": "other.pth", "CKPT_OPTIONS": "--num-heads 'six"}, "No closing quotation"),
+        ("fig1_fig4", {"COUNT": "abc"}, "figures/vit_small, seed 0: argument --count: "),
+        ("fig1_fig4", {"COUNT": "1 2"}, "figures/vit_small, seed 0: argument --count: "),
+        ("fig1_fig4", {"IMAGES": "nowhere"}, "figures/vit_small, seed 0: nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_known_before_training(table, environ, message, run, data_read, tmp_path, capsys):
+    given_weights(tmp_path / "other.pth", ["cat", "dog"])
+    environ = {name: str(value).replace("other.pth", str(tmp_path / "other.pth")) for name, value in environ.items()}
+    assert run(table, start_nothing, OUT=tmp_path / "out", DATA=measured_data(tmp_path), **environ) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_options_of_given_weights_reach_what_measures_them(run, no_report, data_read, tmp_path, capsys):
+    """A ViT of another program whose heads its file does not tell."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    environ = {"OUT": tmp_path / "out", "DATA": measured_data(tmp_path), "ROWS": "vit_small"}
+    environ |= {"CKPT_BASE": tmp_path / "vit.pth"}
+    assert run("table11", start_nothing, **environ) == 2
+    assert "say it with --num-heads" in capsys.readouterr().err
+    launch = Pretend()
+    assert run("table11", launch, CKPT_OPTIONS="--num-heads 2", **environ) == 0
+    (words,) = launch.measured
+    assert ("--num-heads", "2") in itertools.pairwise(words)
+
+
+@pytest.mark.parametrize(("code", "result", "tried"), [(1, 1, 4), (2, 1, 4), (143, 143, 1)])
 def test_a_measurement_that_fails(code, result, tried, run, no_report, tmp_path, capsys):
-    """By itself it leaves the others theirs; what would end the next one, too, ends the script."""
+    """By itself, or for its input, it leaves the others theirs; what would end the next one, too, ends the script."""
     launch, commands = Pretend(), []
 
     def fail(command):
@@ -963,6 +1107,25 @@ def test_a_measured_row_of_each_script(table, row, told, run, fewer_digits, smok
     paper = analysis.report.PAPER[table]["rows"][row]
     assert f"| {paper['name']} | {paper['value']} | {ours} |  |  | 2/2 | **not comparable**" in report
     assert re.search(rf"Not comparable with the paper: .*{told}.*data set digits, not imagenet", report)
+
+
+def test_a_table_tells_its_models_apart(run, fewer_digits, smoke_out, capsys):
+    assert run("table11", in_this_process, SMOKE=1, OUT=smoke_out) == 0
+    text = capsys.readouterr().out + (smoke_out / "table11/vit_small_sar/seed0/results.json").read_text()
+    assert '"model": "ViT-S/16 + SAR"' in text
+    assert "| seed0 |" not in text
+
+
+def test_a_checkpoint_that_changes_is_measured_anew(run, fewer_digits, smoke_out, tmp_path):
+    """Also where the measurement itself would refuse to go on, with another one's severities."""
+    environ = {"SMOKE": 1, "ROWS": "in_c_vit_small", "OUT": tmp_path, "CKPT_BASE": tmp_path / "given.pth"}
+    results = []
+    for seed in (0, 1):
+        given_weights(tmp_path / "given.pth", seed=seed)
+        assert run("table8", in_this_process, **environ) == 0
+        results.append(json.loads((tmp_path / "table8/in_c_vit_small/seed0/results.json").read_text()))
+    first, second = (result["checkpoint_sha256"] for result in results)
+    assert first != second
 
 
 def test_figures_of_both_models(run, fewer_digits, smoke_out, capsys):
