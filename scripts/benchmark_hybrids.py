@@ -9,13 +9,12 @@ holds medians of images a second.
 """
 
 import argparse
-import platform
 import sys
 from pathlib import Path
 
 import timm
 import torch
-from benchmark_step import TYPES, in_turn, make_step
+from benchmark_step import TYPES, in_turn, make_step, start
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -47,23 +46,14 @@ def time_architecture(name: str, dtype, args) -> dict[str, float]:
     return in_turn(steps, args)
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def add_models(parser: argparse.ArgumentParser) -> None:
     plain = [name for name in MODELS if not name.endswith("_sar")]
     parser.add_argument("--models", nargs="+", default=ARCHITECTURES, choices=plain, metavar="NAME")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument("--type", default="float32", choices=list(TYPES), help="default: float32")
-    parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each case (default: 7)")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: 1)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    on = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    print(f"torch {torch.__version__}, timm {timm.__version__}, {on}, {args.threads} threads, {args.type}")
-    print(f"batch {args.batch_size}, images a second\n")
+
+
+def main(argv=None) -> None:
+    args = start(__doc__, argv, add_models)
     print("| model | plain | with SAR | SAR / plain |")
     print("|---|---|---|---|")
     for name in args.models:

@@ -115,14 +115,14 @@ def in_turn(steps: dict, args) -> dict[str, float]:
     return {name: 1e3 * args.batch_size / statistics.median(values) for name, values in times.items()}
 
 
-def main(argv=None) -> None:
+def start(description: str, argv, add_cases) -> argparse.Namespace:
+    """Read the command line, ``add_cases(parser)`` being its own part, and say what is timed where."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    add_cases(parser)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=list(models_sar.SIZES))
-    parser.add_argument("--types", nargs="+", default=["float32", "bf16"], choices=list(TYPES))
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each case (default: 7)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: 1)")
@@ -131,6 +131,16 @@ def main(argv=None) -> None:
     on = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, timm {timm.__version__}, {on}, {args.threads} threads")
     print(f"batch {args.batch_size}, images a second\n")
+    return args
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=list(models_sar.SIZES))
+    parser.add_argument("--types", nargs="+", default=["float32", "bf16"], choices=list(TYPES))
+
+
+def main(argv=None) -> None:
+    args = start(__doc__, argv, add_sizes)
     print("| model | type | (a) plain timm | (b) naive SAR | (c) ours | c / a | c / b |")
     print("|---|---|---|---|---|---|---|")
     for size in args.sizes:
