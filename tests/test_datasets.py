@@ -93,7 +93,7 @@ def test_an_unknown_split_is_a_mistake_of_the_caller():
 
 
 def test_digits_bring_their_own_sizes():
-    assert {"input_size", "patch_size", "epochs", "batch_size"} <= set(DATASETS["digits"].defaults)
+    assert {"input_size", "epochs", "batch_size"} <= set(DATASETS["digits"].defaults)
 
 
 # ----------------------------------------------------------------------------------- published numbers

@@ -133,7 +133,7 @@ def test_unreadable_images_are_replaced_and_counted_on_request(data, tmp_path):
     [
         "--model vit_tiny",
         "--model vit_tiny --sar-weight 0.1 --sar-similarity cosine",
-        "--sar-schedule warmup-cosine --sar-similarity softmax",
+        "--sar-schedule warmup-cosine --sar-similarity softmax --sar-query mean",
         "--last-block no_msa_skip --drop 0 --drop-path 0",
         "--last-block no_skips --unscale-lr --lr 1e-3",
         "--mixup 0 --cutmix 0 --smoothing 0.2 --batch-size 15 --total-batch 45",
@@ -303,13 +303,15 @@ def test_finetuning_is_in_training_mode(trained, data, tmp_path, monkeypatch):
 
 
 def test_finetune_follows_the_weights_that_are_named(trained, tmp_path):
-    """As in DINO's files: nothing but the named entry says what the block is."""
+    """Nothing but the named entry says what the block is; of DINO's files the teacher is taken."""
     weights = torch.load(trained / "best.pth", weights_only=True)["model"]
-    torch.save({"teacher": weights, "student": weights}, tmp_path / "dino.pth")
-    words = ["--finetune", str(tmp_path / "dino.pth"), "--model", "vit_tiny", "--data-path", "x"]
-    assert parse_arguments([*words, "--checkpoint-key", "teacher"]).last_block == "sar"
-    with pytest.raises(utils.UserError, match="teacher, student"):
+    words = ["--finetune", str(tmp_path / "weights.pth"), "--model", "vit_tiny", "--data-path", "x"]
+    torch.save({"one": weights, "other": weights}, tmp_path / "weights.pth")
+    assert parse_arguments([*words, "--checkpoint-key", "one"]).last_block == "sar"
+    with pytest.raises(utils.UserError, match="one, other"):
         parse_arguments(words)
+    torch.save({"teacher": weights, "student": weights}, tmp_path / "weights.pth")
+    assert parse_arguments(words).last_block == "sar"
 
 
 def test_finetune_of_another_last_block_on_demand_is_refused_with_the_mend(trained, data, tmp_path, capsys):
