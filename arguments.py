@@ -150,7 +150,7 @@ def _add_model(parser):
         type=_count,
         default=None,
         metavar="PX",
-        help="patch side, of pyramids in their first stage (default: the model's, 16 or 4; 4 below 32 px)",
+        help="patch side, of pyramids in their first stage (default: the model's, 16 or 4; 4 for digits)",
     )
     add(
         "--model-kwargs",
@@ -218,7 +218,7 @@ def _add_sar(parser):
         "--sar-query",
         choices=("cls", "mean"),
         default="cls",
-        help="whose similarity: that of [CLS], or of the mean of the patches; mean for models without [CLS]",
+        help="whose similarity: that of [CLS], or of the mean of the patches; mean for Swin",
     )
     add(
         "--sar-loss",
@@ -412,9 +412,10 @@ def _context_defaults(args) -> dict:
 
 
 def _own_patch_size(args) -> int:
-    """The model's; a ViT's own would leave no map of images below two patches."""
-    own = MODELS.get(args.model, models_sar).PATCH_SIZE
-    return 4 if args.input_size < 2 * own else own
+    """The model's; 4 for a ViT on digits, and on images below two of its own patches, which would leave no map."""
+    module = MODELS.get(args.model, models_sar)
+    small = module is models_sar and (args.data_set == "digits" or args.input_size < 2 * module.PATCH_SIZE)
+    return 4 if small else module.PATCH_SIZE
 
 
 def check_arguments(args: argparse.Namespace) -> None:

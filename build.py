@@ -105,10 +105,16 @@ def build_model(args, num_classes: int, device: torch.device) -> nn.Module:
         )
         model.to(device)
         with torch.inference_mode():
-            model.eval()(torch.zeros(2, 3, args.input_size, args.input_size, device=device), return_similarity=True)
+            black = torch.zeros(2, 3, args.input_size, args.input_size, device=device)
+            _, similarity = model.eval()(black, return_similarity=True)
     except Exception as error:  # whatever a size that makes no sense trips over
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {args.model} with {sizes}: {reason}") from error
+    if args.sar_weight > 0 and tuple(similarity.shape[-2:]) == (1, 1):
+        raise UserError(
+            f"--model {args.model} with {sizes}: S is a single patch and has no entropy; give a larger --input-size, a "
+            "smaller --patch-size, or --sar-weight 0"
+        )
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model

@@ -324,7 +324,8 @@ OF_THE_GRID = re.compile(r"^pos_embed\d?$|^patch_embed\.proj\.weight$|relative_p
 def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """Position embedding and patch embedding resampled to the model's grid and patch size."""
     # timm's convention: what has to be done to weights for a model is in its module
-    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    modules = [sys.modules[kind.__module__] for kind in type(model).mro()]
+    fit = next((module.checkpoint_filter_fn for module in modules if hasattr(module, "checkpoint_filter_fn")), None)
     if fit is None:
         return state, []
     try:

@@ -13,7 +13,7 @@ from timm.layers import QuickGELU, calculate_drop_path_rates, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from models_pyramid import PyramidBlock, PyramidTransformer, as_map, init_linear
+from models_pyramid import PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
 from models_sar import create, imagenet_cfgs
 
 __all__ = ["CvT"]
@@ -66,8 +66,8 @@ class CvTBlock(PyramidBlock):
         return self.heads(self.attn.proj_q(y))
 
     def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """See `LastBlock.project`. All queries are projected, also for one: the statistics of their BatchNorm, which
-        every other use of the weights needs, come from all patches."""
+        """See `LastBlock.project`. All queries are computed, also where one is wanted: the running statistics of their
+        BatchNorm come from all patches, and in training every weight must get a gradient."""
         attn, (h, w) = self.attn, grid
         cls, patches = y[:, : -h * w], as_map(y, grid)
         q, k, v = (
@@ -126,6 +126,14 @@ class CvT(PyramidTransformer):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
+        check_stages(
+            embed_dims=embed_dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            patch_sizes=patch_sizes,
+            patch_paddings=patch_paddings,
+        )
         strides = [patch_size] + [2] * (len(depths) - 1)
         reductions = [patch_size * 2**stage for stage in range(len(depths))]
         super().__init__(num_classes, global_pool, embed_dims, reductions, LayerNorm, drop_rate)
@@ -168,7 +176,12 @@ class CvT(PyramidTransformer):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {f"stage{self.num_stages - 1}.cls_token"}
+        return {f"stage{len(self.feature_info) - 1}.cls_token"}
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: CvT) -> dict[str, Tensor]:
+    """Weights as they are for every grid: there are no positions."""
+    return state
 
 
 default_cfgs = imagenet_cfgs("cvt_13", first_conv="stage0.patch_embed.proj")

@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from models_pyramid import PyramidBlock, PyramidTransformer, as_map, init_linear
+from models_pyramid import PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
 from models_sar import create, imagenet_cfgs
 
 __all__ = ["PVT"]
@@ -80,6 +80,9 @@ class PVT(PyramidTransformer):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
+        check_stages(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
+        )
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         reductions = [patch_size * 2**stage for stage in range(len(depths))]
         super().__init__(num_classes, global_pool, embed_dims, reductions, norm_layer, drop_rate)
@@ -87,15 +90,14 @@ class PVT(PyramidTransformer):
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         sides = (height, width)
+        if height % reductions[-1] or width % reductions[-1]:
+            raise ValueError(f"img_size={img_size}: {len(depths)} stages need a multiple of {reductions[-1]} px")
         for stage, dim in enumerate(embed_dims):
             step = patch_size if stage == 0 else 2
             channels = in_chans if stage == 0 else embed_dims[stage - 1]
             norm = partial(nn.LayerNorm, eps=1e-5)
             embed = PatchEmbed(sides, step, channels, dim, norm, strict_img_size=False)
             sides = embed.grid_size
-            if 0 in sides:
-                least = patch_size * 2 ** (len(depths) - 1)
-                raise ValueError(f"img_size={img_size} leaves no patch in stage {stage + 1}: take at least {least}")
             last = stage == len(depths) - 1
             positions = nn.Parameter(torch.zeros(1, embed.num_patches + last, dim))
             first = sum(depths[:stage])
@@ -126,6 +128,8 @@ class PVT(PyramidTransformer):
     def drop_stage(self, stage: int) -> None:
         for name in ("patch_embed", "pos_embed", "block"):
             delattr(self, f"{name}{stage + 1}")
+        if hasattr(self, "cls_token"):  # it enters the last stage, which is the first to go
+            del self.cls_token
 
     def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         embed, positions = getattr(self, f"patch_embed{stage + 1}"), getattr(self, f"pos_embed{stage + 1}")

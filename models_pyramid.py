@@ -7,14 +7,28 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
-from models_sar import LastBlock, SimilarityModel
+from models_sar import LastBlock, SimilarityModel, check_choice, recomputed
 
 __all__ = ["PyramidBlock", "PyramidTransformer"]
+
+
+POOLS = ("token", "avg")
+
+
+def check_stages(**sizes) -> None:
+    """Raise a ``ValueError`` unless all sizes are of equally many stages, and heads divide channels."""
+    if len({len(values) for values in sizes.values()}) > 1:
+        listed = ", ".join(f"{name} {len(values)}" for name, values in sizes.items())
+        raise ValueError(f"sizes are of different numbers of stages ({listed}); give each as many")
+    if min(sizes["depths"]) < 1:
+        raise ValueError(f"depths={tuple(sizes['depths'])}: every stage needs a block")
+    for dim, heads in zip(sizes["embed_dims"], sizes["num_heads"], strict=True):
+        if dim % heads:
+            raise ValueError(f"num_heads {heads} does not divide the {dim} channels of its stage")
 
 
 class PyramidBlock(LastBlock):
@@ -46,7 +60,7 @@ class PyramidBlock(LastBlock):
 class PyramidTransformer(SimilarityModel):
     """Base of the pyramids; a class says how a stage embeds, and which blocks it has.
 
-    Attributes:
+    Args:
         embed_dims: channels of the stages; ``reductions``: pixels a patch of theirs.
     """
 
@@ -62,8 +76,7 @@ class PyramidTransformer(SimilarityModel):
         drop_rate: float,
     ):
         super().__init__()
-        if global_pool not in ("token", "avg"):
-            raise ValueError(f"global_pool={global_pool!r} is unknown; choose token or avg")
+        check_choice("global_pool", global_pool, POOLS)
         self.num_classes, self.global_pool, self.grad_checkpointing = num_classes, global_pool, False
         self.num_stages = len(embed_dims)
         self.num_features = self.head_hidden_size = embed_dims[-1]
@@ -92,7 +105,7 @@ class PyramidTransformer(SimilarityModel):
 
     def _run(self, blocks, x: Tensor, grid: tuple[int, int]) -> Tensor:
         for block in blocks:
-            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+            x = recomputed(block, x, grid) if self.grad_checkpointing else block(x, grid)
         return x
 
     def forward_trunk(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -167,10 +180,12 @@ class PyramidTransformer(SimilarityModel):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier (none for 0)."""
-        self.num_classes = num_classes
         if global_pool is not None:
+            check_choice("global_pool", global_pool, ("", *POOLS))  # timm says "" where it takes the head away
             self.global_pool = global_pool
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.num_classes, weight = num_classes, next(self.parameters())
+        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = head.to(weight.device, weight.dtype)
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -7,6 +7,8 @@ can drop its skips (Eq. 10-11) and hand out S, the similarity of the [CLS] query
 Letters of the axes in names: B images, N tokens, C channels, H heads, D channels of a head; h x w patches.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -63,6 +65,30 @@ def similarity_map(q_BHD: Tensor, k_BHND: Tensor, scale: float, grid: tuple[int,
     if kind == "softmax":
         scores_BHN = scores_BHN.softmax(dim=-1)
     return scores_BHN[..., -h * w :].unflatten(-1, (h, w))
+
+
+def recomputed(block: nn.Module, *args, **kwargs):
+    """``block(...)``, computed again in the backward pass; running statistics count it once."""
+    contexts = partial(_recomputing, block)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _recomputing(block: nn.Module) -> tuple:
+    return nullcontext(), _uncounted(block)
+
+
+@contextmanager
+def _uncounted(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 class LastBlock(nn.Module):
@@ -212,8 +238,8 @@ class SimilarityModel(nn.Module):
         return tuple(outputs)
 
     def _forward_last(self, x: Tensor, grid: tuple[int, int], one_query: bool, similarity: bool = False):
-        block = partial(self.last(), one_query=one_query, grid=grid, similarity=similarity)
-        return checkpoint(block, x) if self.grad_checkpointing else block(x)
+        call = partial(recomputed, self.last()) if self.grad_checkpointing else self.last()
+        return call(x, one_query=one_query, grid=grid, similarity=similarity)
 
 
 class ViTLastBlock(LastBlock, Block):
@@ -285,7 +311,7 @@ class SARVisionTransformer(SimilarityModel, VisionTransformer):
     Args:
         last_block: a row of `LAST_BLOCKS`, Table 1(b): ``"standard"`` is Eq. 1-2, ``"sar"`` Eq. 10-11.
         similarity: ``"dot"`` (Eq. 4), ``"cosine"`` (Eq. 15), ``"softmax"`` (Section 4.3): `similarity_map`.
-        similarity_query: ``"cls"`` or ``"mean"``, see `LastBlock.attach`; a model without [CLS] takes the mean.
+        similarity_query: ``"cls"`` or ``"mean"``, see `LastBlock.attach`; a model without [CLS] needs the mean.
 
     A classifier with token pooling reads only [CLS]; features, other poolings and ``return_tokens`` get all tokens.
     Both ways draw the same random numbers for drop-path; for attention and projection dropout they draw different ones
@@ -320,7 +346,7 @@ class SARVisionTransformer(SimilarityModel, VisionTransformer):
         if return_similarity and not self.has_class_token and self.last().similarity_query == "cls":
             raise ValueError(
                 "similarity is that of the [CLS] query: build the model with class_token=True, or with "
-                "similarity_query='mean'"
+                "similarity_query='mean' (--sar-query mean)"
             )
 
     def reads_only_cls(self) -> bool:

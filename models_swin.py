@@ -4,6 +4,7 @@ Swin has no [CLS]: the query of S is that of the mean of the normalised tokens, 
 last stage's one window is the whole 7 x 7 map at 224 px; S leaves out the relative-position bias: it knows no content.
 """
 
+import torch
 import torch.nn.functional as F
 from timm.models import checkpoint, register_model
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, checkpoint_filter_fn
@@ -24,9 +25,26 @@ class SwinLastBlock(LastBlock, SwinTransformerBlock):
         self, x: Tensor, one_query: bool | None = None, grid: tuple[int, int] | None = None, similarity: bool = False
     ):
         """timm's, ``(B, h, w, C)`` to the same; with ``one_query`` given, tokens: `LastBlock.with_similarity`."""
-        if one_query is not None:
+        if not torch.jit.is_scripting() and one_query is not None:
             return self.with_similarity(x, one_query, grid, similarity)
         return self.residuals(x, self._attn(self.norm1(x)))
+
+    def with_similarity(
+        self, x: Tensor, one_query: bool, grid: tuple[int, int], similarity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `LastBlock.with_similarity`.
+
+        Raises:
+            ValueError: the map is not one whole window.
+        """
+        if tuple(self.window_size) != grid or any(self.shift_size):
+            raise ValueError(
+                "the last stage has {} x {} tokens in windows of {} x {}{}: S needs one window that is the whole map, "
+                "as at 224 px with windows of 7 (--model-kwargs window_size=N sets them)".format(
+                    *grid, *self.window_size, ", shifted" if any(self.shift_size) else ""
+                )
+            )
+        return super().with_similarity(x, one_query, grid, similarity)
 
     def query(self, y: Tensor) -> Tensor:
         qkv = self.attn.qkv
@@ -36,7 +54,8 @@ class SwinLastBlock(LastBlock, SwinTransformerBlock):
 
     def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.attn.qkv(y).unflatten(2, (3, self.attn.num_heads, -1))
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
 
     def position_bias(self) -> Tensor:
         return self.attn._get_rel_pos_bias()
@@ -64,16 +83,6 @@ class SARSwinTransformer(SimilarityModel, SwinTransformer):
 
     def reads_only_cls(self) -> bool:
         return False
-
-    def check_maps(self, return_similarity: bool) -> None:
-        super().check_maps(return_similarity)
-        block = self.last()
-        if block.window_size != tuple(block.input_resolution):
-            (h, w), (rows, columns) = block.input_resolution, block.window_size
-            raise ValueError(
-                f"the last stage has {h} x {w} tokens in windows of {rows} x {columns}: S needs one window that is the "
-                "whole map, as at 224 px with windows of 7"
-            )
 
     @property
     def grad_checkpointing(self) -> bool:

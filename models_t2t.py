@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import Mlp, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -95,8 +95,7 @@ class TokenAttention(nn.Module):
 class TokensToToken(nn.Module):
     """The image as tokens: three times overlapping windows are unfolded, twice with attention after it.
 
-    Takes the place of timm's ``PatchEmbed`` and has what ``VisionTransformer`` asks of it. Any image size that patches
-    of 16 px divide.
+    Takes the place of timm's ``PatchEmbed`` and has what ``VisionTransformer`` gives to it and asks of it.
     """
 
     def __init__(
@@ -107,11 +106,14 @@ class TokensToToken(nn.Module):
         embed_dim: int = 384,
         token_dim: int = 64,
         performer: bool = True,
-        **unused,
+        bias: bool = True,
+        dynamic_img_pad: bool = False,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         if patch_size != math.prod(stride for _, stride, _ in WINDOWS):
-            raise ValueError(f"patch_size={patch_size}: the strides of T2T-ViT's windows come to 16")
+            raise ValueError(f"patch_size={patch_size}: T2T-ViT's windows make patches of 16 px; leave it out")
         self.patch_size = (patch_size, patch_size)
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.grid_size = self.dynamic_feat_size(self.img_size)
@@ -120,7 +122,8 @@ class TokensToToken(nn.Module):
         layer = partial(Performer, num_features=token_dim // 2) if performer else TokenTransformer
         self.attention1 = layer(in_chans * areas[0], token_dim)
         self.attention2 = layer(token_dim * areas[1], token_dim)
-        self.project = nn.Linear(token_dim * areas[2], embed_dim)
+        self.project = nn.Linear(token_dim * areas[2], embed_dim, bias=bias)
+        self.to(device, dtype)
 
     def feat_ratio(self, as_scalar: bool = True):
         """Pixels a token."""
@@ -160,6 +163,7 @@ class T2TViT(SARVisionTransformer):
     def __init__(self, token_dim: int = 64, performer: bool = True, norm_layer=None, **kwargs):
         embed = partial(TokensToToken, token_dim=token_dim, performer=performer)
         super().__init__(embed_layer=embed, norm_layer=norm_layer or partial(nn.LayerNorm, eps=1e-5), **kwargs)
+        trunc_normal_(self.cls_token, std=0.02)
         self._modules["tokens_to_token"] = self._modules.pop("patch_embed")
         self.pos_embed = nn.Parameter(sinusoids(self.pos_embed.shape[1], self.embed_dim), requires_grad=False)
 

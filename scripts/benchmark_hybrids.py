@@ -4,8 +4,8 @@
     python scripts/benchmark_hybrids.py --device cuda --batch-size 64    # a GPU
 
 A step is forward, loss, backward and AdamW at 224 px, with the spatial entropy where there is SAR. Expected: no slower
-with SAR; the last block of ViT and T2T-ViT computes one query in both. The two run in turn in every repeat; the table
-holds medians of images a second.
+with SAR; the last block of ViT, T2T-ViT and PVT computes one query in both. The two run in turn in every repeat; the
+table holds medians of images a second.
 """
 
 import argparse

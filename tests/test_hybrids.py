@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.layers import DropPath
 
 import main
 import models_cvt
@@ -137,6 +139,113 @@ def test_swin_is_timms(monkeypatch):
     torch.testing.assert_close(ours(images(size=224), return_similarity=True)[0], theirs(images(size=224)))
 
 
+# --------------------------------------------------------------------- what no released weights can tell: training
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_14_sar", "pvt_small_sar", "cvt_13_sar"])
+def test_initial_weights_are_the_official_ones(name):
+    model = make(name)
+    deviations = {n: p.std().item() for n, p in model.named_parameters()}
+    names = [n for n in deviations if n.endswith((".qkv.weight", ".q.weight", ".proj_q.weight", ".fc1.weight"))]
+    names += [n for n in deviations if "cls_token" in n or re.fullmatch(r"pos_embed[1-4]", n)]
+    assert len(names) >= 5
+    for n in names:
+        assert deviations[n] == pytest.approx(0.02, rel=0.35), n
+
+
+def test_the_performers_features_are_orthogonal_and_fixed():
+    for model in (make("t2t_vit_14"), timm.create_model("t2t_vit_14")):
+        layer = model.tokens_to_token.attention2
+        torch.testing.assert_close(layer.w @ layer.w.T, len(layer.w) * torch.eye(len(layer.w)), atol=1e-4, rtol=0)
+        assert not layer.w.requires_grad
+
+
+def test_positions_of_t2t_are_the_official_sinusoids(golden):
+    content = golden("t2t_performer_tiny.pt")
+    torch.testing.assert_close(models_t2t.sinusoids(50, 48), content["state_dict"]["pos_embed"], rtol=0, atol=1e-6)
+
+
+def rates(model, kind):
+    return [round(m.drop_prob if kind is DropPath else m.p, 4) for m in model.modules() if isinstance(m, kind)]
+
+
+def test_stochastic_depth_grows_block_by_block():
+    linear = lambda blocks: [round(0.1 * i / (blocks - 1), 4) for i in range(1, blocks) for _ in (0, 1)]  # noqa: E731
+    for name, expected in {"t2t_vit_14": linear(14), "pvt_small": linear(16), "cvt_13": linear(10)}.items():
+        assert rates(timm.create_model(name, drop_path_rate=0.1), DropPath) == expected
+        sar = timm.create_model(f"{name}_sar", drop_path_rate=0.1)
+        assert rates(sar, DropPath) == expected[:-1], "none on the attention of the last block"
+
+
+def test_dropout_is_where_it_is_asked_for():
+    plain = {rate for rate in rates(make("t2t_vit_14"), torch.nn.Dropout) if rate}
+    assert plain == {0.1}, "the Performers' own"
+    for name in ("pvt_small", "cvt_13"):
+        assert not any(rates(make(name), torch.nn.Dropout))
+        more = {"drop_rate": 0.11, "proj_drop_rate": 0.12, "attn_drop_rate": 0.13}
+        more |= {"pos_drop_rate": 0.14} if name == "pvt_small" else {}
+        model = make(name, **more)
+        assert set(rates(model, torch.nn.Dropout)) == set(more.values())
+        assert model.last().mlp.drop2.p == model.last().attn.proj_drop.p == 0.12
+        assert (model.head_drop.p, model.last().attn.attn_drop.p) == (0.11, 0.13)
+        torch.testing.assert_close(model.eval()(images()), model(images()))
+
+
+def test_batch_statistics_count_a_recomputed_pass_once():
+    plain = make("cvt_13_sar").train()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    for model in (plain, saving):
+        model(images(), return_similarity=True)[0].square().sum().backward()
+    for (name, one), other in zip(plain.named_buffers(), saving.buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_mixed_precision_leaves_exponentials_and_norms_in_float32():
+    performer = make("t2t_vit_14").tokens_to_token.attention1
+    k, q, v = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert performer.attend(k, q, v).dtype == torch.float32
+        torch.testing.assert_close(performer.attend(k, q, v), performer.attend(k.float(), q.float(), v.float()))
+    norm, x = models_cvt.LayerNorm(64), 1000 + torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    exact = norm.double()(x.bfloat16().double())
+    torch.testing.assert_close(norm.float()(x.bfloat16()).double(), exact, rtol=0.01, atol=0.01)
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_pvts_positions_at_another_size_are_interpolated_as_officially():
+    model = make("pvt_small").eval()
+    tokens, grid = model.embed(0, images(size=96))
+    known = model.pos_embed1.transpose(1, 2).unflatten(2, (16, 16))
+    resized = torch.nn.functional.interpolate(known, size=(24, 24), mode="bilinear").flatten(2).transpose(1, 2)
+    assert grid == (24, 24)
+    torch.testing.assert_close(tokens, model.patch_embed1(images(size=96)) + resized)
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_14_sar", "pvt_small_sar", "cvt_13_sar"])
+def test_the_mean_query_is_that_of_the_patches_alone(name):
+    model = fill(make(name, similarity_query="mean").double()).eval()
+    similarity = model(images(dtype=torch.float64), return_similarity=True)[1]
+    torch.testing.assert_close(similarity, explicit(model, images(dtype=torch.float64))[1])
+    model.last().similarity_query = "cls"
+    assert not torch.allclose(similarity, model(images(dtype=torch.float64), return_similarity=True)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("pvt_small", {"img_size": 72}, r"img_size=72: 4 stages need a multiple of 32 px"),
+        ("pvt_small", {"depths": (1, 1)}, r"different numbers of stages \(embed_dims 4, depths 2"),
+        ("cvt_13", {"num_heads": (1, 3, 5)}, r"num_heads 5 does not divide the 48 channels"),
+        ("cvt_13", {"depths": (1, 1, 0)}, r"every stage needs a block"),
+        ("t2t_vit_14", {"patch_size": 8}, r"windows make patches of 16 px; leave it out"),
+    ],
+)
+def test_sizes_that_make_no_model(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(name, **kwargs)
+
+
 # ---------------------------------------------------------------------- against a slow and explicit last block
 
 
@@ -222,8 +331,11 @@ def test_the_query_of_the_mean_on_a_vit_without_class_token():
 def test_swin_refuses_a_map_of_several_windows_and_the_class_query():
     model = make("swin_tiny_sar", img_size=256).eval()
     assert model(images(size=256)).shape == (2, 5), "without S it is timm's Swin at any size"
-    with pytest.raises(ValueError, match=r"8 x 8 tokens in windows of 7 x 7: S needs one window .* 224 px"):
+    with pytest.raises(ValueError, match=r"8 x 8 tokens in windows of 7 x 7, shifted: S needs one window .* 224 px"):
         model(images(size=256), return_similarity=True)
+    shifted = make("swin_tiny_sar", window_size=2, always_partition=True).eval()
+    with pytest.raises(ValueError, match=r"windows of 2 x 2, shifted: S needs one window"):
+        shifted(images(), return_similarity=True)
     with pytest.raises(ValueError, match=r"similarity_query='cls': Swin has no \[CLS\]"):
         make("swin_tiny", similarity_query="cls")
 
@@ -259,6 +371,8 @@ def test_features_head_and_classifier(name):
     model.reset_classifier(9)
     assert model(images()).shape == (2, 9)
     assert model.get_classifier().out_features == 9
+    model.double().reset_classifier(3)
+    assert model(images(dtype=torch.float64)).shape == (2, 3), "of the model's type"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,6 +388,10 @@ def test_a_pyramids_maps(name):
     model = make(name).eval()
     tokens, maps = model.forward_intermediates(images())
     assert tokens.shape == model.forward_features(images()).shape
+    normed = model.forward_intermediates(images(), norm=True)[1]
+    changed = [not torch.equal(one, other) for one, other in zip(maps, normed, strict=True)]
+    assert changed[-1] or name == "swin_tiny"
+    assert not any(changed[:-1])
     reductions = [4, 8, 16, 32][: len(maps)]
     assert [tuple(one.shape[-2:]) for one in maps] == [(64 // r, 64 // r) for r in reductions]
     getter = make(name, features_only=True).eval()
@@ -301,8 +419,13 @@ def test_a_pyramid_can_pool_its_patches(name):
     model = make(name, global_pool="avg").eval()
     expected = model.head(model.forward_features(images())[:, 1:].mean(dim=1))
     torch.testing.assert_close(model(images()), expected)
-    with pytest.raises(ValueError, match=r"global_pool='max' is unknown; choose token or avg"):
-        make(name, global_pool="max")
+    by_cls = model.head(model.forward_features(images())[:, 0])
+    model.reset_classifier(5, global_pool="token")
+    model.head.load_state_dict(make(name, global_pool="avg").head.state_dict())
+    torch.testing.assert_close(model(images()), by_cls)
+    for make_it in (lambda: make(name, global_pool="max"), lambda: model.reset_classifier(5, "max")):
+        with pytest.raises(ValueError, match=r"global_pool='max' is unknown; choose one of"):
+            make_it()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -399,6 +522,17 @@ def test_weights_for_another_image_size_and_head(name, suffix):
     assert load_weights(again, {"model": small.state_dict()}) == []
     assert torch.equal(again.eval()(images()), small.eval()(images()))
     assert last_block_of({"model": small.state_dict()}) == ("sar" if suffix else "standard")
+
+
+def test_the_last_of_more_than_ten_blocks_is_found():
+    for name in ("cvt_13_sar", "t2t_vit_14_sar"):
+        assert last_block_of({"model": timm.create_model(name).state_dict()}) == "sar"
+
+
+def test_a_map_of_one_patch_is_refused_where_it_should_be_regularised(tmp_path, capsys):
+    command = ["--model", "swin_tiny_sar", "--output-dir", str(tmp_path / "out")]
+    assert main.main(command) == 2
+    assert "S is a single patch and has no entropy; give a larger --input-size" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------- the program around them
