@@ -50,6 +50,11 @@ class PVTBlock(PyramidBlock):
         return self.query(y[:, :1] if one_query else y), self.heads(k), self.heads(v)
 
 
+def make_blocks(rates: list[float], of_attention: tuple, of_block: tuple) -> nn.ModuleList:
+    """A stage's blocks, one for each rate of stochastic depth, from the arguments of attention and block."""
+    return nn.ModuleList(PVTBlock(ReducedAttention(*of_attention), *of_block, rate) for rate in rates)
+
+
 class PVT(PyramidTransformer):
     """PVT v1 with a last block of Table 1(b).
 
@@ -101,17 +106,10 @@ class PVT(PyramidTransformer):
             last = stage == len(depths) - 1
             positions = nn.Parameter(torch.zeros(1, embed.num_patches + last, dim))
             first = sum(depths[:stage])
-            blocks = nn.ModuleList(
-                PVTBlock(
-                    ReducedAttention(dim, num_heads[stage], qkv_bias, attn_drop_rate, proj_drop_rate, sr_ratios[stage]),
-                    dim,
-                    mlp_ratios[stage],
-                    norm_layer,
-                    nn.GELU,
-                    proj_drop_rate,
-                    rates[first + block],
-                )
-                for block in range(depths[stage])
+            blocks = make_blocks(
+                rates[first : first + depths[stage]],
+                (dim, num_heads[stage], qkv_bias, attn_drop_rate, proj_drop_rate, sr_ratios[stage]),
+                (dim, mlp_ratios[stage], norm_layer, nn.GELU, proj_drop_rate),
             )
             for name, part in (("patch_embed", embed), ("pos_embed", positions), ("block", blocks)):
                 setattr(self, f"{name}{stage + 1}", part)
