@@ -150,7 +150,7 @@ def _add_model(parser):
         type=_count,
         default=None,
         metavar="PX",
-        help="patch side, of pyramids in their first stage (default: the model's, 16 or 4; 4 for digits)",
+        help="patch side, of pyramids in their first stage (default: the model's, 16 or 4; 4 for small digits)",
     )
     add(
         "--model-kwargs",
@@ -412,9 +412,9 @@ def _context_defaults(args) -> dict:
 
 
 def _own_patch_size(args) -> int:
-    """The model's; 4 for a ViT on digits, and on images below two of its own patches, which would leave no map."""
+    """The model's; 4 for a ViT on small pictures of digits, and below two of its own patches, which leave no map."""
     module = MODELS.get(args.model, models_sar)
-    small = module is models_sar and (args.data_set == "digits" or args.input_size < 2 * module.PATCH_SIZE)
+    small = module is models_sar and args.input_size < (4 if args.data_set == "digits" else 2) * module.PATCH_SIZE
     return 4 if small else module.PATCH_SIZE
 
 

@@ -476,7 +476,8 @@ def test_the_graph_is_one_for_a_compiler(name):
 SHALLOW = {
     "t2t": {"depth": 1},
     "pvt": {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)},
-    "cvt": {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2)},
+    "cvt": {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2)}
+    | {"patch_sizes": (7, 3), "patch_paddings": (2, 1)},
     "swi": {"depths": (1, 1), "num_heads": (1, 2), "img_size": 32},
 }
 
