@@ -5,27 +5,26 @@ number). A data set or a model may bring defaults of its own for options that we
 """
 
 import argparse
-import difflib
-import math
 import os
-import shlex
 import sys
 from pathlib import Path
 
 import timm
 from timm.utils import ParseKwargs
 
-import models_cvt
-import models_pvt
+import models.cvt
+import models.pvt
+import models.swin
+import models.t2t
 import models_sar
-import models_swin
-import models_t2t
-from checkpoints import last_block_of
+from cli import HelpFormatter, Parser, at_least, expand_arguments, nearest
 from datasets import DATASETS, canonical_name
-from losses import SAR_LOSSES, SAR_SCHEDULES
+from losses import SAR_LOSSES
+from schedules import SAR_SCHEDULES
 from utils import UserError
+from weights import last_block_of
 
-MODEL_MODULES = (models_sar, models_t2t, models_pvt, models_cvt, models_swin)
+MODEL_MODULES = (models_sar, models.t2t, models.pvt, models.cvt, models.swin)
 MODELS = {name: module for module in MODEL_MODULES for name in timm.list_models(module=module.__name__)}
 
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes the mathematics.
@@ -36,15 +35,6 @@ NOT_MATHEMATICAL = set(
     "batch_size compile grad_checkpointing skip_unreadable download cache_images".split()
 )
 
-# Options of DeiT that this program has no use for, and why.
-NOT_NEEDED = {
-    "--dist-eval": "evaluation is always distributed, and counts every image once",
-    "--pin-mem": "memory is pinned wherever there is a GPU",
-    "--no-pin-mem": "memory is pinned wherever there is a GPU",
-    "--start-epoch": "a checkpoint knows its epoch",
-    "--dist-url": "the environment of torchrun or srun says where the other processes are",
-    "--world-size": "the environment of torchrun or srun says how many processes there are",
-}
 
 # Arguments of a model that have options of their own.
 MODEL_OPTIONS = {
@@ -61,19 +51,6 @@ MODEL_OPTIONS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and name the nearest option to a mistyped one."""
-
-    def error(self, message: str):
-        unknown = message.removeprefix("unrecognized arguments:").split()
-        if message.startswith("unrecognized") and unknown and unknown[0].startswith("--"):
-            name = unknown[0].partition("=")[0]
-            if name in NOT_NEEDED:
-                raise UserError(f"leave {name} out: {NOT_NEEDED[name]}")
-            message = f"no option {name}" + _nearest(name, self._option_string_actions)
-        raise UserError(message)
-
-
 class ModelKwargs(ParseKwargs):
     """timm's KEY=VALUE pairs as a dict of Python values, refusing a word without ``=``."""
 
@@ -82,41 +59,6 @@ class ModelKwargs(ParseKwargs):
             if "=" not in word:
                 parser.error(f"{option_string}: {word!r} is not KEY=VALUE")
         super().__call__(parser, namespace, values, option_string)
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of every option that has one, and N for a value where nothing says more."""
-
-    def _get_help_string(self, action):
-        shown = repr(action.default) not in ("None", "False", "''", "{}", repr(argparse.SUPPRESS))
-        text = action.help or ""
-        return f"{text} (default: %(default)s)".strip() if shown else text
-
-    def _get_default_metavar_for_optional(self, action):
-        return "N"
-
-
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def at_least(convert, low, high=math.inf, open_low=False):
-    """A type for argparse: ``convert(text)`` within bounds, or an error that states them."""
-    kind = "a whole number" if convert is int else "a number"
-    bounds = f"{'above' if open_low else 'of at least'} {low}"
-    bounds += f" and at most {high}" if high < math.inf else ""
-
-    def parse(text: str):
-        try:
-            value = convert(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bounds}")
-        return value
-
-    return parse
 
 
 _count, _index = at_least(int, 1), at_least(int, 0)
@@ -329,40 +271,6 @@ def _add_run(parser):
     add("--grad-checkpointing", action="store_true", help="less memory, more time")
 
 
-def expand_arguments(argv: list[str]) -> list[str]:
-    """Put the content of leading ``@file`` arguments in their place and turn DeiT's underscores to hyphens.
-
-    A file may begin with ``@file`` itself, named as seen from its own folder.
-
-    Raises:
-        UserError: a file that cannot be read, that includes itself, or that stands after an option.
-    """
-    return [_with_hyphens(word) for word in _expand(list(argv), Path(), ())]
-
-
-def _expand(words: list[str], folder: Path, inside: tuple[Path, ...]) -> list[str]:
-    """``words`` with its leading files, which lie in ``folder``; ``inside`` are the files being read."""
-    expanded = []
-    while words and words[0].startswith("@"):
-        path = folder / words.pop(0)[1:]
-        if path.resolve() in inside:
-            raise UserError(f"argument file {path} includes itself")
-        try:
-            content = shlex.split(path.read_text(), comments=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"argument file {path}: {getattr(error, 'strerror', None) or error}") from None
-        expanded += _expand(content, path.parent, (*inside, path.resolve()))
-    late = [word for word in words if word.startswith("@")]
-    if late:
-        raise UserError(f"{late[0]} must stand before all options (what comes later wins)")
-    return expanded + words
-
-
-def _with_hyphens(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
-
-
 def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
     """Read the command line into a namespace whose values are final: nothing changes them later.
 
@@ -405,7 +313,7 @@ def _context_defaults(args) -> dict:
     return {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
-        "sar_query": "mean" if MODELS.get(args.model) is models_swin else "cls",
+        "sar_query": "mean" if MODELS.get(args.model) is models.swin else "cls",
         "last_block": last_block,
         **DATASETS[canonical_name(data_set)].defaults,
     }
@@ -425,7 +333,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         UserError: one line that names the option and the mend.
     """
     if args.model not in MODELS:
-        raise UserError(f"no model {args.model!r}{_nearest(args.model, MODELS)} Known: {', '.join(MODELS)}")
+        raise UserError(f"no model {args.model!r}{nearest(args.model, MODELS)} Known: {', '.join(MODELS)}")
     for name in args.model_kwargs.keys() & MODEL_OPTIONS.keys():
         raise UserError(f"--model-kwargs {name}: say it with {MODEL_OPTIONS[name]}")
     if args.input_size % args.patch_size:

@@ -13,8 +13,8 @@ from arguments import brought_defaults
 from datasets import DATASETS, build_loader
 from drloc import Localiser, Trainee
 from engine import Plan, Run
-from losses import DRLOC_WARMUP_EPOCHS
 from samplers import EvalSampler, TrainSampler
+from schedules import DRLOC_WARMUP_EPOCHS
 from utils import Processes, StopSignal, UserError, logger
 
 

@@ -7,7 +7,6 @@ An image's augmentation depends on (seed, epoch, position) alone: not on workers
 
 import difflib
 import os
-import random
 import signal
 import tarfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -26,28 +24,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 
-from image_cache import cache_images
-from readers import (
+from randomness import isolated_rng, seed_sequence
+from readers.cache import cache_images
+from readers.folders import FOLDER_LAYOUT, read_folder
+from readers.images import LabelledImages, SubsetOf, UnreadableImage
+from readers.published import (
     CARS_LAYOUT,
     DOMAINNET_CLASSES,
     FLOWERS_LAYOUT,
-    FOLDER_LAYOUT,
     PETS_LAYOUT,
-    TAR_LAYOUT,
-    LabelledImages,
-    SubsetOf,
-    UnreadableImage,
     domain_layout,
     read_cars,
     read_cifar,
     read_digits,
     read_domainnet,
     read_flowers,
-    read_folder,
     read_pets,
-    read_tar,
 )
-from samplers import Draw, class_subset, seed_sequence
+from readers.tars import TAR_LAYOUT, read_tar
+from samplers import Draw, class_subset
 from utils import Processes, UserError, logger, write_json
 
 SMALL_IMAGE = 32  # px; up to this size DeiT crops from a padded image instead of resizing a random part of it
@@ -148,7 +143,7 @@ DATASETS: dict[str, DataSet] = {
     ),
     "imagenet100": DataSet(
         partial(read_folder, class_list="imagenet100.txt"),
-        "the 100 classes of ImageNet-1k in class_lists/imagenet100.txt",
+        "the 100 classes of ImageNet-1k in readers/class_lists/imagenet100.txt",
         f"{FOLDER_LAYOUT}, of all ImageNet-1k or of the 100 classes",
         num_classes=100,
         images={"train": 126_689, "val": 5_000},  # of the classes of Contrastive Multiview Coding
@@ -197,8 +192,8 @@ def canonical_name(name: str) -> str:
     key = DEIT_NAMES.get(name.lower(), name.lower())
     if key in DATASETS:
         return key
-    nearest = difflib.get_close_matches(key, DATASETS)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {', '.join(DATASETS)}"
+    close = difflib.get_close_matches(key, DATASETS)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(DATASETS)}"
     raise UserError(f"unknown data set {name!r}: {hint}")
 
 
@@ -291,7 +286,7 @@ def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None
         splits: of one run.
 
     Raises:
-        UserError, UnreadableImage: see :func:`image_cache.cache_images`; nothing is replaced then.
+        UserError, UnreadableImage: see :func:`readers.cache.cache_images`; nothing is replaced then.
     """
     on_disk = [split for split in splits if not split.base.in_memory]
     if on_disk:
@@ -373,25 +368,6 @@ def _no_empty_folders_left(data_path: Path) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------- augmentation and loading
-
-
-@contextmanager
-def isolated_rng(seeds: np.random.SeedSequence) -> Iterator[None]:
-    """Let the CPU's global generators (random, numpy, torch) start from ``seeds`` within the block.
-
-    After it they go on as if it had not been; CUDA's are not touched.
-    """
-    saved = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
-    for_random, for_torch, for_numpy = seeds.generate_state(3, np.uint64)
-    random.seed(int(for_random))
-    torch.default_generator.manual_seed(int(for_torch))  # torch.manual_seed would reseed CUDA, too
-    np.random.seed(np.array([for_numpy]).view(np.uint32))  # noqa: NPY002  timm draws from the global generator
-    try:
-        yield
-    finally:
-        random.setstate(saved[0])
-        np.random.set_state(saved[1])  # noqa: NPY002
-        torch.default_generator.set_state(saved[2])
 
 
 class AugmentedDataset(Dataset):

@@ -16,16 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from drloc import PAIRS, Trainee
-from losses import (
-    SpatialEntropyLoss,
-    TotalVariationLoss,
-    drloc_weight_schedule,
-    localisation_loss,
-    sar_weight_schedule,
-    spatial_entropy,
-)
-from samplers import seed_sequence
-from utils import Processes, RunError, StopSignal, progress, seed_step
+from losses import SpatialEntropyLoss, TotalVariationLoss, localisation_loss, spatial_entropy
+from randomness import seed_sequence, seed_step
+from schedules import drloc_weight_schedule, sar_weight_schedule
+from utils import Processes, RunError, StopSignal, progress
 
 SAR_TERMS = {
     "spatial-entropy": ("spatial_entropy", SpatialEntropyLoss()),

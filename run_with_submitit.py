@@ -25,23 +25,12 @@ from pathlib import Path
 
 import torch
 
-from arguments import HelpFormatter, Parser, at_least, build_parser, expand_arguments, parse_arguments
+from arguments import build_parser, parse_arguments
 from build import accumulation
-from launcher import (
-    ROOT,
-    SIGNAL_DELAY_S,
-    Cluster,
-    Point,
-    epochs_done,
-    exit_code,
-    finish,
-    locked,
-    print_submission,
-    refuse_queued,
-    status,
-    submit_all,
-    warn_of_data_elsewhere,
-)
+from cli import HelpFormatter, Parser, at_least, exit_code, expand_arguments
+from launch.runs import ROOT, Point, epochs_done, finish, locked, warn_of_data_elsewhere
+from launch.slurm import SIGNAL_DELAY_S, Cluster, print_submission, submit_all
+from launch.status import refuse_queued, status
 from utils import UserError
 
 # Options of sbatch that have options of their own here, or that the launcher needs for itself.

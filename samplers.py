@@ -4,12 +4,13 @@ An order is a pure function of (seed, epoch), so a sampler keeps no random state
 epoch and the update it stopped at and gets the rest, without reading the images before it.
 """
 
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from randomness import seed_sequence
 
 
 class Draw(NamedTuple):
@@ -22,15 +23,6 @@ class Draw(NamedTuple):
     index: int
     epoch: int
     position: int
-
-
-def seed_sequence(purpose: str, *numbers: int) -> np.random.SeedSequence:
-    """Seeds for one purpose ("order", "augmentation"), independent of every other purpose's at equal numbers.
-
-    ``numbers`` are not negative, and always equally many for one purpose: numpy pads with zeros, so that
-    (1,) and (1, 0) are the same seed.
-    """
-    return np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers])
 
 
 class TrainSampler(Sampler[Draw]):

@@ -23,8 +23,6 @@ import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
-from samplers import seed_sequence
-
 logger = logging.getLogger("sar")
 
 
@@ -203,16 +201,6 @@ def has_kernels(arch_list: list[str], major: int, minor: int) -> bool:
 
 
 # -------------------------------------------------------------------------------------- seeds and signals
-
-
-def seed_step(seed: int, rank: int, micro_step: int) -> None:
-    """Reseed what the model (dropout, drop-path) and Mixup draw from, from (seed, rank, step) alone.
-
-    Nothing depends on what was drawn before, so a checkpoint needs no random state.
-    """
-    torch_seed, numpy_seed = seed_sequence("step", seed, rank, micro_step).generate_state(2)
-    torch.manual_seed(int(torch_seed))
-    np.random.seed(numpy_seed)  # noqa: NPY002 - timm's Mixup draws from numpy's global generator
 
 
 class StopSignal:

@@ -9,11 +9,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from analysis.models import TrainedModel, load_model, short_names
-from analysis.report import as_csv
-from arguments import at_least, build_parser
-from checkpoints import num_heads_of, read_checkpoint
+from arguments import build_parser
+from cli import at_least
 from datasets import build_loader
+from paper.report import as_csv
 from utils import UserError, environment, prepare_output_dir, write_atomically, write_json
+from weights import num_heads_of, read_checkpoint
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool) -> None:

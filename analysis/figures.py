@@ -32,14 +32,15 @@ from PIL import Image
 from analysis.attention import MASS, similarity_maps
 from analysis.commands import add_checkpoint_options, add_model_options, load_models
 from analysis.gallery import gallery_html
-from analysis.images import choose_samples, list_images, read_image, squash
+from analysis.images import choose_samples, squash
 from analysis.models import TrainedModel
 from analysis.panels import ModelMaps, attention_page, component_page, mask_page
-from arguments import HelpFormatter, Parser, at_least, parse_arguments
-from checkpoints import read_checkpoint
+from arguments import parse_arguments
+from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import build_dataset
-from launcher import exit_code
+from readers.images import list_images, read_image
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging, write_atomically
+from weights import read_checkpoint
 
 ROWS = 8  # images on a page
 DPI = 150

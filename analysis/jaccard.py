@@ -42,17 +42,11 @@ from analysis.commands import (
     write_results,
 )
 from analysis.images import squash
-from analysis.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
 from analysis.models import TrainedModel
-from arguments import Parser, at_least
-from launcher import exit_code
-from samplers import seed_sequence
-from utils import (
-    UserError,
-    pick_device,
-    progress,
-    start_logging,
-)
+from cli import Parser, at_least, exit_code
+from randomness import seed_sequence
+from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
+from utils import UserError, pick_device, progress, start_logging
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ def jaccard(masks: Tensor, present: Tensor, counts: Tensor, void_counts: bool) -
 
     Args:
         masks: bool ``(B, H, h, w)``.
-        present, counts: the pixels of each label in each patch, from :func:`analysis.masks.count_labels`.
+        present, counts: the pixels of each label in each patch, from :func:`readers.masks.count_labels`.
         void_counts: void pixels are background; else they are nothing at all.
 
     Returns:

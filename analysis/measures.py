@@ -32,11 +32,11 @@ from analysis.commands import (
     result_folders,
     write_results,
 )
-from analysis.images import centre_crop, list_images, read_image
-from analysis.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
+from analysis.images import centre_crop
 from analysis.models import TrainedModel
-from arguments import Parser, at_least
-from launcher import exit_code
+from cli import Parser, at_least, exit_code
+from readers.images import list_images, read_image
+from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging
 
 GRID = 14

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from arguments import parse_arguments
 from build import build_model
-from checkpoints import last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
 from utils import UserError, logger
+from weights import last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
 
 CPU = torch.device("cpu")
 POSITIONS = ("timm", "released")

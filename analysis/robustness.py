@@ -35,13 +35,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from analysis.commands import add_loading_options, add_model_options
 from analysis.images import centre_crop
 from analysis.models import TrainedModel, load_model, short_names
-from analysis.report import PAPER, as_csv
-from arguments import Parser, at_least
 from build import choose_amp
+from cli import Parser, at_least, exit_code
 from datasets import AugmentedDataset, build_loader
 from engine import evaluate
-from launcher import exit_code
-from readers import ImageFiles, UnreadableImage
+from paper.report import PAPER, as_csv
+from readers.images import ImageFiles, UnreadableImage
 from samplers import EvalSampler
 from utils import (
     Processes,

@@ -8,7 +8,7 @@
 # Time: about 1.8 hours on it (our estimate; the paper names no hours).
 # Expected, top-1: 76.72 with the scaled dot product (Eq. 4), 76.25 with the cosine (Eq. 15). The paper has words for the
 #   others: total variation (Eq. 14) is far below; after the softmax, the maps collapse to one token and entropy 0.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" appendix_b <<'ROWS'
 # row            run                                        arguments

@@ -13,7 +13,7 @@
 #   need no GPU.
 # Time: about 28 hours on it (our estimate; the paper names no hours), nothing once Table 4 is done; then a minute.
 # Expected: with SAR fewer and larger blobs, on the objects. The pictures are in OUT/fig1_fig4/maps/seed0.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/trained_weights.sh

@@ -8,7 +8,7 @@
 # Time: about 28 hours on it (our estimate; the paper names no hours), nothing once Table 4 is done.
 # Expected, top-1: SAR at epoch 100 is where ViT-S/16 is at 150, has 79.9 at epoch 250 and 80.7 at 300; ViT-S/16 ends at
 #   79.8. The curves are OUT/fig3/fig3.png.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" fig3 <<'ROWS'
 # row          run                   arguments

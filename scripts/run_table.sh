@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python}
 [ "${SMOKE:-}" = 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # more threads would slow a tiny model
-exec "${PYTHON:-python}" scripts/run_table.py "$@"
+exec "${PYTHON:-python}" -m paper.run "$@"

@@ -9,7 +9,7 @@
 # Time: about 108 hours on it (our estimate; the paper names no hours).
 # Expected, top-1:
 #   ViT-S/16 79.8, with SAR 80.7; T2T-ViT-14 81.5, 81.9; PVT-Small 79.8, 79.84; CvT-13 81.6, 81.8 (without SAR: quoted).
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" table10 <<'ROWS'
 # row           run                           arguments

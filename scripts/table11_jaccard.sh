@@ -13,7 +13,7 @@
 #   measured takes one GPU.
 # Time: about 28 hours on it (our estimate; the paper names no hours), nothing once Table 4 is done; then minutes.
 # Expected, Jaccard similarity (%) by the paper's code: ViT-S/16 19.18, with SAR 31.19.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/trained_weights.sh

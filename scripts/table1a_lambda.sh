@@ -7,7 +7,7 @@
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
 # Time: about 2.7 hours on it (our estimate; the paper names no hours).
 # Expected: top-1 75.72, 75.82, 76.16, 76.72, 76.22, 75.88 for lambda 0, 0.001, 0.005, 0.01, 0.05, 0.1.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" table1a <<'ROWS'
 # row  run                                     arguments

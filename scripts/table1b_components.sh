@@ -13,7 +13,7 @@
 #   D  C without the MLP skip          73.76
 #   E  A + spatial entropy             74.78
 #   F  C + spatial entropy, i.e. SAR   76.72
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" table1b <<'ROWS'
 # row  run                                     arguments

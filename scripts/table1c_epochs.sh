@@ -7,7 +7,7 @@
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
 # Time: about 3.7 hours on it (our estimate; the paper names no hours).
 # Expected, top-1 after 100 and 300 epochs: ViT-S/16 74.22 and 80.82, with SAR 76.72 and 85.24.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" table1c <<'ROWS'
 # row              run                         arguments

@@ -10,7 +10,7 @@
 # Time: about 52 hours on it (our estimate; the paper names no hours), if the CPUs decode as fast as the GPUs train.
 # Expected, top-1 of ViT-S/16 (which the paper quotes from El-Nouby et al., 2021) and with SAR:
 #   Cars 35.3 and 64.65, Clipart 41.0 and 64.95, Painting 38.4 and 57.11, Sketch 37.2 and 62.98.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" table2 <<'ROWS'
 # row                   run                                arguments

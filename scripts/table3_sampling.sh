@@ -9,7 +9,7 @@
 # Time: about 2.3 hours on it (our estimate; the paper names no hours).
 # Expected, top-1 on 0.25, 0.50, 0.75 and all of the images:
 #   ViT-S/16 21.66, 29.86, 35.62, 74.22; with SAR 29.06, 38.02, 46.12, 76.72.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" table3 <<'ROWS'
 # row               run                                   arguments

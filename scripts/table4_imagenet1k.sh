@@ -9,7 +9,7 @@
 # Time: about 63 hours on it (our estimate; the paper names no hours).
 # Expected, top-1: ViT-S/16 79.8 (quoted by the paper), with DRLoc 80.2, with SAR 80.7; with both there is no number.
 #   ViT-T/16 72.2, with SAR 72.4. DRLoc's weight on a ViT is not in the paper: 0.1 is a guess.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" table4 <<'ROWS'
 # row                run                         arguments

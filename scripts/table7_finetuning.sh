@@ -15,7 +15,7 @@
 # Expected, top-1 on CIFAR-10, CIFAR-100, Flowers, Pets, by SAR in pre-training - in fine-tuning:
 #   no-no 98.59, 88.95, 95.07, 92.21; yes-no 98.69, 89.19, 96.05, 92.7;
 #   no-yes 98.72, 88.95, 95.1, 92.34; yes-yes 98.65, 89.21, 96.1, 92.7.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/trained_weights.sh

@@ -14,7 +14,7 @@
 #   images of ImageNet-C a model, as fast as the CPUs decode them. It goes on where it was stopped.
 # Expected: ImageNet-A, top-1 over its 200 classes, 19.2 and with SAR 22.39; ImageNet-C, mCE (lower is better), 52.8 and
 #   with SAR 51.6.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/trained_weights.sh

@@ -9,7 +9,7 @@
 # Time: about 3.6 hours on it (our estimate; the paper names no hours).
 # Expected, top-1:
 #   ViT-S/16 74.22, with SAR 76.72; T2T-ViT-14 82.42, 83.96; PVT-Small 76.57, 77.78; CvT-13 83.38, 85.2.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): scripts/run_table.py.
+# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
 set -euo pipefail
 exec bash "$(dirname "$0")/run_table.sh" table9 <<'ROWS'
 # row           run                           arguments

@@ -15,7 +15,8 @@ import main
 from analysis.attention import attention_of, similarity_maps
 from analysis.commands import add_checkpoint_options, add_model_options, load_models
 from analysis.models import CPU, load_model, short_names
-from arguments import Parser, parse_arguments
+from arguments import parse_arguments
+from cli import Parser
 from utils import UserError
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ import torch
 from image_sets import photograph, picture
 
 from analysis.attention import attention_of, component_sizes, keep_mass, measure_maps
-from analysis.images import as_picture, centre_crop, list_images, read_image, squash
+from analysis.images import as_picture, centre_crop, squash
 from datasets import build_transform
-from readers import UnreadableImage
+from readers.images import UnreadableImage, list_images, read_image
 from utils import UserError
 
 

@@ -11,8 +11,8 @@ import timm
 import torch
 
 import models_sar  # noqa: F401 - registers the models
-from checkpoints import last_block_of, load_weights, num_heads_of, read_checkpoint, select_weights
 from utils import UserError
+from weights import last_block_of, load_weights, num_heads_of, read_checkpoint, select_weights
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
 

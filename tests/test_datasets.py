@@ -43,11 +43,11 @@ from datasets import (
     build_transform,
     canonical_name,
     download,
-    isolated_rng,
     save_subset,
 )
-from readers import ImageFiles, UnreadableImage
-from samplers import Draw, EvalSampler, TrainSampler, seed_sequence
+from randomness import isolated_rng, seed_sequence
+from readers.images import ImageFiles, UnreadableImage
+from samplers import Draw, EvalSampler, TrainSampler
 from utils import Processes, UserError
 
 

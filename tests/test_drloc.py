@@ -7,9 +7,10 @@ import torch
 import engine
 import main
 import models_sar  # noqa: F401 - registers the models
-from checkpoints import load_weights
 from drloc import PAIRS, Localiser, Trainee
-from losses import drloc_weight_schedule, localisation_loss
+from losses import localisation_loss
+from schedules import drloc_weight_schedule
+from weights import load_weights
 
 LOCALISED = ("--drloc-weight", "0.5", "--epochs", "2", "--total-batch", "120", "--batch-size", "24")
 

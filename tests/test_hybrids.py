@@ -14,15 +14,17 @@ from sklearn.datasets import load_digits
 from timm.layers import DropPath
 
 import main
-import models_cvt
-import models_pvt
 import models_sar
-import models_swin  # noqa: F401 - registers the model
-import models_t2t
 from analysis import figures, jaccard
-from checkpoints import last_block_of, load_weights
 from losses import SpatialEntropyLoss
+from models import (
+    cvt,
+    pvt,
+    swin,  # noqa: F401 - registers the model
+    t2t,
+)
 from models_sar import LAST_BLOCKS
+from weights import last_block_of, load_weights
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -62,17 +64,17 @@ def fill(model):
 
 def golden_t2t(performer, c):
     sizes = {name: c[name] for name in ("embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "token_dim")}
-    return lambda **kwargs: models_t2t.T2TViT(img_size=112, num_classes=10, performer=performer, **sizes, **kwargs)
+    return lambda **kwargs: t2t.T2TViT(img_size=112, num_classes=10, performer=performer, **sizes, **kwargs)
 
 
 def golden_pvt(c):
     sizes = {name: c[name] for name in ("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios", "img_size")}
-    return lambda **kwargs: models_pvt.PVT(num_classes=10, **sizes, **kwargs)
+    return lambda **kwargs: pvt.PVT(num_classes=10, **sizes, **kwargs)
 
 
 def golden_cvt(c):
     sizes = {"embed_dims": c["spec"]["DIM_EMBED"], "depths": c["spec"]["DEPTH"], "num_heads": c["spec"]["NUM_HEADS"]}
-    return lambda **kwargs: models_cvt.CvT(num_classes=10, **sizes, **kwargs)
+    return lambda **kwargs: cvt.CvT(num_classes=10, **sizes, **kwargs)
 
 
 GOLDEN = {
@@ -162,7 +164,7 @@ def test_the_performers_features_are_orthogonal_and_fixed():
 
 def test_positions_of_t2t_are_the_official_sinusoids(golden):
     content = golden("t2t_performer_tiny.pt")
-    torch.testing.assert_close(models_t2t.sinusoids(50, 48), content["state_dict"]["pos_embed"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(t2t.sinusoids(50, 48), content["state_dict"]["pos_embed"], rtol=0, atol=1e-6)
 
 
 def rates(model, kind):
@@ -207,7 +209,7 @@ def test_mixed_precision_leaves_exponentials_and_norms_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert performer.attend(k, q, v).dtype == torch.float32
         torch.testing.assert_close(performer.attend(k, q, v), performer.attend(k.float(), q.float(), v.float()))
-    norm, x = models_cvt.LayerNorm(64), 1000 + torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    norm, x = cvt.LayerNorm(64), 1000 + torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     exact = norm.double()(x.bfloat16().double())
     torch.testing.assert_close(norm.float()(x.bfloat16()).double(), exact, rtol=0.01, atol=0.01)
     assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16

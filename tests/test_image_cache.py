@@ -14,11 +14,12 @@ import torch.distributed as dist
 from image_sets import log_messages, photograph, truncate, write_folder, write_tars
 from torch.utils.data import DataLoader
 
-import image_cache
 from arguments import build_parser
 from datasets import build_loader, build_split, cache_splits
-from image_cache import CachedImages, available_memory, cache_images
-from readers import ArrayImages, SubsetOf, UnreadableImage, read_folder
+from readers import cache
+from readers.cache import CachedImages, available_memory, cache_images
+from readers.folders import read_folder
+from readers.images import ArrayImages, SubsetOf, UnreadableImage
 from samplers import EvalSampler, TrainSampler
 from utils import Processes, UserError
 
@@ -273,16 +274,16 @@ def test_nothing_is_left_behind_by_a_killed_run(folder):
 def test_more_images_than_memory_are_refused_with_both_numbers(folder, monkeypatch):
     images = read_folder(folder, "train")
     needed = 24 * 6 + sum(3 * width * height for width, height in map(images.size, range(6)))
-    monkeypatch.setattr(image_cache, "available_memory", lambda: int(needed / 0.9) - 1)
-    monkeypatch.setattr(image_cache, "GIB", 1000)
+    monkeypatch.setattr(cache, "available_memory", lambda: int(needed / 0.9) - 1)
+    monkeypatch.setattr(cache, "GIB", 1000)
     with pytest.raises(UserError) as error:
         cache_images([images], ALONE, False)
     numbers = f"needs {needed / 1000:.1f} GiB for decoded images, and of the {needed / 900:.1f} GiB available"
     assert f"--cache-images {numbers}" in str(error.value)
     assert "leave it out, or use a machine with more memory" in str(error.value)
-    monkeypatch.setattr(image_cache, "available_memory", lambda: int(needed / 0.9) + 1)
+    monkeypatch.setattr(cache, "available_memory", lambda: int(needed / 0.9) + 1)
     assert [len(cached) for cached in cache_images([images], ALONE, False)] == [6]
-    monkeypatch.setattr(image_cache, "available_memory", lambda: needed // 2)
+    monkeypatch.setattr(cache, "available_memory", lambda: needed // 2)
     assert [len(cached) for cached in cache_images([SubsetOf(images, [0, 3])], ALONE, False)] == [2]
 
 
@@ -290,14 +291,14 @@ def test_both_splits_must_fit_before_any_image_is_decoded(folder, monkeypatch):
     splits = [build_split(run_args(folder), split, ALONE)[0] for split in ("train", "val")]
     bases = [split.base for split in splits]
     needed = [24 * 6 + sum(3 * width * height for width, height in map(base.size, range(6))) for base in bases]
-    monkeypatch.setattr(image_cache, "available_memory", lambda: int(sum(needed) / 0.9) - 1)
-    monkeypatch.setattr(image_cache, "GIB", 1000)
+    monkeypatch.setattr(cache, "available_memory", lambda: int(sum(needed) / 0.9) - 1)
+    monkeypatch.setattr(cache, "GIB", 1000)
     with monkeypatch.context() as patch:
-        patch.setattr(image_cache, "_decode", None)
+        patch.setattr(cache, "_decode", None)
         with pytest.raises(UserError, match=f"--cache-images needs {sum(needed) / 1000:.1f} GiB"):
             cache_splits(splits, ALONE)
     assert [split.base for split in splits] == bases
-    monkeypatch.setattr(image_cache, "available_memory", lambda: int(sum(needed) / 0.9) + 1)
+    monkeypatch.setattr(cache, "available_memory", lambda: int(sum(needed) / 0.9) + 1)
     cache_splits(splits, ALONE)
     for split, base in zip(splits, bases, strict=True):
         assert isinstance(split.base, CachedImages)
@@ -366,7 +367,7 @@ def test_this_machine_has_memory():
 
 def test_the_benchmark_prints_a_table_of_both(folder, capsys, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    import benchmark_cache
+    from benchmarks import cache as benchmark_cache
 
     options = "--input-size 32 --batch-size 2 --num-workers 1 --repeats 1 --warmup 0"
     benchmark_cache.main(["--data-path", str(folder), *options.split()])

@@ -25,10 +25,10 @@ from analysis.jaccard import (
     mean_over_images,
     random_maps,
 )
-from analysis.masks import VOID, count_labels, read_masked_images
 from analysis.models import load_model
-from scripts import benchmark_jaccard
-from scripts.benchmark_jaccard import score_image
+from benchmarks import jaccard as benchmark_jaccard
+from benchmarks.jaccard import score_image
+from readers.masks import VOID, count_labels, read_masked_images
 
 
 def ours(attention, labels, void_counts, mass=0.6):

@@ -13,16 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import (
-    SAR_SCHEDULES,
-    SpatialEntropyLoss,
-    TotalVariationLoss,
-    label_components,
-    max_components,
-    sar_weight_schedule,
-    spatial_entropy,
-)
+from losses import SpatialEntropyLoss, TotalVariationLoss, label_components, max_components, spatial_entropy
 from models_sar import similarity_map
+from schedules import SAR_SCHEDULES, sar_weight_schedule
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is the independent labelling")
 ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is the second independent labelling")
@@ -502,7 +495,7 @@ def test_losses_stand_alone():
 
 
 def test_benchmark_prints_its_table():
-    command = "scripts/benchmark_loss.py --batch-sizes 2 --grids 14 7 --heads 3 --repeats 1 --threads 1".split()
+    command = "-m benchmarks.loss --batch-sizes 2 --grids 14 7 --heads 3 --repeats 1 --threads 1".split()
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.search(r"torch \S+, OpenCV \S+, .*1 thread", done.stdout)
@@ -510,7 +503,7 @@ def test_benchmark_prints_its_table():
 
 
 def test_benchmark_compares_equal_losses():
-    from scripts.benchmark_loss import BASELINES, make_maps
+    from benchmarks.loss import BASELINES, make_maps
 
     maps = make_maps("smooth", 3, 2, 14, "cpu")
     for baseline in BASELINES.values():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import build
+import checkpoints
 import datasets
 import engine
 import main
@@ -469,36 +470,6 @@ def test_schedules_at_their_corners(per_update):
         assert at(*place)[0] == pytest.approx(expected[place][0])
 
 
-def golden_losses(more: str = "") -> list[float]:
-    """20 steps with drop-path, Mixup, accumulation and lambda > 0."""
-    words = DIGITS + (
-        "--batch-size 32 --total-batch 64 --epochs 2 --warmup-epochs 0 --lr 4e-2 --mixup 0.8 --cutmix 1.0 "
-        "--drop-path 0.2 --sar-weight 0.1 --print-every 1 "
-    )
-    run = make_run(words + more)
-    losses = []
-
-    def note(means):
-        losses.append(means["loss"])
-        run.stop.received = len(losses) == 20 or None
-
-    engine.train_one_epoch(run, note)
-    return losses[:20]
-
-
-# Recorded with torch 2.13, timm 1.0.31. Other versions of torch and other CPUs add in another order, and training
-# amplifies that: the tolerance is 1e-4, where a change of lambda by a tenth, of beta2 to 0.99 or of weight decay
-# moves some loss by 1e-3 and a missing term by 1e-2.
-GOLDEN_LOSSES = [
-    *(2.32537, 2.319196, 2.340131, 2.31261, 2.315848, 2.308663, 2.319943, 2.307044, 2.353115, 2.321388),
-    *(2.338976, 2.324682, 2.340797, 2.311249, 2.325764, 2.330576, 2.304175, 2.337965, 2.304567, 2.328445),
-]
-
-
-def test_golden_losses():
-    assert golden_losses() == pytest.approx(GOLDEN_LOSSES, abs=1e-4)
-
-
 def test_accumulation_is_the_same_mathematics(tmp_path):
     """One batch of 64 and two of 32 give the same weights, to rounding, where nothing is random."""
     words = (
@@ -538,11 +509,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(bad_step, dat
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """The loss of the last step may still be finite when its update is not."""
     run = make_run(DIGITS + f"--output-dir {tmp_path}")
-    main.save(run, "checkpoint.pth")
+    checkpoints.save(run, "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()
     run.model.head.weight.data[0, 0] = math.nan
     with pytest.raises(engine.NonFiniteLoss, match="weights are not finite"):
-        main.save(run, "checkpoint.pth")
+        checkpoints.save(run, "checkpoint.pth")
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
@@ -551,7 +522,7 @@ def test_processes_that_would_begin_at_different_places_are_refused(tmp_path, mo
     run = make_run(DIGITS + f"--output-dir {tmp_path}")
     monkeypatch.setattr(utils.Processes, "gather", lambda self, place: torch.stack([place, place + 1]))
     with pytest.raises(utils.UserError, match="name a shared folder"):
-        main.begin(run)
+        checkpoints.start_or_resume(run)
 
 
 def test_plan_says_why_mixed_precision(monkeypatch):

@@ -12,9 +12,9 @@ from test_jaccard import checkpoint, rows_of, save_mask, write_foregrounds, writ
 from analysis import measures
 from analysis.attention import measure_maps, similarity_maps
 from analysis.images import centre_crop
-from analysis.masks import VOID
 from analysis.measures import foreground, head_rows, measure_images, summarise_masks
 from analysis.models import TrainedModel, load_model
+from readers.masks import VOID
 
 # ------------------------------------------------------------------------------------------------- of maps
 

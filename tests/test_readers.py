@@ -30,9 +30,10 @@ from image_sets import (
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import readers
 from datasets import read_split
-from readers import CLASS_LISTS, ImageFiles, SubsetOf, UnreadableImage
+from readers import tars
+from readers.folders import CLASS_LISTS
+from readers.images import ImageFiles, SubsetOf, UnreadableImage
 from utils import UserError
 
 IMAGENET100 = sorted(
@@ -234,15 +235,15 @@ def test_workers_read_one_tar_at_the_same_time(folder, tmp_path):
 def test_a_data_folder_of_tars_is_left_as_it_was_and_an_index_is_read(folder, tmp_path, monkeypatch):
     root = write_tars(folder, tmp_path / "tars", "one")
     before = read_split("tar", "val", root)
-    monkeypatch.setattr(readers, "LARGE_TARS", 0)
+    monkeypatch.setattr(tars, "LARGE_TARS", 0)
     with log_messages() as messages:
-        readers._scan_tars.cache_clear()
+        tars._scan_tars.cache_clear()
         read_split("tar", "val", root)
     assert sorted(os.listdir(root)) == ["train.tar", "val.tar"]
     (message,) = messages
-    assert f"readers.write_tar_index('{root / 'val.tar'}')" in message
-    readers.write_tar_index(str(root / "val.tar"))
-    readers._scan_tars.cache_clear()
+    assert f"python -m readers.tars {root / 'val.tar'}" in message
+    tars.write_tar_index(str(root / "val.tar"))
+    tars._scan_tars.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)  # with the index, no tar is looked through
         indexed = read_split("tar", "val", root)
@@ -256,21 +257,21 @@ def test_an_index_older_than_a_tar_is_not_used_and_can_be_renewed(folder, tmp_pa
     split, tar = (root / "val.tar",) * 2 if layout == "one" else (root / "val", root / "val" / "bee.tar")
 
     def names_and_messages():
-        readers._scan_tars.cache_clear()
+        tars._scan_tars.cache_clear()
         with log_messages() as messages:
             return read_split("tar", "val", root).names, messages
 
-    readers.write_tar_index(str(split))
+    tars.write_tar_index(str(split))
     before, messages = names_and_messages()
     assert (len(before), messages) == (6, [])
     image = (folder / "val" / "bee" / "0.jpg").read_bytes()
     write_tar(tar, {"bee/new.jpg": image})
-    os.utime(readers._index_of(split), (1e9, 1e9))
+    os.utime(tars._index_of(split), (1e9, 1e9))
     after, (message,) = names_and_messages()
     assert [name for name in after if "bee/" in name] == [name for name in after if "new" in name] != []
     assert f"_val_tarinfos.pickle: not used, as it is older than {split}" in message
-    assert f"renew it by python -c \"import readers; readers.write_tar_index('{split}')\"" in message
-    readers.write_tar_index(str(split))
+    assert f"renew it by python -m readers.tars {split}" in message
+    tars.write_tar_index(str(split))
     assert names_and_messages() == (after, [])
 
 
@@ -289,7 +290,7 @@ def break_index_number(folder):
 @pytest.mark.parametrize("damage", [break_index, break_index_content, break_index_number])
 def test_a_wrong_index_is_one_line(folder, tmp_path, damage):
     root = write_tars(folder, tmp_path / "tars", "classes")
-    readers.write_tar_index(str(root / "val"))
+    tars.write_tar_index(str(root / "val"))
     damage(root / "val")
     assert re.search(r"_val_tarinfos.pickle: damaged, or of other tars \(.+\); remove it", refusal("tar", "val", root))
 

@@ -11,9 +11,9 @@ import pytest
 import runs
 
 import main
-from analysis import report
 from arguments import parse_arguments
 from datasets import DATASETS
+from paper import report
 from utils import UserError
 
 SMALL_SETS = ("cars", "clipart", "painting", "sketch")
@@ -517,7 +517,7 @@ def test_unknown_options_are_one_line_and_help_explains(capsys):
     with pytest.raises(SystemExit):
         report.main(["--help"])
     text = capsys.readouterr().out
-    assert "python -m analysis.report OUT/table1b --figure curves.png" in text
+    assert "python -m paper.report OUT/table1b --figure curves.png" in text
     assert "report.csv" in text
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from torch.utils.data import BatchSampler
 
-from samplers import EvalSampler, TrainSampler, class_subset, seed_sequence
+from randomness import seed_sequence
+from samplers import EvalSampler, TrainSampler, class_subset
 
 TOTAL_BATCH = 8
 SPLITS = [

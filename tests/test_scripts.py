@@ -56,14 +56,14 @@ def test_quickstart(tmp_path):
 
 
 def test_the_step_benchmark_prints_its_table():
-    command = "scripts/benchmark_step.py --sizes tiny --types float32 --batch-size 1 --repeats 1 --warmup 0 --threads 1"
+    command = "-m benchmarks.step --sizes tiny --types float32 --batch-size 1 --repeats 1 --warmup 0 --threads 1"
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\| vit_tiny \| float32( \| [\d.]+){5} \|", done.stdout.splitlines()[-1])
 
 
 def test_the_benchmark_of_architectures_prints_its_table():
-    command = "scripts/benchmark_hybrids.py --models swin_tiny --batch-size 1 --repeats 1 --warmup 0 --threads 1"
+    command = "-m benchmarks.hybrids --models swin_tiny --batch-size 1 --repeats 1 --warmup 0 --threads 1"
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\| swin_tiny( \| [\d.]+){3} \|", done.stdout.splitlines()[-1])

@@ -19,12 +19,13 @@ import runs
 import torch
 from fake_slurm import FakeSlurm, sbatch_options
 
-import launcher
 import main
 import run_with_submitit
-import slurm_job
 from arguments import parse_arguments
-from slurm_job import Job
+from launch import job
+from launch import runs as launch_runs
+from launch import slurm as launch_slurm
+from launch.job import Job
 
 TINY = ["--data-set", "digits", "--batch-size", "4", "--total-batch", "32", "--epochs", "2", "--warmup-epochs", "0"]
 
@@ -37,7 +38,7 @@ def clean(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/usr/bin_without_slurm")
     code = {"commit": "c0ffee", "uncommitted_changes": False}
-    monkeypatch.setattr(launcher, "environment", lambda: code)
+    monkeypatch.setattr(launch_slurm, "environment", lambda: code)
     return code
 
 
@@ -122,7 +123,7 @@ def test_a_job_finds_the_program_wherever_it_starts(slurm, tmp_path):
     assert call() == 0
     setup = slurm.submitted[0].partition("# setup\n")[2].partition("\n\n")[0]
     (tmp_path / "main.py").write_text("raise SystemExit('the wrong one')")
-    code = "import slurm_job, importlib.util as util; print(util.find_spec('main').origin)"
+    code = "import launch.job, importlib.util as util; print(util.find_spec('main').origin)"
     shell = f"{setup}\n{shlex.join([sys.executable, '-c', code])}"
     environ = {"PYTHONPATH": "elsewhere", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=environ, capture_output=True, text=True)
@@ -252,7 +253,7 @@ def test_no_slurm_here(tmp_path, capsys):
 
 
 def test_a_slurm_that_does_not_answer(slurm, monkeypatch, capsys):
-    monkeypatch.setattr(slurm_job, "CLIENT_SECONDS", 0.2)
+    monkeypatch.setattr(job, "CLIENT_SECONDS", 0.2)
     slurm.script("squeue", "exec sleep 20")
     begun = time.monotonic()
     assert call() == 2
@@ -380,7 +381,7 @@ def test_a_run_whose_job_is_just_ending_is_not_left_out_silently(slurm, tmp_path
 
 def test_a_run_that_is_trained_here_is_not_submitted_and_held(slurm, tmp_path, capsys, monkeypatch):
     codes = []
-    monkeypatch.setattr(launcher, "launch", lambda command: codes.append(call("--sweep", "seed=0,1")) or 130)
+    monkeypatch.setattr(launch_runs, "launch", lambda command: codes.append(call("--sweep", "seed=0,1")) or 130)
     assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == 130
     assert codes == [2]
     assert "seed=0: another launcher is training it without Slurm" in capsys.readouterr().err
@@ -398,7 +399,7 @@ def test_a_damaged_record_is_named(slurm, tmp_path, capsys):
 def test_two_launchers_do_not_submit_the_same(slurm, tmp_path, capsys, monkeypatch):
     """The second waits while the first asks what is queued, and submits."""
     slurm.queue("70 RUNNING None")
-    asked, ask = [], launcher.jobs_in_queue
+    asked, ask = [], launch_slurm.jobs_in_queue
 
     def slow():
         asked.append(1)
@@ -410,7 +411,7 @@ def test_two_launchers_do_not_submit_the_same(slurm, tmp_path, capsys, monkeypat
         return {} if len(asked) == 1 else ask()
 
     others: list[threading.Thread] = []
-    monkeypatch.setattr(launcher, "jobs_in_queue", slow)
+    monkeypatch.setattr(launch_slurm, "jobs_in_queue", slow)
     assert call() == 0
     others[0].join()
     assert len(slurm.submitted) == 1
@@ -614,7 +615,7 @@ def test_a_job_says_which_code_it_runs(now, said, work, capsys, monkeypatch):
 
 
 def test_a_job_imports_nothing_heavy_before_signals_are_taken():
-    code = "import slurm_job, sys; print(any(name in sys.modules for name in ('torch', 'timm', 'main')))"
+    code = "import launch.job, sys; print(any(name in sys.modules for name in ('torch', 'timm', 'main')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -635,7 +636,7 @@ def test_a_sweep_without_slurm(tmp_path, capfd, monkeypatch):
         checkpoint = torch.load(tmp_path / f"dir/seed={seed}/checkpoint.pth", weights_only=True)
         assert (checkpoint["epoch"], checkpoint["args"]["seed"]) == (1, seed)
     assert not (tmp_path / "dir/submitit").exists()
-    monkeypatch.setattr(launcher, "launch", lambda command: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(launch_runs, "launch", lambda command: pytest.fail(f"started {command}"))
     assert run_with_submitit.main(words) == 0
     assert "seed=1: finished before" in capfd.readouterr().out
 
@@ -656,8 +657,8 @@ def test_as_many_processes_as_there_are_gpus(gpus, words, processes, tmp_path, m
 def test_a_run_that_fails_leaves_the_others_theirs(codes, started, result, tmp_path, monkeypatch, capsys):
     """But what would end the next one, too, ends all: a mistake, or a signal that main.py met with 0."""
     commands, answers = [], iter(codes)
-    monkeypatch.setattr(launcher, "launch", lambda command: commands.append(command) or next(answers))
-    monkeypatch.setattr(launcher, "epochs_done", lambda point: 2 * (len(commands) == 2))
+    monkeypatch.setattr(launch_runs, "launch", lambda command: commands.append(command) or next(answers))
+    monkeypatch.setattr(launch_runs, "epochs_done", lambda point: 2 * (len(commands) == 2))
     assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == result
     assert len(commands) == started
     assert f"seed=0: ended at epoch 0 of 2 with exit code {codes[0]}" in capsys.readouterr().err
@@ -667,7 +668,7 @@ def test_a_run_that_a_job_has_is_not_trained_here_too(slurm, tmp_path, monkeypat
     assert call("--sweep", "seed=0,1") == 0
     slurm.queue("70_1 PENDING Resources")
     started = []
-    monkeypatch.setattr(launcher, "launch", lambda command: started.append(command) or 130)
+    monkeypatch.setattr(launch_runs, "launch", lambda command: started.append(command) or 130)
     assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == 2
     assert "seed=1: job 70_1 has this run (pending: Resources); wait for it, or scancel" in capsys.readouterr().err
     assert started == []
@@ -697,7 +698,7 @@ def test_a_signal_leaves_the_run_the_time_to_save(number, told, shell, tmp_path)
 
     before = signal.getsignal(number)
     threading.Thread(target=send).start()
-    assert launcher.launch(["sh", "-c", script]) == 128 + number
+    assert launch_runs.launch(["sh", "-c", script]) == 128 + number
     assert end.exists() == told
     assert signal.getsignal(number) is before
 
@@ -711,10 +712,10 @@ def test_a_signal_that_comes_while_the_run_starts(shell, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", interrupted)
     start = time.monotonic()
-    assert launcher.launch(["sleep", "20"]) == 128 + signal.SIGUSR1
+    assert launch_runs.launch(["sleep", "20"]) == 128 + signal.SIGUSR1
     assert time.monotonic() - start < 10
 
 
 def test_the_exit_code_of_a_launched_run(shell):
-    assert launcher.launch(["sh", "-c", "exit 7"]) == 7
-    assert launcher.launch(["sh", "-c", "kill -KILL $$"]) == 137
+    assert launch_runs.launch(["sh", "-c", "exit 7"]) == 7
+    assert launch_runs.launch(["sh", "-c", "kill -KILL $$"]) == 137

@@ -21,13 +21,14 @@ import torch
 from fake_slurm import FakeSlurm, sbatch_options
 from test_robustness import write_checkpoint
 
-import analysis.report
 import datasets
 import engine
-import launcher
 import main
 from arguments import parse_arguments
-from scripts import plan_table, run_table, toy_data
+from launch import runs as launch_runs
+from paper import plan, toy_data
+from paper import report as paper_report
+from paper import run as paper_run
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ def at_the_root(monkeypatch):
 def read_script(tmp_path_factory):
     """A table's script run with a Python that only prints what it is given: ``(table, rows as text)``."""
     python = tmp_path_factory.mktemp("python") / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = scripts/run_table.py ] && echo "$2" && exec cat\n')
+    python.write_text('#!/bin/sh\n[ "$2" = paper.run ] && echo "$3" && exec cat\n')
     python.chmod(0o755)
 
     def read(table: str) -> tuple[str, str]:
@@ -103,10 +104,10 @@ def run(read_script, monkeypatch):
         for name, value in environ.items():
             monkeypatch.setenv(name, str(value))
         name, rows = read_script(table)
-        monkeypatch.setattr(sys, "argv", ["scripts/run_table.py", name])
+        monkeypatch.setattr(sys, "argv", ["paper.run", name])
         monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
-        monkeypatch.setattr(launcher, "launch", launch or start_nothing)
-        return run_table.main()
+        monkeypatch.setattr(launch_runs, "launch", launch or start_nothing)
+        return paper_run.main()
 
     return run
 
@@ -148,21 +149,21 @@ class Pretend:
 
 @pytest.fixture
 def no_report(monkeypatch):
-    monkeypatch.setattr(analysis.report, "report", lambda folder: f"report of {folder}")
+    monkeypatch.setattr(paper_report, "report", lambda folder: f"report of {folder}")
 
 
 @pytest.fixture
 def data_read(monkeypatch):
     """Every data set is found; these were looked for."""
     found = []
-    monkeypatch.setattr(run_table, "read_split", lambda *split: found.append(split))
+    monkeypatch.setattr(paper_run, "read_split", lambda *split: found.append(split))
     return found
 
 
-def jobs_of(table: str, read_script, **environ) -> list[plan_table.Job]:
+def jobs_of(table: str, read_script, **environ) -> list[plan.Job]:
     """The plan of a table's script."""
-    settings = run_table.read_settings({"DRY_RUN": "1", **environ})
-    return plan_table.plan(settings, plan_table.choose(plan_table.read_rows(read_script(table)[1]), settings.rows))
+    settings = paper_run.read_settings({"DRY_RUN": "1", **environ})
+    return plan.plan(settings, plan.choose(plan.read_rows(read_script(table)[1]), settings.rows))
 
 
 # ---------------------------------------------------------------------------------------------- the scripts
@@ -176,9 +177,9 @@ def test_there_is_a_script_for_every_table_here():
 @pytest.mark.parametrize("table", SCRIPTS)
 def test_a_script_has_the_rows_of_the_papers_table(table, read_script):
     name, rows = read_script(table)
-    names = [row.name for row in plan_table.read_rows(rows) if row.name != "-"]
+    names = [row.name for row in plan.read_rows(rows) if row.name != "-"]
     assert name == table
-    assert sorted(names) == sorted(analysis.report.PAPER.get(table, {"rows": ["maps"]})["rows"])
+    assert sorted(names) == sorted(paper_report.PAPER.get(table, {"rows": ["maps"]})["rows"])
 
 
 @pytest.mark.parametrize("table", SCRIPTS)
@@ -190,7 +191,7 @@ def test_a_script_opens_with_purpose_hardware_time_and_numbers(table, run, capsy
     assert run(table, DRY_RUN=1) == 0
     (hours,) = re.findall(r"in all (about [\d.]+ hours)", capsys.readouterr().out)
     assert f"# Time: {hours}" in head
-    rows = analysis.report.PAPER.get(table, {"rows": {}})["rows"]
+    rows = paper_report.PAPER.get(table, {"rows": {}})["rows"]
     values = [row["value"] for row in rows.values() if row["value"] is not None]
     missing = [value for value in values if not re.search(rf"\b{value}\b", head.partition("Expected")[2])]
     assert not missing
@@ -276,7 +277,7 @@ def test_a_dry_run_prints_all_and_does_nothing(table, run, read_script, tmp_path
     assert commands == [job.words for job in jobs]
     assert {job.seed for job in jobs} == {3, 5}
     for job in jobs:
-        assert f"{job.epochs} epochs x {plan_table.images(job.args):>9,} images" in text
+        assert f"{job.epochs} epochs x {plan.images(job.args):>9,} images" in text
 
 
 def test_a_dry_run_with_weights_has_no_pre_training(run, tmp_path, capsys):
@@ -303,7 +304,7 @@ def test_weights_that_are_not_there_are_named_by_their_variable(table, variable,
 def test_a_line_is_parsed_no_more_often_than_needed(read_script, monkeypatch):
     """Fine-tuning reads its weights each time."""
     parsed = []
-    monkeypatch.setattr(plan_table, "parse_arguments", lambda words: parsed.append(words) or parse_arguments(words))
+    monkeypatch.setattr(plan, "parse_arguments", lambda words: parsed.append(words) or parse_arguments(words))
     assert len(jobs_of("table1b", read_script, DATA="/data")) == len(parsed) == 6
     jobs_of("table1b", read_script, SMOKE="1")
     assert len(parsed) == 6 + 12, "with and without OVERRIDES"
@@ -312,11 +313,11 @@ def test_a_line_is_parsed_no_more_often_than_needed(read_script, monkeypatch):
 def test_hours_of_the_paper_hardware():
     """The one published number that the estimate stands on comes out of it, and ViT-S scales with its GFLOPs."""
     base, small = (parse_arguments(["--model", f"vit_{size}", "--data-path", "x"]) for size in ("base", "small"))
-    assert plan_table.hours(base, 300) == pytest.approx(53)
-    assert plan_table.hours(small, 300) == pytest.approx(53 * 4.6 / 17.6)
-    assert plan_table.images(parse_arguments(["--data-path", "x", "--sampling-ratio", "0.25"])) == 320292
-    assert plan_table.hours(parse_arguments(["--data-set", "folder", "--data-path", "x"]), 300) is None
-    assert plan_table.hours(parse_arguments([]), 300) is None, "another image size"
+    assert plan.hours(base, 300) == pytest.approx(53)
+    assert plan.hours(small, 300) == pytest.approx(53 * 4.6 / 17.6)
+    assert plan.images(parse_arguments(["--data-path", "x", "--sampling-ratio", "0.25"])) == 320292
+    assert plan.hours(parse_arguments(["--data-set", "folder", "--data-path", "x"]), 300) is None
+    assert plan.hours(parse_arguments([]), 300) is None, "another image size"
 
 
 @pytest.mark.parametrize(
@@ -378,7 +379,7 @@ def test_data_of_all_unfinished_rows_are_read_first(run, no_report, data_read, t
         *(("imagenet", split, imagenet) for split in ("train", "val")),
         *(("cifar10", split, cifar) for split in ("train", "val")),
     ]
-    monkeypatch.setattr(run_table, "read_split", datasets.read_split)
+    monkeypatch.setattr(paper_run, "read_split", datasets.read_split)
     assert run("table7", start_nothing, ROWS="no-no_cifar100", **where) == 2
     assert "finetune/no-no_cifar100, seed 0: " in capsys.readouterr().err
     assert run("table1b", start_nothing, ROWS="A", **where) == 2
@@ -394,12 +395,12 @@ def test_what_is_downloaded_need_not_be_there(run, no_report, tmp_path):
 @pytest.mark.parametrize("line", ["A in100_100 --model vit_small", "A in100/vit@recipes/x.args", "../A in100/vit"])
 def test_a_line_that_is_no_row(line):
     with pytest.raises(UserError, match=r"is no row; expected its id, its run \(protocol/name\)"):
-        plan_table.read_rows(line)
+        plan.read_rows(line)
 
 
 def test_a_line_with_an_open_quotation():
     with pytest.raises(UserError, match="No closing quotation"):
-        plan_table.read_rows("A in100/vit --finetune 'seed.pth")
+        plan.read_rows("A in100/vit --finetune 'seed.pth")
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
@@ -410,7 +411,7 @@ def test_any_path_is_one_word_of_a_row(table, locale, read_script, tmp_path, mon
     for name in ("CKPT_BASE", "CKPT_SAR", "IMAGES"):
         monkeypatch.setenv(name, str(path))
     monkeypatch.setenv("LC_ALL", locale)
-    rows = [row for row in plan_table.read_rows(read_script(table)[1]) if row.name != "-"]
+    rows = [row for row in plan.read_rows(read_script(table)[1]) if row.name != "-"]
     assert all(row.words[-1] == str(path) or str(path) in row.words[:-2] for row in rows)
     if table == "fig1_fig4":
         assert [row.words.count(str(path)) for row in rows] == [3]
@@ -422,7 +423,7 @@ def test_options_of_given_weights_are_not_those_of_runs(table, variable, read_sc
     (tmp_path / "given.pth").touch()
     monkeypatch.setenv(variable, str(tmp_path / "given.pth"))
     monkeypatch.setenv("CKPT_OPTIONS", "--num-heads 6 --checkpoint-key ema")
-    for row in plan_table.read_rows(read_script(table)[1]):
+    for row in plan.read_rows(read_script(table)[1]):
         behind = [row.words[i + 1 : i + 5] for i, word in enumerate(row.words) if word == str(tmp_path / "given.pth")]
         assert all(words == ["--num-heads", "6", "--checkpoint-key", "ema"] for words in behind)
         assert row.words.count("--num-heads") == len(behind)
@@ -455,8 +456,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 )
 def test_the_launcher(gpus, text, words, processes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert run_table.launch_words(text) == words
-    assert run_table.world_size(words) == processes
+    assert paper_run.launch_words(text) == words
+    assert paper_run.world_size(words) == processes
 
 
 @pytest.mark.parametrize(
@@ -652,7 +653,7 @@ def test_what_is_measured_is_a_command_of_finished_runs(table, run, tmp_path, ca
     """Every command of a dry run is understood, and reads what the runs before write."""
     assert run(table, DRY_RUN=1, OUT=tmp_path / "out", DATA="/data", SEEDS="0 2") == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if " -m analysis." in line]
-    names = analysis.report.PAPER.get(table, {"rows": ["maps"]})["rows"]
+    names = paper_report.PAPER.get(table, {"rows": ["maps"]})["rows"]
     assert len(commands) == 2 * len(names)
     for python, _, module, *words in commands:
         assert python == sys.executable
@@ -894,7 +895,7 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{fake.folder}:/usr/bin:/bin")
     code = {"commit": "c0ffee", "uncommitted_changes": False}
-    monkeypatch.setattr(launcher, "environment", lambda: code)
+    monkeypatch.setattr(launch_runs, "environment", lambda: code)
     return fake
 
 
@@ -1033,7 +1034,7 @@ def test_a_row_of_each_script(table, row, run, fewer_digits, smoke_out, capsys):
     log = [json.loads(line) for line in (smoke_out / table / row / "seed0/log.txt").read_text().splitlines()]
     assert len(log) == 2
     report = (smoke_out / table / "report.md").read_text()
-    name = analysis.report.PAPER[table]["rows"][row]["name"]
+    name = paper_report.PAPER[table]["rows"][row]["name"]
     (line,) = [line for line in report.splitlines() if line.startswith(f"| {name} |")]
     assert f"{log[-1]['test_acc1']:.2f} (n = 1)" in line
     assert "not comparable" in line
@@ -1104,7 +1105,7 @@ def test_a_measured_row_of_each_script(table, row, told, run, fewer_digits, smok
     assert report in capsys.readouterr().out
     result = json.loads((smoke_out / table / row / "seed0/results.json").read_text())
     ours = f"{result['jaccard']:.2f} (n = 1)" if "jaccard" in result else "–"
-    paper = analysis.report.PAPER[table]["rows"][row]
+    paper = paper_report.PAPER[table]["rows"][row]
     assert f"| {paper['name']} | {paper['value']} | {ours} |  |  | 2/2 | **not comparable**" in report
     assert re.search(rf"Not comparable with the paper: .*{told}.*data set digits, not imagenet", report)
 

@@ -39,17 +39,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_seeds_of_a_step_depend_on_seed_rank_and_step_alone():
-    def draw(*numbers):
-        utils.seed_step(*numbers)
-        return utils.torch.rand(1).item(), utils.np.random.rand()
-
-    draws = {numbers: draw(*numbers) for numbers in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}
-    assert len(set(draws.values())) == 4
-    for numbers in reversed(draws):
-        assert draw(*numbers) == draws[numbers]
-
-
 def test_environment_says_what_a_result_depends_on():
     environment = utils.environment()
     assert environment["cpu"]

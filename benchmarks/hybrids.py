@@ -1,7 +1,7 @@
 """Time a training step of each architecture, without and with SAR.
 
-    python scripts/benchmark_hybrids.py                                  # this CPU
-    python scripts/benchmark_hybrids.py --device cuda --batch-size 64    # a GPU
+    python -m benchmarks.hybrids                                  # this CPU
+    python -m benchmarks.hybrids --device cuda --batch-size 64    # a GPU
 
 A step is forward, loss, backward and AdamW at 224 px, with the spatial entropy where there is SAR. Expected: no slower
 with SAR; the last block of ViT, T2T-ViT and PVT computes one query in both. The two run in turn in every repeat; the
@@ -9,16 +9,13 @@ table holds medians of images a second.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import timm
 import torch
-from benchmark_step import TYPES, in_turn, make_step, start
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import MODELS
+from benchmarks.step import TYPES, in_turn, make_step, start
 from losses import SpatialEntropyLoss
 
 ARCHITECTURES = ("vit_small", "t2t_vit_14", "t2t_vit_t_14", "pvt_small", "cvt_13", "swin_tiny")

@@ -6,14 +6,14 @@ import json
 import os
 import re
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import MODELS, expand_arguments, parse_arguments
+from arguments import MODELS, parse_arguments
+from cli import expand_arguments
 from datasets import DATASETS
-from launcher import Cluster, Point
+from launch.runs import Point
+from launch.slurm import Cluster
 from utils import UserError
 
 # What a run costs at the paper's hardware is an estimate: DeiT's paper has (from memory) 53 hours for ViT-B, 300
@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says; see ``run_table.py``."""
+    """What the environment says; see ``paper.run``."""
 
     data: Path
     out: Path

@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from models_pyramid import PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
+from models.pyramid import PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
 from models_sar import create, imagenet_cfgs
 
 __all__ = ["PVT"]

@@ -1,7 +1,7 @@
 """A table of the paper beside one's own runs of it, read from their logs.
 
-    python -m analysis.report OUT/table1b
-    python -m analysis.report OUT/table1b --figure curves.png
+    python -m paper.report OUT/table1b
+    python -m paper.report OUT/table1b --figure curves.png
 
 OUT/table1b is what the table's script leaves: a folder a row, in it protocol.json (the arguments of the paper's
 protocol) and seed0, seed1, ... (output folders of main.py). The report is printed, and kept there as report.md
@@ -31,7 +31,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from arguments import NOT_MATHEMATICAL, Parser, build_parser
+from arguments import NOT_MATHEMATICAL, build_parser
+from cli import Parser
 from datasets import DATASETS, canonical_name
 from utils import RunError, UserError, write_atomically
 
@@ -542,7 +543,7 @@ def curve(row: Row) -> tuple[np.ndarray, np.ndarray]:
 def main(argv: list[str] | None = None) -> int:
     """Report on the folder that the command line names; returns the exit code (2: it cannot be used)."""
     parser = Parser(
-        prog="python -m analysis.report",
+        prog="python -m paper.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -43,24 +43,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import launcher
-from arguments import expand_arguments
 from build import accumulation
+from cli import exit_code, expand_arguments
 from datasets import read_split
-from launcher import (
-    Cluster,
-    epochs_done,
-    exit_code,
-    finish,
-    locked,
-    print_submission,
-    refuse_queued,
-    submit_all,
-    warn_of_data_elsewhere,
-)
-from run_with_submitit import cluster_of
-from scripts.plan_table import (
+from launch import runs
+from launch.runs import epochs_done, finish, locked, warn_of_data_elsewhere
+from launch.slurm import Cluster, print_submission, submit_all
+from launch.status import refuse_queued
+from paper.plan import (
     Job,
     Measurement,
     Row,
@@ -74,7 +64,8 @@ from scripts.plan_table import (
     read_rows,
     saved,
 )
-from scripts.toy_data import write_toy_data
+from paper.toy_data import write_toy_data
+from run_with_submitit import cluster_of
 from utils import UserError, write_json
 
 # ------------------------------------------------------------------------------------------- what is asked for
@@ -208,9 +199,9 @@ def check_measurements(settings: Settings, measurements: list[Measurement]) -> N
 def check_measurement(module: str, *words: str, given: list[str]) -> None:
     """Read the words, the data and the ``given`` weights of a command as it will itself."""
     from analysis import figures, jaccard, robustness  # a plan has no use for them
-    from analysis.images import list_images
-    from analysis.masks import read_masked_images
     from analysis.models import CPU, load_model
+    from readers.images import list_images
+    from readers.masks import read_masked_images
 
     def check_robustness(args, models):
         parts = robustness.find_parts(args.data_set, args.data_path)
@@ -319,7 +310,7 @@ def measure(measurement: Measurement, command: list[str]) -> int:
     if not measurement.noted("begun.json"):
         begin(measurement)
     print(f"{measurement}: {shlex.join(command)}", flush=True)
-    code = launcher.launch(command)
+    code = runs.launch(command)
     if code == 0 and not measurement.partial:
         write_json(measurement.folder / "measured.json", measurement.state())
     if code:
@@ -377,7 +368,7 @@ def run_table(table: str, settings: Settings, rows: list[Row]) -> int:
     code = finish_all(settings, table, jobs, measurements)
     if code > 1:
         return code
-    from analysis.report import PAPER, report  # draws: Matplotlib is of no use to a plan
+    from paper.report import PAPER, report
 
     print(report(settings.out / table) if table in PAPER else f"in {settings.out / table}")
     return code

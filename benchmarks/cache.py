@@ -1,7 +1,7 @@
 """Time loading with and without --cache-images: epochs a minute of the loader alone, as in training.
 
-    python scripts/benchmark_cache.py --data-path caltech20                       # an image folder, 224 px
-    python scripts/benchmark_cache.py --data-set cars --data-path data --num-workers 8
+    python -m benchmarks.cache --data-path caltech20                       # an image folder, 224 px
+    python -m benchmarks.cache --data-set cars --data-path data --num-workers 8
 
 An epoch is every training image once: read, decoded (or taken from memory), random crop, flip, RandAugment,
 random erasing, batched. Both kinds run in turn in every repeat; the table holds medians. Expected: the cache saves
@@ -11,13 +11,10 @@ the decoding, a few per cent for photographs of 300 x 200 px, whose augmentation
 import argparse
 import platform
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import parse_arguments
 from datasets import build_loader, build_split, cache_splits
 from samplers import TrainSampler

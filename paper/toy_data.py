@@ -1,6 +1,6 @@
 """scikit-learn's scanned digits in the layouts of the sets that trained models are measured on; for SMOKE=1.
 
-    python scripts/toy_data.py output/smoke/toy_data
+    python -m paper.toy_data output/smoke/toy_data
 
     imagenet-a/<digit>/*                            as they are
     imagenet-c/<corruption>/<severity>/<digit>/*    two corruptions at two severities, of SIDE px as SMOKE's models are

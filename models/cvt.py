@@ -13,7 +13,7 @@ from timm.layers import QuickGELU, calculate_drop_path_rates, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from models_pyramid import PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
+from models.pyramid import PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
 from models_sar import create, imagenet_cfgs
 
 __all__ = ["CvT"]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from readers import EncodedImages, LabelledImages, SubsetOf, UnreadableImage
+from readers.images import EncodedImages, LabelledImages, SubsetOf, UnreadableImage
 from utils import Processes, UserError, logger, progress
 
 GIB = 2**30

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from analysis.images import list_images, opened, read_image
+from readers.images import list_images, opened, read_image
 from utils import UserError
 
 BACKGROUND, VOID = 0, 255

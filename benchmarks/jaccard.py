@@ -1,7 +1,7 @@
 """Time analysis.jaccard against a loop that takes image by image, class by class, head by head, pixel by pixel.
 
-    python scripts/benchmark_jaccard.py --checkpoint best.pth --data-path VOCdevkit               # at 480 px
-    python scripts/benchmark_jaccard.py --checkpoint best.pth --data-path VOCdevkit --input-size 64 --threads 1
+    python -m benchmarks.jaccard --checkpoint best.pth --data-path VOCdevkit               # at 480 px
+    python -m benchmarks.jaccard --checkpoint best.pth --data-path VOCdevkit --input-size 64 --threads 1
 
 "measure": from attention and masks in memory to the best head of each class (threshold, count, compare). "command":
 from the files to there, model included; batched, with loading processes and the baselines' masks, against one image
@@ -15,16 +15,13 @@ takes most of the time; the whole command half as fast again at 64 px, and no fa
 import argparse
 import platform
 import statistics
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.attention import MASS, attention_of, keep_mass, similarity_maps
 from analysis.commands import add_loading_options, add_model_options, load_batches
 from analysis.jaccard import (
@@ -35,8 +32,8 @@ from analysis.jaccard import (
     best_heads,
     measure,
 )
-from analysis.masks import BACKGROUND, VOID, count_labels, read_masked_images
 from analysis.models import load_model
+from readers.masks import BACKGROUND, VOID, count_labels, read_masked_images
 from utils import pick_device
 
 

@@ -1,8 +1,8 @@
 """Time the spatial-entropy loss, forward and backward, against two ways of writing it with OpenCV.
 
-    python scripts/benchmark_loss.py                    # all sizes on this CPU: minutes on two cores
-    python scripts/benchmark_loss.py --device cuda
-    python scripts/benchmark_loss.py --batch-sizes 128 --grids 14 --threads 2
+    python -m benchmarks.loss                    # all sizes on this CPU: minutes on two cores
+    python -m benchmarks.loss --device cuda
+    python -m benchmarks.loss --batch-sizes 128 --grids 14 --threads 2
 
 "map by map": each map is labelled by OpenCV and its entropy pooled by one mask a component. "stacked":
 labelled map by map too, but the masks of all maps are stacked and pooled at once, as in the paper's Fig. 5.
@@ -18,18 +18,15 @@ Needs opencv-python-headless.
 import argparse
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from losses import SpatialEntropyLoss, label_components
 
 

@@ -74,7 +74,7 @@ class Job:
 
     def _come_back(self, told_to: bool, job_id: str) -> int:
         """Requeue the job if its time was up or if it is being preempted; returns the exit code."""
-        from launcher import epochs_saved
+        from checkpoints import epochs_saved
 
         done = epochs_saved(Path(self.folder))
         if done == self.epochs and not told_to:

@@ -1,7 +1,7 @@
 """Time a training step: (a) timm's plain ViT, (b) SAR as one would first write it, (c) this project's SAR.
 
-    python scripts/benchmark_step.py                                  # this CPU, both sizes, float32 and bf16
-    python scripts/benchmark_step.py --device cuda --batch-size 128   # a GPU
+    python -m benchmarks.step                                  # this CPU, both sizes, float32 and bf16
+    python -m benchmarks.step --device cuda --batch-size 128   # a GPU
 
 A step is forward, loss, backward and AdamW at 224 px. (b) keeps the last block's attention scores, computes the
 attention from them, and runs OpenCV map by map. Expected: (c) faster than (a), for its last block computes the one
@@ -11,17 +11,14 @@ query that the classifier reads. The three run in turn in every repeat; the tabl
 import argparse
 import platform
 import statistics
-import sys
-from pathlib import Path
 
 import timm
 import torch
-from benchmark_loss import map_by_map_loss, milliseconds
 from timm.models.vision_transformer import Block
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_sar
+from benchmarks.loss import map_by_map_loss, milliseconds
 from losses import SpatialEntropyLoss
 
 TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,184 @@
+"""Readers of the data sets: from files, as published, to (RGB image, label).
+
+A reader takes the folder that ``--data-path`` names and a split ("train" or "val") and gives
+:class:`LabelledImages`. It has checked all that can be known without decoding an image; what is wrong is one
+line in a ``UserError``. :mod:`datasets` names the readers.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from utils import UserError
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be decoded; the message names it.
+
+    A ``DataLoader`` raises a worker's exception again with the worker's whole traceback as the message. The
+    last line of that is the original message, and all that is kept.
+    """
+
+    def __init__(self, message: str):
+        last_line = message.strip().splitlines()[-1]
+        super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
+
+
+# ------------------------------------------------------------------------------------ sets of images
+
+
+class LabelledImages(Dataset):
+    """A set of (RGB image, label).
+
+    ``names[i]`` says which image of the published files ``i`` is, ``targets[i]`` is its label: a position in
+    ``classes``. ``in_memory``: access decodes nothing.
+    """
+
+    in_memory = False
+
+    def __init__(self, names: Sequence, targets: list[int], classes: list[str]):
+        self.names = names
+        self.targets = targets
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class ArrayImages(LabelledImages):
+    """Images in memory, uint8 ``(N, h, w)`` grey or ``(N, h, w, 3)``; their names are their numbers."""
+
+    in_memory = True
+
+    def __init__(self, images: np.ndarray, targets: list[int], classes: list[str]):
+        super().__init__(range(len(targets)), targets, classes)
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
+
+
+class EncodedImages(LabelledImages):
+    """Images that are decoded when asked for; where their bytes are is ``_open``'s matter.
+
+    Raises:
+        UnreadableImage: on access: missing, truncated, or no image.
+    """
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with self._image(index) as image:
+            return image.convert("RGB"), self.targets[index]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels, from the file's header alone."""
+        with self._image(index) as image:
+            return image.size
+
+    @contextmanager
+    def _image(self, index: int) -> Iterator[Image.Image]:
+        try:
+            with self._open(index) as file, Image.open(file) as image:
+                yield image
+        except Exception as error:  # Pillow's decoders raise a dozen types on broken files
+            raise UnreadableImage(
+                f"cannot read the image {self._where(index)!r} ({one_line(error)}): "
+                "mend or remove the file, or give --skip-unreadable"
+            ) from error
+
+    def _open(self, index: int) -> BinaryIO:
+        raise NotImplementedError
+
+    def _where(self, index: int) -> str:
+        raise NotImplementedError
+
+
+class ImageFiles(EncodedImages):
+    """Image files; ``names`` are their paths below ``root``."""
+
+    def __init__(self, root: Path, names: list[str], targets: list[int], classes: list[str]):
+        super().__init__(names, targets, classes)
+        self.root = root
+
+    def _open(self, index: int) -> BinaryIO:
+        return open(self._where(index), "rb")
+
+    def _where(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+
+class SubsetOf(LabelledImages):
+    """The images of another set at these indices."""
+
+    def __init__(self, images: LabelledImages, indices: list[int]):
+        super().__init__(
+            [images.names[index] for index in indices], [images.targets[index] for index in indices], images.classes
+        )
+        self.in_memory = images.in_memory
+        self._images = images
+        self._indices = indices
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self._images[self._indices[index]]
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._images.size(self._indices[index])
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """All image files below a folder, hidden ones left out, in the order of their names.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name one with images in it")
+    found, seen = [], set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        below[:] = [name for name in below if os.path.realpath(os.path.join(place, name)) not in seen]  # no circles
+        found += [Path(place, name) for name in names]
+    found = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")]
+    if not found:
+        raise UserError(f"{folder}: no image in it or below; known are {', '.join(IMG_EXTENSIONS)}")
+    return sorted(found)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The RGB image in a file.
+
+    Raises:
+        UnreadableImage: missing, truncated, or no image.
+    """
+    with opened(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image in a file, as it is stored, for as long as the block lasts.
+
+    Raises:
+        UnreadableImage: missing, truncated, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        raise UnreadableImage(f"{path}: cannot be read ({str(error).splitlines()[0]}); bring a whole file") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_few(names: list[str], limit: int = 5) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,185 @@
+"""Published sets as their authors lay them out: Cars, Flowers, Pets, DomainNet, CIFAR, scikit-learn's digits."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import CIFAR10, Flowers102, OxfordIIITPet, StanfordCars
+
+from readers.images import ArrayImages, ImageFiles, first_few, one_line
+from utils import UserError
+
+DOMAINNET_CLASSES = 345
+
+
+CARS_LAYOUT = (
+    "stanford_cars/ with devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_test_annos_withlabels.mat, "
+    "cars_train/*.jpg and cars_test/*.jpg"
+)
+
+
+FLOWERS_LAYOUT = "flowers-102/ with jpg/*.jpg, imagelabels.mat and setid.mat"
+
+
+PETS_LAYOUT = "oxford-iiit-pet/ with images/*.jpg, annotations/trainval.txt and annotations/test.txt"
+
+
+def _listed(root: Path, names: list[str], targets: list[int], classes: list[str], source: Path) -> ImageFiles:
+    """The image files that ``source`` lists, checked with one listing a folder instead of a look at each file.
+
+    Raises:
+        UserError: a label out of range, or a file that is not there.
+    """
+    wrong = [label for label in targets if not 0 <= label < len(classes)]
+    if wrong:
+        raise UserError(f"{source}: label {wrong[0]} is not in 0..{len(classes) - 1}; fetch the file again")
+    files = defaultdict(set)
+    for folder in {os.path.dirname(name) for name in names}:
+        if os.path.isdir(root / folder):
+            files[folder] = set(os.listdir(root / folder))
+    missing = [name for name in names if os.path.basename(name) not in files[os.path.dirname(name)]]
+    if missing:
+        raise UserError(
+            f"{source} names {len(missing):,} files that are not in {root}, {missing[0]} first; extract the images anew"
+        )
+    return ImageFiles(root, names, targets, classes)
+
+
+@contextmanager
+def _explaining(root: Path, layout: str) -> Iterator[None]:
+    """Whatever torchvision and scipy raise on missing or broken files, as one line."""
+    try:
+        yield
+    except Exception as error:  # a dozen types
+        reason = "files missing or damaged" if isinstance(error, RuntimeError) else one_line(error)
+        raise UserError(f"{root}: {reason}; expected {layout}") from error
+
+
+def read_cars(data_path: Path, split: str) -> ImageFiles:
+    """Stanford Cars, annotations as torchvision reads them.
+
+    Raises:
+        UserError: files missing or damaged, a label out of range.
+    """
+    part = "train" if split == "train" else "test"
+    with _explaining(data_path, CARS_LAYOUT):
+        cars = StanfordCars(data_path, part)
+        folder = f"stanford_cars/cars_{part}"
+        names = [f"{folder}/{os.path.basename(path)}" for path, _ in cars._samples]
+        targets = [int(label) for _, label in cars._samples]
+    return _listed(data_path, names, targets, cars.classes, cars._annotations_mat_path)
+
+
+def read_flowers(data_path: Path, split: str) -> ImageFiles:
+    """Oxford's 102 flowers through torchvision; ``train`` is its train and validation images, ``val`` the test's.
+
+    Raises:
+        UserError: files missing or damaged.
+    """
+    with _explaining(data_path, FLOWERS_LAYOUT):
+        parts = [Flowers102(data_path, part) for part in (("train", "val") if split == "train" else ("test",))]
+    names = [str(path.relative_to(data_path)) for part in parts for path in part._image_files]
+    targets = [label for part in parts for label in part._labels]
+    source = data_path / "flowers-102" / "imagelabels.mat"
+    return _listed(data_path, names, targets, Flowers102.classes, source)
+
+
+def read_pets(data_path: Path, split: str) -> ImageFiles:
+    """Oxford-IIIT pets, 37 breeds, lists as torchvision reads them; ``val`` is the test split.
+
+    Raises:
+        UserError: files missing or damaged.
+    """
+    part = "trainval" if split == "train" else "test"
+    with _explaining(data_path, PETS_LAYOUT):
+        pets = OxfordIIITPet(data_path, part)
+    names = [str(path.relative_to(data_path)) for path in pets._images]
+    return _listed(data_path, names, pets._labels, pets.classes, pets._anns_folder / f"{part}.txt")
+
+
+def read_domainnet(domain: str, data_path: Path, split: str) -> ImageFiles:
+    """One domain of DomainNet by its published lists, original or cleaned; ``val`` is the test list.
+
+    Both lists are read, as they name the classes.
+
+    Raises:
+        UserError: a list is missing, empty or no text, a line of it not understood, a label out of range or with two
+            names or without images, or a file that is not there.
+    """
+    lists = {part: data_path / f"{domain}_{part}.txt" for part in ("train", "test")}
+    samples = {part: _read_list(path, domain) for part, path in lists.items()}
+    folders = {}
+    for part, path in lists.items():
+        for name, label in samples[part]:
+            folder = name.split("/")[1]
+            if folders.setdefault(label, folder) != folder:
+                raise UserError(f"{path}: label {label} is {folder} here and {folders[label]} before; fetch both lists")
+    absent = [str(label) for label in range(DOMAINNET_CLASSES) if label not in folders]
+    if absent:
+        raise UserError(
+            f"{lists['train']}: no images of the labels {first_few(absent)}; the published lists have "
+            f"{DOMAINNET_CLASSES} classes"
+        )
+    classes = [folders[label] for label in range(DOMAINNET_CLASSES)]
+    part = "train" if split == "train" else "test"
+    names, targets = (list(column) for column in zip(*samples[part], strict=True))
+    return _listed(data_path, names, targets, classes, lists[part])
+
+
+def _read_list(path: Path, domain: str) -> list[tuple[str, int]]:
+    """Lines like ``clipart/aircraft_carrier/clipart_001_000018.jpg 0``."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such list; expected {domain_layout(domain)}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no UTF-8 text ({error}); fetch the list again") from error
+    if not lines:
+        raise UserError(f"{path}: an empty list; fetch it again")
+    samples = []
+    for number, line in enumerate(lines, 1):
+        name, _, label = line.rpartition(" ")
+        if name.count("/") != 2 or not label.isdecimal():
+            raise UserError(f"{path}, line {number}: {line!r} is not '{domain}/<class>/<file> <label>'")
+        if int(label) >= DOMAINNET_CLASSES:
+            raise UserError(f"{path}, line {number}: label {label} is not in 0..{DOMAINNET_CLASSES - 1}")
+        samples.append((name, int(label)))
+    return samples
+
+
+def domain_layout(domain: str) -> str:
+    """What ``--data-path`` holds for a domain of DomainNet, in words."""
+    return f"{domain}_train.txt, {domain}_test.txt and {domain}/<class>/*"
+
+
+def read_cifar(reader: type[CIFAR10], data_path: Path, split: str) -> ArrayImages:
+    """CIFAR's python batches, as torchvision reads (and checksums) them.
+
+    Raises:
+        UserError: files missing or damaged.
+    """
+    try:
+        cifar = reader(data_path, train=split == "train")
+    except RuntimeError as error:
+        raise UserError(
+            f"{data_path / reader.base_folder}: files missing or damaged; give --download, or extract "
+            f"{reader.filename} (from https://www.cs.toronto.edu/~kriz/cifar.html) in {data_path}"
+        ) from error
+    return ArrayImages(cifar.data, cifar.targets, cifar.classes)
+
+
+def read_digits(data_path: Path | None, split: str) -> ArrayImages:
+    """scikit-learn's 1,797 scanned 8 x 8 digits; numbers 0, 5, 10, ... (360) are ``val``, the rest ``train``.
+
+    Consecutive digits are one writer's, so ``val`` has the same writers: an easy set.
+    """
+    from sklearn.datasets import load_digits  # a second to import, for this set only
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    in_val = np.arange(len(images)) % 5 == 0
+    chosen = in_val if split == "val" else ~in_val
+    return ArrayImages(images[chosen], digits.target[chosen].tolist(), [str(name) for name in digits.target_names])

@@ -1,0 +1,398 @@
+"""Reading checkpoints of any origin and fitting their weights to a model.
+
+Three steps, each usable alone: `read_checkpoint` (a file, safely), `select_weights` (which of its state
+dicts), `load_weights` (into a model: another head or grid is adapted and said, anything else is an error).
+
+What is understood, and the keys that choose among a file's weights:
+
+    written by                    where the weights are                                keys (the default first)
+    this program                  model, ema                                           what it reported: model or ema
+    DeiT, the released SAR code   model, model_ema                                     model, model_ema
+    timm                          the whole file, state_dict, state_dict_ema           state_dict, state_dict_ema
+    DINO                          teacher, student; backbone.* in them, or all         teacher, student
+    MoCo-v3                       state_dict; base_encoder.*, momentum_encoder.* in it base, momentum
+
+each with or without the prefixes of DistributedDataParallel and ``torch.compile``. The projection and prediction
+heads of DINO and MoCo-v3 are no part of the ViT and are left out; any other name that does not fit is an error.
+"""
+
+import argparse
+import math
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import safetensors.torch
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models import clean_state_dict
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from utils import UserError
+
+# Ours, DeiT's and the released SAR code's first, then timm's; averaged weights only if nothing else is there.
+WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
+
+
+@dataclass(frozen=True)
+class SelfSupervised:
+    """How a self-supervised training program keeps its ViTs among other networks.
+
+    Attributes:
+        name: the program.
+        encoders: key -> (entry of the file, what the names of the ViT's weights begin with in it); the first key is
+            the default.
+        others: the names of everything else begin with one of these; other parts of the ViT's names, after its own
+            beginning, are a projection head's if they match ``head``.
+    """
+
+    name: str
+    encoders: dict[str, tuple[str, str]]
+    others: tuple[str, ...]
+    head: str
+
+    def holds(self, checkpoint: Mapping) -> bool:
+        """Whether this program wrote the file; as many programs write a ``state_dict``, the names in it must say so."""
+        for entry, prefix in self.encoders.values():
+            state = checkpoint.get(entry)
+            if _is_state_dict(state):
+                return entry != "state_dict" or any(name.startswith(prefix) for name in clean_state_dict(state))
+        return False
+
+    def select(self, checkpoint: Mapping, key: str | None) -> tuple[dict[str, Tensor], str]:
+        """The ViT's state dict and its key; see `select_weights`, also for errors."""
+        key = key or next((key for key, (entry, _) in self.encoders.items() if entry in checkpoint), None)
+        entry, prefix = self.encoders.get(key, (None, ""))
+        if entry is None or not _is_state_dict(checkpoint.get(entry)):
+            there = ", ".join(key for key, (entry, _) in self.encoders.items() if entry in checkpoint)
+            raise UserError(f"the {self.name} checkpoint has no weights under {key!r}; keys that have: {there}")
+        state = clean_state_dict(checkpoint[entry])
+        if not any(name.startswith(prefix) for name in state):
+            return state, key
+        odd = [name for name in state if not name.startswith((prefix, *self.others))]
+        if odd:
+            raise UserError(f"{entry!r} of the {self.name} checkpoint has more than its networks: {_shorten(odd)}")
+        encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        return {name: value for name, value in encoder.items() if not re.match(self.head, name)}, key
+
+
+SELF_SUPERVISED = (
+    SelfSupervised(
+        "DINO",
+        {"teacher": ("teacher", "backbone."), "student": ("student", "backbone.")},
+        others=("head.",),
+        head=r"head\.(mlp|last_layer)\.",
+    ),
+    SelfSupervised(
+        "MoCo-v3",
+        {"base": ("state_dict", "base_encoder."), "momentum": ("state_dict", "momentum_encoder.")},
+        others=("predictor.", "base_encoder.", "momentum_encoder."),
+        head=r"head\.\d+\.",
+    ),
+)
+
+# What training scripts pickle beside tensors: their arguments, and NumPy numbers such as the best accuracy.
+_numpy_scalar = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS = [
+    argparse.Namespace,
+    np.dtype,
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+]
+
+
+def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
+    """Everything a checkpoint file holds, on the CPU; no code stored in the file is ever run.
+
+    ``*.safetensors`` are read as such, every other file by ``torch.load(weights_only=True)`` with an allow-
+    list for what DeiT-era files pickle (an ``argparse.Namespace``, NumPy numbers).
+
+    Args:
+        lazily: leave the weights on disk until they are used, where the format allows it: for a look at names
+            and arguments. They must not outlive the file.
+
+    Raises:
+        UserError: the file is missing, a folder, truncated, no checkpoint, or one that wants to run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the checkpoint in it, for example {path / 'best.pth'}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device="cpu")
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            on_disk = lazily and zipfile.is_zipfile(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    except Exception as error:  # a damaged file can trip the readers anywhere
+        raise UserError(_explain_unreadable(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        kind = type(checkpoint).__name__
+        raise UserError(f"{path} holds a {kind}, not a dictionary of weights; give a file written as a checkpoint")
+    return checkpoint
+
+
+def _explain_unreadable(path: Path, error: Exception) -> str:
+    blocked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, UnpicklingError) else None
+    if blocked:
+        return (
+            f"{path} is refused: reading it would call {blocked[1]}, which weights never need; "
+            "get the file from a source you trust, saved as tensors and plain values"
+        )
+    return f"{path} is truncated or no checkpoint; copy or download it again"
+
+
+def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[str, Tensor], str | None]:
+    """The state dict in a checkpoint, without the prefixes of DistributedDataParallel and ``torch.compile``.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        key: which weights, see the table above; by default the ones whose accuracy this program reported, or the
+            first of `SELF_SUPERVISED`'s or `WEIGHT_KEYS` that is there, else the checkpoint is a bare state dict.
+
+    Returns:
+        ``(state_dict, key)``; the key is None for a bare state dict.
+
+    Raises:
+        UserError: ``key`` is not there or holds no weights, or nothing in the checkpoint does.
+    """
+    program = self_supervised(checkpoint)
+    if program:
+        return program.select(checkpoint, key)
+    holders = [name for name, value in checkpoint.items() if _is_state_dict(value)]
+    there = ", ".join(map(str, holders)) or "none"
+    best = checkpoint.get("best")
+    if key is None and isinstance(best, Mapping):
+        key = best.get("weights")
+    if key is not None:
+        if key not in holders:
+            raise UserError(f"the checkpoint has no weights under {key!r}; keys that have: {there}")
+        return clean_state_dict(checkpoint[key]), key
+    for name in WEIGHT_KEYS:
+        if name in holders:
+            return clean_state_dict(checkpoint[name]), name
+    if _is_state_dict(checkpoint):
+        return clean_state_dict(checkpoint), None
+    raise UserError(
+        f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; name another key, those with "
+        f"weights: {there}; all keys: {_shorten(checkpoint)}"
+    )
+
+
+def self_supervised(checkpoint: Mapping) -> SelfSupervised | None:
+    """The self-supervised training program that wrote the checkpoint; None: no such one."""
+    if "model" in checkpoint:
+        return None
+    return next((program for program in SELF_SUPERVISED if program.holds(checkpoint)), None)
+
+
+def _is_state_dict(value) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
+
+
+# A block's number, after the name of its stage: blocks.11 (ViT, T2T-ViT), block4.2 (PVT), stage2.blocks.9 (CvT),
+# layers.3.blocks.1 (Swin).
+BLOCK = re.compile(r"((?:stage\d+\.|layers\.\d+\.)?blocks?\d*)\.(\d+)\.")
+
+
+def last_block_of(source: str | Path | Mapping, key: str | None = None) -> str | None:
+    """The kind of last block that a checkpoint's weights were trained with (`models_sar.LAST_BLOCKS`).
+
+    This program's checkpoints say it. Of other files only the second LayerNorm is seen: with it the block is
+    taken for ``standard``, without it for ``sar`` (the released code's `nosn`). None: no weights of a model here.
+
+    Args:
+        source: a file, or a checkpoint already read.
+        key: see `select_weights`, also for errors.
+    """
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source, lazily=True)
+    args = checkpoint.get("args")
+    if isinstance(args, Mapping) and "last_block" in args:
+        return args["last_block"]
+    state, _ = select_weights(checkpoint, key)
+    blocks = {(match[1], int(match[2])) for name in state if (match := BLOCK.match(name))}
+    if not blocks:
+        return None
+    stage, number = max(blocks, key=lambda block: (*map(int, re.findall(r"\d+", block[0])), block[1]))
+    return "standard" if f"{stage}.{number}.norm2.weight" in state else "sar"
+
+
+def num_blocks(state: Mapping[str, Tensor]) -> int:
+    """Depth of the ViT whose weights these are; 0: no ViT's."""
+    return max((int(name.split(".")[1]) + 1 for name in state if re.match(r"blocks\.\d+\.", name)), default=0)
+
+
+# Heads of the field's ViTs by their width. MoCo-v3's have 12 at every width, and its ViT-S is as wide as DeiT's: the
+# same weights fit both, and mean something else.
+HEADS = {192: 3, 384: 6, 768: 12}
+MOCO_HEADS = 12
+
+
+def num_heads_of(checkpoint: Mapping, key: str | None = None) -> int | None:
+    """The number of heads of a ViT's checkpoint, as far as the file tells it.
+
+    Told by the arguments (this program's), by the layout (DINO's, MoCo-v3's), by positions that are MoCo-v3's fixed
+    sines and cosines, which its derivatives keep, by the width where all known ViTs of it are alike. A ViT-S in DeiT's
+    own layout, with a classifier, is DeiT's. None: no ViT, or one that must be asked for.
+
+    Args:
+        checkpoint, key: see `select_weights`, also for errors.
+    """
+    args = checkpoint.get("args")
+    if isinstance(args, Mapping) and "model_kwargs" in args and "num_heads" in args["model_kwargs"]:
+        return args["model_kwargs"]["num_heads"]
+    program = self_supervised(checkpoint)
+    state, key = select_weights(checkpoint, key)
+    if "cls_token" not in state or "pos_embed" not in state or not num_blocks(state):
+        return None
+    width = state["cls_token"].shape[-1]
+    if (program and program.name == "MoCo-v3") or has_moco_positions(state):
+        return MOCO_HEADS
+    told = (
+        program
+        or isinstance(args, Mapping)
+        or width != 384
+        or (key in ("model", "model_ema") and "head.weight" in state)
+    )
+    return HEADS.get(width) if told else None
+
+
+def has_moco_positions(state: Mapping[str, Tensor]) -> bool:
+    """Whether the positions are the fixed sines and cosines of MoCo-v3, with zeros for [CLS]."""
+    positions = state["pos_embed"]
+    _, tokens, width = positions.shape
+    side = math.isqrt(tokens - 1)
+    if side * side + 1 != tokens or width % 4:
+        return False
+    fixed = build_sincos2d_pos_embed([side, side], dim=width, interleave_sin_cos=True)
+    return not positions[0, 0].any() and torch.allclose(positions[0, 1:].float(), fixed, atol=1e-5)
+
+
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping, key: str | None = None, keep_head: bool = False
+) -> list[str]:
+    """Load a checkpoint of timm, DeiT, the released SAR code or this program into ``model``.
+
+    A head with another number of classes is dropped (the model keeps its own fresh one); in a ViT, position
+    embedding and patch embedding of another grid are resampled by timm. Nothing else may differ.
+
+    Args:
+        model: any of this program's models or timm's ViTs; changed in place.
+        source: a file, or a checkpoint already read.
+        key: see `select_weights`.
+        keep_head: a head that does not fit is an error (evaluation), not dropped (fine-tuning).
+
+    Returns:
+        One line for each adaptation, to be logged; empty if the weights fitted as they were.
+
+    Raises:
+        UserError: the file cannot be used (`read_checkpoint`, `select_weights`), or keys are missing,
+            unexpected or of another shape; the model is unchanged then.
+    """
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
+    state, _ = select_weights(checkpoint, key)
+    notes = _compare_heads(num_heads_of(checkpoint, key), model)
+    state, grid_notes = _fit_grid(state, model)
+    head_notes = []
+    if not keep_head:
+        state, head_notes = _fit_head(state, model)
+    _check_fit(state, model)
+    model.load_state_dict(state)
+    return notes + grid_notes + head_notes
+
+
+def _compare_heads(heads: int | None, model: nn.Module) -> list[str]:
+    """A word where a ViT has not as many heads as the weights were trained with: they fit all the same."""
+    own = model.blocks[0].attn.num_heads if isinstance(model, VisionTransformer) else None
+    if None in (heads, own) or heads == own:
+        return []
+    return [f"trained with {heads} heads by all that is known, the model has {own}: --model-kwargs num_heads={heads}"]
+
+
+# Weights that belong to a patch size or a grid.
+OF_THE_GRID = re.compile(r"^pos_embed\d?$|^patch_embed\.proj\.weight$|relative_position_bias_table$")
+
+
+def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Position embedding and patch embedding resampled to the model's grid and patch size."""
+    # timm's convention: what has to be done to weights for a model is in its module
+    modules = [sys.modules[kind.__module__] for kind in type(model).mro()]
+    fit = next((module.checkpoint_filter_fn for module in modules if hasattr(module, "checkpoint_filter_fn")), None)
+    if fit is None:
+        return state, []
+    try:
+        fitted = fit(state, model)
+    except (RuntimeError, ValueError):
+        return state, []  # not resampled, so `_check_fit` names what has another shape
+    notes = []
+    for name in filter(OF_THE_GRID.search, state.keys() & fitted.keys()):
+        if state[name].shape == fitted[name].shape:
+            fitted[name] = state[name]  # timm may guess a square source grid where ours fits as it is
+        else:
+            notes.append(f"{name}: {_shape(state[name])} -> {_shape(fitted[name])}, resampled")
+    return fitted, sorted(notes)
+
+
+def _fit_head(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The classifier's weights replaced by the model's own where the number of classes differs."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    notes = []
+    for name in (names,) if isinstance(names, str) else names:
+        keys = (f"{name}.weight", f"{name}.bias")
+        own = {k: v for k, v in model.state_dict().items() if k in keys}
+        old, new = (None if keys[0] not in d else len(d[keys[0]]) for d in (state, own))
+        if old == new:
+            continue
+        if old is None:
+            notes.append(f"{name}: the checkpoint has none, the {new} classes start from scratch")
+        elif new is None:
+            notes.append(f"{name}: {old} classes, dropped, the model has none")
+        else:
+            notes.append(f"{name}: {old} -> {new} classes, dropped and re-initialised")
+        state = {k: v for k, v in state.items() if k not in keys} | own
+    return state, notes
+
+
+def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    reshaped = [
+        f"{k} {_shape(state[k])} for {_shape(v)}" for k, v in own.items() if k in state and state[k].shape != v.shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    listed = "; ".join(f"{what}: {_shorten(keys)}" for what, keys in problems.items() if keys)
+    if listed:
+        raise UserError(
+            f"the checkpoint's weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model)}"
+        )
+
+
+def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model: nn.Module) -> str:
+    """The mend for the two likely mistakes: another kind of last block (Eq. 1-2, 10-11), an oblong grid."""
+    for keys, kind in ((unexpected, "standard"), (missing, "sar")):
+        last_norms = {k.rpartition(".")[0] for k in keys if ".norm2." in k}
+        if len(last_norms) == 1 and hasattr(model, "last_block"):
+            return f". The checkpoint's last block is of the {kind!r} kind: give --last-block {kind}"
+    if "dist_token" in unexpected:
+        return ". They are a distilled DeiT's, which has no twin here: take the model without distillation"
+    if [k.partition(" ")[0] for k in reshaped] == ["pos_embed"]:
+        return ". Only a square grid is resampled: build the model with the checkpoint's image and patch size"
+    return ""
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else "x".join(map(str, tensor.shape))
+
+
+def _shorten(names, limit: int = 12) -> str:
+    names = list(map(str, names))
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
