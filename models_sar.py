@@ -7,8 +7,6 @@ can drop its skips (Eq. 10-11) and hand out S, the similarity of the [CLS] query
 Letters of the axes in names: B images, N tokens, C channels, H heads, D channels of a head; h x w patches.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,30 +63,6 @@ def similarity_map(q_BHD: Tensor, k_BHND: Tensor, scale: float, grid: tuple[int,
     if kind == "softmax":
         scores_BHN = scores_BHN.softmax(dim=-1)
     return scores_BHN[..., -h * w :].unflatten(-1, (h, w))
-
-
-def recomputed(block: nn.Module, *args, **kwargs):
-    """``block(...)``, computed again in the backward pass; running statistics count it once."""
-    contexts = partial(_recomputing, block)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-def _recomputing(block: nn.Module) -> tuple:
-    return nullcontext(), _uncounted(block)
-
-
-@contextmanager
-def _uncounted(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
 
 
 class LastBlock(nn.Module):
@@ -238,8 +212,12 @@ class SimilarityModel(nn.Module):
         return tuple(outputs)
 
     def _forward_last(self, x: Tensor, grid: tuple[int, int], one_query: bool, similarity: bool = False):
-        call = partial(recomputed, self.last()) if self.grad_checkpointing else self.last()
+        call = partial(self.recompute, self.last()) if self.grad_checkpointing else self.last()
         return call(x, one_query=one_query, grid=grid, similarity=similarity)
+
+    def recompute(self, block: nn.Module, *args, **kwargs):
+        """``block(...)``, computed again in the backward pass (gradient checkpointing)."""
+        return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
 
 class ViTLastBlock(LastBlock, Block):

@@ -6,6 +6,8 @@ convolutions; there are no positions. The names of the weights are the official 
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +169,10 @@ class CvT(PyramidTransformer):
     def drop_stage(self, stage: int) -> None:
         delattr(self, f"stage{stage}")
 
+    def recompute(self, block: nn.Module, *args, **kwargs):
+        """See `SimilarityModel.recompute`; the running statistics of the block count a batch once."""
+        return super().recompute(block, *args, context_fn=lambda: (nullcontext(), uncounted(block)), **kwargs)
+
     def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         parts = getattr(self, f"stage{stage}")
         x, grid = parts.patch_embed(x)
@@ -177,6 +183,21 @@ class CvT(PyramidTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {f"stage{len(self.feature_info) - 1}.cls_token"}
+
+
+@contextmanager
+def uncounted(block: nn.Module) -> Iterator[None]:
+    """Within it, the block's BatchNorms leave their running statistics as they are."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: CvT) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
-from models_sar import LastBlock, SimilarityModel, check_choice, recomputed
+from models_sar import LastBlock, SimilarityModel, check_choice
 
 __all__ = ["PyramidBlock", "PyramidTransformer"]
 
@@ -105,7 +105,7 @@ class PyramidTransformer(SimilarityModel):
 
     def _run(self, blocks, x: Tensor, grid: tuple[int, int]) -> Tensor:
         for block in blocks:
-            x = recomputed(block, x, grid) if self.grad_checkpointing else block(x, grid)
+            x = self.recompute(block, x, grid) if self.grad_checkpointing else block(x, grid)
         return x
 
     def forward_trunk(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
