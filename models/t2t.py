@@ -6,12 +6,14 @@ of the weights are the official release's.
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, trunc_normal_
-from timm.models import register_model
+from timm.layers import Mlp, register_notrace_module, trunc_normal_
+from timm.models import checkpoint_seq, register_model
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from models_sar import SARVisionTransformer, create, imagenet_cfgs
@@ -23,6 +25,7 @@ WINDOWS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 """Kernel, stride and padding of the three steps; together a patch of 16 px."""
 
 
+@register_notrace_module  # types and devices decide its way: FX takes it as one piece
 class Performer(nn.Module):
     """A token-to-token layer whose attention is linear in the tokens, by random features of the softmax kernel.
 
@@ -34,9 +37,8 @@ class Performer(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.kqv = nn.Linear(dim, 3 * token_dim)
-        self.w = nn.Parameter(
-            nn.init.orthogonal_(torch.empty(num_features, token_dim)) * math.sqrt(num_features), requires_grad=False
-        )
+        w = nn.init.orthogonal_(torch.empty(num_features, token_dim)) * math.sqrt(num_features)
+        self.register_buffer("w", w)
         self.proj = nn.Linear(token_dim, token_dim)
         self.dropout = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(token_dim)
@@ -52,10 +54,17 @@ class Performer(nn.Module):
     def attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
         """Attention's output ``(B, N, token_dim)``, never forming an ``N x N`` matrix."""
         dtype = torch.promote_types(v.dtype, torch.float32)
-        with torch.autocast(v.device.type, enabled=False):
-            k, q, v = self.features(k.to(dtype)), self.features(q.to(dtype)), v.to(dtype)
-            sums = q @ k.sum(dim=1).unsqueeze(-1)
-            return q @ (k.mT @ v) / (sums + 1e-8)
+        k, q, v = k.to(dtype), q.to(dtype), v.to(dtype)
+        if not torch.jit.is_scripting():  # which cannot turn autocast off
+            with torch.autocast(v.device.type, enabled=False) if v.device.type != "meta" else nullcontext():
+                return self.weigh(k, q, v)
+        return self.weigh(k, q, v)
+
+    def weigh(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
+        """`attend` in the type of its inputs."""
+        k, q = self.features(k), self.features(q)
+        sums = q @ k.sum(dim=1).unsqueeze(-1)
+        return q @ (k.mT @ v) / (sums + 1e-8)
 
     def features(self, x: Tensor) -> Tensor:
         """Positive random features ``(B, N, num_features)``: exp(w x - |x|^2 / 2) / sqrt(their number)."""
@@ -92,6 +101,19 @@ class TokenAttention(nn.Module):
         return v + self.proj(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=self.scale)[:, 0])
 
 
+def windows_along(side: int, window: tuple[int, int, int]) -> int:
+    """How many of `WINDOWS` lie along a side of the image."""
+    kernel, stride, padding = window
+    return (side + 2 * padding - kernel) // stride + 1
+
+
+def unfold(x: Tensor, window: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Overlapping windows of ``(B, C, height, width)`` as tokens ``(B, h * w, C * kernel ** 2)``, and ``(h, w)``."""
+    kernel, stride, padding = window
+    grid = windows_along(x.shape[-2], window), windows_along(x.shape[-1], window)
+    return F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2), grid
+
+
 class TokensToToken(nn.Module):
     """The image as tokens: three times overlapping windows are unfolded, twice with attention after it.
 
@@ -112,12 +134,8 @@ class TokensToToken(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if patch_size != math.prod(stride for _, stride, _ in WINDOWS):
-            raise ValueError(f"patch_size={patch_size}: T2T-ViT's windows make patches of 16 px; leave it out")
-        self.patch_size = (patch_size, patch_size)
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.grid_size = self.dynamic_feat_size(self.img_size)
-        self.num_patches = math.prod(self.grid_size)
+        self.patch_size, self.windows = (16, 16), WINDOWS
+        self.set_input_size(img_size, patch_size)
         areas = [kernel * kernel for kernel, _, _ in WINDOWS]
         layer = partial(Performer, num_features=token_dim // 2) if performer else TokenTransformer
         self.attention1 = layer(in_chans * areas[0], token_dim)
@@ -129,20 +147,33 @@ class TokensToToken(nn.Module):
         """Pixels a token."""
         return self.patch_size[0] if as_scalar else self.patch_size
 
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size=None) -> None:
+        """Images of another size.
+
+        Raises:
+            ValueError: another patch size is asked for.
+        """
+        if patch_size not in (None, 16, (16, 16)):
+            raise ValueError(f"patch_size={patch_size}: T2T-ViT's windows make patches of 16 px; leave it out")
+        if img_size is not None:
+            self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+            self.grid_size = self.dynamic_feat_size(self.img_size)
+            self.num_patches = math.prod(self.grid_size)
+
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of tokens for an image of this height and width."""
-        for kernel, stride, padding in WINDOWS:
-            img_size = tuple((side + 2 * padding - kernel) // stride + 1 for side in img_size)
-        return img_size
+        h, w = img_size
+        for window in WINDOWS:
+            h, w = windows_along(h, window), windows_along(w, window)
+        return h, w
 
     def forward(self, x: Tensor) -> Tensor:
-        for window, layer in zip(WINDOWS, (self.attention1, self.attention2, self.project), strict=True):
-            kernel, stride, padding = window
-            h, w = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[-2:])
-            x = layer(F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2))
-            if layer is not self.project:
-                x = x.transpose(1, 2).unflatten(2, (h, w))
-        return x
+        """``(B, in_chans, height, width)`` to ``(B, h * w, embed_dim)``."""
+        first, second, third = self.windows
+        x, grid = unfold(x, first)
+        x, grid = unfold(self.attention1(x).transpose(1, 2).unflatten(2, grid), second)
+        x, grid = unfold(self.attention2(x).transpose(1, 2).unflatten(2, grid), third)
+        return self.project(x)
 
 
 def sinusoids(positions: int, dim: int) -> Tensor:
@@ -160,17 +191,48 @@ class T2TViT(SARVisionTransformer):
         Others: see `SARVisionTransformer`.
     """
 
+    dynamic_img_size: torch.jit.Final[bool]  # TorchScript may read the class's own annotations alone
+    __jit_unused_properties__ = ["patch_embed"]  # noqa: RUF012 - TorchScript wants a list
+
     def __init__(self, token_dim: int = 64, performer: bool = True, norm_layer=None, **kwargs):
         embed = partial(TokensToToken, token_dim=token_dim, performer=performer)
         super().__init__(embed_layer=embed, norm_layer=norm_layer or partial(nn.LayerNorm, eps=1e-5), **kwargs)
         trunc_normal_(self.cls_token, std=0.02)
         self._modules["tokens_to_token"] = self._modules.pop("patch_embed")
-        self.pos_embed = nn.Parameter(sinusoids(self.pos_embed.shape[1], self.embed_dim), requires_grad=False)
+        positions = sinusoids(self.pos_embed.shape[1], self.embed_dim).to(self.pos_embed)
+        del self.pos_embed
+        self.register_buffer("pos_embed", positions)  # fixed: it is saved with the weights, but never trained
 
     @property
     def patch_embed(self) -> nn.Module:
         """The token-to-token module, where timm looks for it."""
         return self.tokens_to_token
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """timm's, with the token-to-token module under its own name, the only one that TorchScript knows."""
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.tokens_to_token(x))))
+        if attn_mask is not None or is_causal:
+            for block in self.blocks:
+                x = block(x, attn_mask=attn_mask, is_causal=is_causal)
+        elif self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None):
+        """timm's: the fixed positions are made anew for the grid; ValueError: patches of another size."""
+        embed, before = self.tokens_to_token, self.tokens_to_token.num_patches
+        embed.set_input_size(img_size, patch_size)
+        count = self.pos_embed.shape[1] - before + embed.num_patches
+        self.pos_embed = sinusoids(count, self.embed_dim).to(self.pos_embed)
+        update_model_input_size(self, embed.img_size)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        groups = super().group_matcher(coarse)
+        return groups | {"stem": groups["stem"] + "|tokens_to_token"}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -179,28 +241,28 @@ class T2TViT(SARVisionTransformer):
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: T2TViT) -> dict[str, Tensor]:
     """Weights for another grid: the fixed positions are the model's own."""
-    return state | {"pos_embed": model.pos_embed.data} if "pos_embed" in state else state
+    return state | {"pos_embed": model.pos_embed} if "pos_embed" in state else state
 
 
 SIZES = {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0, "qkv_bias": False}
-default_cfgs = imagenet_cfgs("t2t_vit_14", "t2t_vit_t_14", first_conv=None, crop_pct=0.9)
+default_cfgs = imagenet_cfgs("t2t_vit_14", "t2t_vit_t_14", first_conv=(), crop_pct=0.9)
 
 
 @register_model
 def t2t_vit_14(pretrained: bool = False, **kwargs) -> T2TViT:
-    """T2T-ViT-14: 21,545,550 parameters, 21,465,806 of them trained."""
+    """T2T-ViT-14: 21,465,806 parameters; positions and random features are fixed, and none."""
     return create(T2TViT, "t2t_vit_14", pretrained, 3, **SIZES | kwargs)
 
 
 @register_model
 def t2t_vit_14_sar(pretrained: bool = False, **kwargs) -> T2TViT:
-    """T2T-ViT-14 with the last block of Eq. 10-11: 21,544,782 parameters."""
+    """T2T-ViT-14 with the last block of Eq. 10-11: 21,465,038 parameters."""
     return create(T2TViT, "t2t_vit_14_sar", pretrained, 3, **SIZES | kwargs)
 
 
 @register_model
 def t2t_vit_t_14(pretrained: bool = False, **kwargs) -> T2TViT:
-    """T2T-ViT-14 with transformers in its token-to-token module: 21,541,070 parameters."""
+    """T2T-ViT-14 with transformers in its token-to-token module: 21,465,422 parameters."""
     return create(T2TViT, "t2t_vit_t_14", pretrained, 3, **{"performer": False} | SIZES | kwargs)
 
 

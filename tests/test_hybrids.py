@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.layers import DropPath
+from timm.models import group_parameters
 
 import main
 import models_sar
@@ -108,24 +109,24 @@ def test_official_weights_load_by_name_and_give_the_official_numbers(golden, fil
 
 
 COUNTS = {
-    "t2t_vit_14": (21_545_550, 21_465_806),
-    "t2t_vit_14_sar": (21_544_782, 21_465_038),
-    "t2t_vit_t_14": (21_541_070, 21_465_422),
-    "t2t_vit_t_14_sar": (21_540_302, 21_464_654),
-    "pvt_small": (24_485_864, 24_485_864),
-    "pvt_small_sar": (24_484_840, 24_484_840),
-    "cvt_13": (19_997_480, 19_997_480),
-    "cvt_13_sar": (19_996_712, 19_996_712),
-    "swin_tiny": (28_288_354, 28_288_354),
-    "swin_tiny_sar": (28_286_818, 28_286_818),
+    "t2t_vit_14": 21_465_806,
+    "t2t_vit_14_sar": 21_465_038,
+    "t2t_vit_t_14": 21_465_422,
+    "t2t_vit_t_14_sar": 21_464_654,
+    "pvt_small": 24_485_864,
+    "pvt_small_sar": 24_484_840,
+    "cvt_13": 19_997_480,
+    "cvt_13_sar": 19_996_712,
+    "swin_tiny": 28_288_354,
+    "swin_tiny_sar": 28_286_818,
 }
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_full_size_parameters_and_grid(name):
     model = timm.create_model(name).eval()
-    parameters = list(model.parameters())
-    assert (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)) == COUNTS[name]
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+    assert all(p.requires_grad for p in model.parameters())
     with torch.inference_mode():
         _, similarity = model(torch.randn(1, 3, 224, 224), return_similarity=True)
     side = 14 if name.startswith("t2t") else 7
@@ -160,11 +161,43 @@ def test_the_performers_features_are_orthogonal_and_fixed():
         layer = model.tokens_to_token.attention2
         torch.testing.assert_close(layer.w @ layer.w.T, len(layer.w) * torch.eye(len(layer.w)), atol=1e-4, rtol=0)
         assert not layer.w.requires_grad
+        assert "w" in layer.state_dict()
 
 
 def test_positions_of_t2t_are_the_official_sinusoids(golden):
     content = golden("t2t_performer_tiny.pt")
     torch.testing.assert_close(t2t.sinusoids(50, 48), content["state_dict"]["pos_embed"], rtol=0, atol=1e-6)
+
+
+def test_positions_of_t2t_are_saved_and_never_trained():
+    model = make("t2t_vit_14").train()
+    assert {"pos_embed", "tokens_to_token.attention1.w"} <= dict(model.named_buffers()).keys() & model.state_dict().keys()
+    before = model.pos_embed.clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(images()).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model.pos_embed, before)
+    assert model.double().pos_embed.dtype == torch.float64
+
+
+def test_t2t_takes_images_of_another_size():
+    model, larger = fill(make("t2t_vit_14_sar")).eval(), make("t2t_vit_14_sar", img_size=(96, 64)).eval()
+    load_weights(larger, {"model": model.state_dict()})
+    model.set_input_size(img_size=(96, 64))
+    x = images(size=96)[..., :64]
+    for one, other in zip(model(x, return_similarity=True), larger(x, return_similarity=True), strict=True):
+        assert torch.equal(one, other)
+    assert model.tokens_to_token.grid_size == model(x, return_similarity=True)[1].shape[-2:] == (6, 4)
+    assert "pos_embed" not in dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"patches of 16 px"):
+        model.set_input_size(patch_size=(8, 8))
+
+
+def test_t2ts_tokens_belong_to_the_stem():
+    model = make("t2t_vit_14")
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert groups["tokens_to_token.attention1.kqv.weight"] == groups["cls_token"] == 0
+    assert groups["blocks.0.attn.qkv.weight"] == 1
 
 
 def rates(model, kind):
