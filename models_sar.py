@@ -105,7 +105,8 @@ class LastBlock(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention's output ``(B, number of queries, C)`` for what `project` returned."""
-        attn, bias = self.attn, self.position_bias()
+        attn = self.attn
+        bias = self.position_bias()
         dropout = attn.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
         return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))

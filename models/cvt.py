@@ -25,13 +25,17 @@ PATCH_SIZE = 4
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in at least float32, also under autocast or with weights of less."""
+    """LayerNorm in at least float32, also under autocast (which lowers no norm) or with weights of less."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        return precise_norm(x, self.weight, self.bias, self.eps)
+
+
+@torch.fx.wrap  # the type of the tokens decides, in each pass and not as FX traces it
+def precise_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`LayerNorm` over the last axis."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
 class ConvEmbed(nn.Module):
@@ -61,6 +65,11 @@ class ConvAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
 
+def beside(cls: Tensor, patches: Tensor) -> Tensor:
+    """[CLS] ``(B, 1 or 0, C)`` and after it the patches of a map ``(B, C, h, w)``."""
+    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
 class CvTBlock(PyramidBlock):
     """A block with `ConvAttention`."""
 
@@ -70,16 +79,12 @@ class CvTBlock(PyramidBlock):
     def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """See `LastBlock.project`. All queries are computed, also where one is wanted: the running statistics of their
         BatchNorm come from all patches, and in training every weight must get a gradient."""
-        attn, (h, w) = self.attn, grid
+        attn = self.attn
+        h, w = grid
         cls, patches = y[:, : -h * w], as_map(y, grid)
-        q, k, v = (
-            self.heads(linear(torch.cat([cls, conv(patches).flatten(2).transpose(1, 2)], dim=1)))
-            for conv, linear in (
-                (attn.conv_proj_q, attn.proj_q),
-                (attn.conv_proj_k, attn.proj_k),
-                (attn.conv_proj_v, attn.proj_v),
-            )
-        )
+        q = self.heads(attn.proj_q(beside(cls, attn.conv_proj_q(patches))))
+        k = self.heads(attn.proj_k(beside(cls, attn.conv_proj_k(patches))))
+        v = self.heads(attn.proj_v(beside(cls, attn.conv_proj_v(patches))))
         return q[:, :, :1] if one_query else q, k, v
 
     def key_grid(self, h: int, w: int) -> tuple[int, int]:
@@ -93,6 +98,20 @@ class Stage(nn.Module):
     def __init__(self, patch_embed: ConvEmbed, blocks: nn.ModuleList, cls_token: nn.Parameter | None):
         super().__init__()
         self.patch_embed, self.blocks, self.cls_token = patch_embed, blocks, cls_token
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """See `PyramidTransformer.embed`."""
+        x, grid = self.patch_embed(x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return x, grid
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens after the blocks, and their grid, of a map ``(B, C, h, w)``."""
+        x, grid = self.embed(x)
+        for block in self.blocks:
+            x = block(x, grid)
+        return x, grid
 
 
 class CvT(PyramidTransformer):
@@ -127,6 +146,8 @@ class CvT(PyramidTransformer):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
     ):
         check_stages(
             embed_dims=embed_dims,
@@ -138,7 +159,7 @@ class CvT(PyramidTransformer):
         )
         strides = [patch_size] + [2] * (len(depths) - 1)
         reductions = [patch_size * 2**stage for stage in range(len(depths))]
-        super().__init__(num_classes, global_pool, embed_dims, reductions, LayerNorm, drop_rate)
+        super().__init__(in_chans, num_classes, global_pool, embed_dims, reductions, LayerNorm, drop_rate)
         self.last_block = last_block
         for stage, dim in enumerate(embed_dims):
             last = stage == len(depths) - 1
@@ -162,6 +183,7 @@ class CvT(PyramidTransformer):
         trunc_normal_(cls_token, std=0.02)
         self.apply(init_linear)
         self.last().attach(last_block, similarity, similarity_query)
+        self.to(device, dtype)
 
     def blocks_of(self, stage: int) -> nn.ModuleList:
         return getattr(self, f"stage{stage}").blocks
@@ -174,11 +196,17 @@ class CvT(PyramidTransformer):
         return super().recompute(block, *args, context_fn=lambda: (nullcontext(), uncounted(block)), **kwargs)
 
     def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        parts = getattr(self, f"stage{stage}")
-        x, grid = parts.patch_embed(x)
-        if parts.cls_token is not None:
-            x = torch.cat([parts.cls_token.expand(len(x), -1, -1), x], dim=1)
-        return x, grid
+        return getattr(self, f"stage{stage}").embed(x)
+
+    def written_out(self, images: Tensor) -> Tensor:
+        x, grid = self.stage0(images)
+        if hasattr(self, "stage1"):
+            x, grid = self.stage1(as_map(x, grid))
+        if hasattr(self, "stage2"):
+            x, grid = self.stage2(as_map(x, grid))
+        if hasattr(self, "stage3"):
+            x, grid = self.stage3(as_map(x, grid))
+        return x
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -205,7 +233,7 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: CvT) -> dict[str, Tens
     return state
 
 
-default_cfgs = imagenet_cfgs("cvt_13", first_conv="stage0.patch_embed.proj")
+default_cfgs = imagenet_cfgs("cvt_13", pool_size=(14, 14), first_conv="stage0.patch_embed.proj")
 
 
 @register_model

@@ -31,9 +31,9 @@ class ReducedAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
         self.proj = nn.Linear(dim, dim)
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
-            self.norm = nn.LayerNorm(dim, eps=1e-5)
+        merges = sr_ratio > 1
+        self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio) if merges else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=1e-5) if merges else nn.Identity()
 
 
 class PVTBlock(PyramidBlock):
@@ -43,7 +43,8 @@ class PVTBlock(PyramidBlock):
         return self.heads(self.attn.q(y))
 
     def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        attn, source = self.attn, y
+        attn = self.attn
+        source = y
         if attn.sr_ratio > 1:
             source = attn.norm(attn.sr(as_map(y, grid)).flatten(2).transpose(1, 2))
         k, v = attn.kv(source).chunk(2, dim=-1)
@@ -84,14 +85,16 @@ class PVT(PyramidTransformer):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
     ):
         check_stages(
             embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
         )
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         reductions = [patch_size * 2**stage for stage in range(len(depths))]
-        super().__init__(num_classes, global_pool, embed_dims, reductions, norm_layer, drop_rate)
-        self.last_block = last_block
+        super().__init__(in_chans, num_classes, global_pool, embed_dims, reductions, norm_layer, drop_rate)
+        self.last_block, self.last_stage = last_block, len(depths) - 1
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         sides = (height, width)
@@ -119,6 +122,7 @@ class PVT(PyramidTransformer):
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear)
         self.last().attach(last_block, similarity, similarity_query)
+        self.to(device, dtype)
 
     def blocks_of(self, stage: int) -> nn.ModuleList:
         return getattr(self, f"block{stage + 1}")
@@ -131,19 +135,54 @@ class PVT(PyramidTransformer):
 
     def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         embed, positions = getattr(self, f"patch_embed{stage + 1}"), getattr(self, f"pos_embed{stage + 1}")
-        grid = embed.dynamic_feat_size(x.shape[-2:])
-        x, prefix = embed(x), positions.shape[1] - embed.num_patches
-        if prefix:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        if grid != embed.grid_size:
-            known = as_map(positions, embed.grid_size)
-            resized = F.interpolate(known, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
-            positions = torch.cat([positions[:, :prefix], resized], dim=1)
-        return self.pos_drop(x + positions), grid
+        grid = embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        return self.place(stage, embed(x), positions, embed.grid_size, grid), grid
+
+    def place(self, stage: int, x: Tensor, positions: Tensor, known: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """Patches ``x`` of a ``grid`` and their positions, learned for the grid ``known``; [CLS] in the last stage."""
+        if hasattr(self, "cls_token") and stage == self.last_stage:  # pruning takes it away
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return self.pos_drop(x + resized(positions, known, grid))
+
+    def written_out(self, images: Tensor) -> Tensor:
+        h, w = images.shape[-2], images.shape[-1]
+        grid = self.patch_embed1.dynamic_feat_size((h, w))
+        x = self.place(0, self.patch_embed1(images), self.pos_embed1, self.patch_embed1.grid_size, grid)
+        for block in self.block1:
+            x = block(x, grid)
+        if hasattr(self, "block2"):
+            x = self.patch_embed2(as_map(x, grid))
+            grid = self.patch_embed2.dynamic_feat_size(grid)
+            x = self.place(1, x, self.pos_embed2, self.patch_embed2.grid_size, grid)
+            for block in self.block2:
+                x = block(x, grid)
+        if hasattr(self, "block3"):
+            x = self.patch_embed3(as_map(x, grid))
+            grid = self.patch_embed3.dynamic_feat_size(grid)
+            x = self.place(2, x, self.pos_embed3, self.patch_embed3.grid_size, grid)
+            for block in self.block3:
+                x = block(x, grid)
+        if hasattr(self, "block4"):
+            x = self.patch_embed4(as_map(x, grid))
+            grid = self.patch_embed4.dynamic_feat_size(grid)
+            x = self.place(3, x, self.pos_embed4, self.patch_embed4.grid_size, grid)
+            for block in self.block4:
+                x = block(x, grid)
+        return x
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"cls_token"}
+
+
+@torch.fx.wrap  # whether the grids are equal is decided in each pass, not as FX traces it
+def resized(positions: Tensor, known: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Positions ``(1, N, C)``, the patches' last, interpolated bilinearly from the grid ``known`` to another."""
+    if grid == known:
+        return positions
+    h, w = known
+    patches = F.interpolate(as_map(positions, known), size=[grid[0], grid[1]], mode="bilinear")
+    return torch.cat([positions[:, : -h * w], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: PVT) -> dict[str, Tensor]:
@@ -157,7 +196,7 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: PVT) -> dict[str, Tens
     return fitted
 
 
-default_cfgs = imagenet_cfgs("pvt_small", first_conv="patch_embed1.proj")
+default_cfgs = imagenet_cfgs("pvt_small", pool_size=(7, 7), first_conv="patch_embed1.proj")
 
 
 @register_model

@@ -17,6 +17,7 @@ __all__ = ["PyramidBlock", "PyramidTransformer"]
 
 
 POOLS = ("token", "avg")
+MOST_STAGES = 4
 
 
 def check_stages(**sizes) -> None:
@@ -24,6 +25,8 @@ def check_stages(**sizes) -> None:
     if len({len(values) for values in sizes.values()}) > 1:
         listed = ", ".join(f"{name} {len(values)}" for name, values in sizes.items())
         raise ValueError(f"sizes are of different numbers of stages ({listed}); give each as many")
+    if len(sizes["depths"]) > MOST_STAGES:
+        raise ValueError(f"depths={tuple(sizes['depths'])}: a pyramid has at most {MOST_STAGES} stages")
     if min(sizes["depths"]) < 1:
         raise ValueError(f"depths={tuple(sizes['depths'])}: every stage needs a block")
     for dim, heads in zip(sizes["embed_dims"], sizes["num_heads"], strict=True):
@@ -48,9 +51,10 @@ class PyramidBlock(LastBlock):
 
     def forward(self, x: Tensor, grid: tuple[int, int], one_query: bool | None = None, similarity: bool = False):
         """Tokens ``(B, N, C)`` to tokens; with ``one_query`` True or False: `LastBlock.with_similarity`."""
-        if one_query is not None:
+        if not torch.jit.is_scripting() and one_query is not None:
             return self.with_similarity(x, one_query, grid, similarity)
-        return self.with_similarity(x, False, grid, False)[0]
+        q, k, v = self.project(self.norm1(x), False, grid)
+        return self.residuals(x, self.attend(q, k, v))
 
     def heads(self, x: Tensor) -> Tensor:
         """``(B, N, C)`` -> ``(B, H, N, D)``."""
@@ -64,10 +68,9 @@ class PyramidTransformer(SimilarityModel):
         embed_dims: channels of the stages; ``reductions``: pixels a patch of theirs.
     """
 
-    num_prefix_tokens = 1
-
     def __init__(
         self,
+        in_chans: int,
         num_classes: int,
         global_pool: str,
         embed_dims: Sequence[int],
@@ -77,7 +80,8 @@ class PyramidTransformer(SimilarityModel):
     ):
         super().__init__()
         check_choice("global_pool", global_pool, POOLS)
-        self.num_classes, self.global_pool, self.grad_checkpointing = num_classes, global_pool, False
+        self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
+        self.num_prefix_tokens, self.grad_checkpointing = 1, False
         self.num_stages = len(embed_dims)
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.feature_info = [
@@ -118,8 +122,19 @@ class PyramidTransformer(SimilarityModel):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens of the last stage after the final norm, ``(B, 1 + h * w, C)``."""
-        x, grid = self.forward_trunk(images)
-        return self.norm(self._run(self.blocks_of(self.num_stages - 1)[-1:], x, grid))
+        if torch.jit.is_scripting():
+            x = self.written_out(images)
+        else:
+            x, grid = self.forward_trunk(images)
+            x = self._run(self.blocks_of(self.num_stages - 1)[-1:], x, grid)
+        return self.norm(x)
+
+    def written_out(self, images: Tensor) -> Tensor:
+        """All tokens of the last stage before the final norm, for TorchScript, which looks up no computed names.
+
+        Each of `MOST_STAGES` is written out; TorchScript decides as it compiles which of them are there.
+        """
+        raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (the features before the classifier if ``pre_logits``) of normalised tokens."""
@@ -185,7 +200,7 @@ class PyramidTransformer(SimilarityModel):
             self.global_pool = global_pool
         self.num_classes, weight = num_classes, next(self.parameters())
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head = head.to(weight.device, weight.dtype)
+        self.head = head.to(weight.device, weight.dtype).train(self.training)
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

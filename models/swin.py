@@ -103,7 +103,7 @@ class SARSwinTransformer(SimilarityModel, SwinTransformer):
 
 
 SIZES = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7}
-default_cfgs = imagenet_cfgs("swin_tiny", first_conv="patch_embed.proj", classifier="head.fc")
+default_cfgs = imagenet_cfgs("swin_tiny", pool_size=(7, 7), first_conv="patch_embed.proj", classifier="head.fc")
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> SARSwinTransformer:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, register_notrace_module, trunc_normal_
+from timm.layers import Mlp, trunc_normal_
 from timm.models import checkpoint_seq, register_model
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ WINDOWS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 """Kernel, stride and padding of the three steps; together a patch of 16 px."""
 
 
-@register_notrace_module  # types and devices decide its way: FX takes it as one piece
 class Performer(nn.Module):
     """A token-to-token layer whose attention is linear in the tokens, by random features of the softmax kernel.
 
@@ -53,23 +52,29 @@ class Performer(nn.Module):
 
     def attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
         """Attention's output ``(B, N, token_dim)``, never forming an ``N x N`` matrix."""
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        k, q, v = k.to(dtype), q.to(dtype), v.to(dtype)
-        if not torch.jit.is_scripting():  # which cannot turn autocast off
-            with torch.autocast(v.device.type, enabled=False) if v.device.type != "meta" else nullcontext():
-                return self.weigh(k, q, v)
-        return self.weigh(k, q, v)
+        return linear_attention(k, q, v, self.w)
 
-    def weigh(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
-        """`attend` in the type of its inputs."""
-        k, q = self.features(k), self.features(q)
-        sums = q @ k.sum(dim=1).unsqueeze(-1)
-        return q @ (k.mT @ v) / (sums + 1e-8)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Positive random features ``(B, N, num_features)``: exp(w x - |x|^2 / 2) / sqrt(their number)."""
-        w = self.w.to(x.dtype)
-        return (x @ w.T - x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(len(w))
+@torch.fx.wrap  # types and devices decide its way, in each pass and not as FX traces it
+def linear_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """A `Performer`'s attention with the random features ``w`` of ``(num_features, token_dim)``."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    k, q, v, w = k.to(dtype), q.to(dtype), v.to(dtype), w.to(dtype)
+    if not torch.jit.is_scripting():  # which cannot turn autocast off
+        with torch.autocast(v.device.type, enabled=False) if v.device.type != "meta" else nullcontext():
+            return weighted_values(features(k, w), features(q, w), v)
+    return weighted_values(features(k, w), features(q, w), v)
+
+
+def features(x: Tensor, w: Tensor) -> Tensor:
+    """Positive random features ``(B, N, num_features)``: exp(w x - |x|^2 / 2) / sqrt(their number)."""
+    return (x @ w.T - x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(len(w))
+
+
+def weighted_values(k: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """Values ``(B, N, token_dim)`` weighted by the products of positive ``q`` and ``k``, normalised."""
+    sums = q @ k.sum(dim=1).unsqueeze(-1)
+    return q @ (k.mT @ v) / (sums + 1e-8)
 
 
 class TokenTransformer(nn.Module):

@@ -1,6 +1,7 @@
 """T2T-ViT, PVT, CvT, Swin, and ViT beside them: the official numbers, one interface, one way to attach SAR."""
 
 import copy
+import io
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.layers import DropPath
-from timm.models import group_parameters
+from timm.models import create_feature_extractor, group_parameters
 
 import main
 import models_sar
@@ -171,7 +172,8 @@ def test_positions_of_t2t_are_the_official_sinusoids(golden):
 
 def test_positions_of_t2t_are_saved_and_never_trained():
     model = make("t2t_vit_14").train()
-    assert {"pos_embed", "tokens_to_token.attention1.w"} <= dict(model.named_buffers()).keys() & model.state_dict().keys()
+    fixed = {"pos_embed", "tokens_to_token.attention1.w", "tokens_to_token.attention2.w"}
+    assert dict(model.named_buffers()).keys() == fixed <= model.state_dict().keys()
     before = model.pos_embed.clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(images()).square().mean().backward()
@@ -273,6 +275,11 @@ def test_the_mean_query_is_that_of_the_patches_alone(name):
         ("pvt_small", {"depths": (1, 1)}, r"different numbers of stages \(embed_dims 4, depths 2"),
         ("cvt_13", {"num_heads": (1, 3, 5)}, r"num_heads 5 does not divide the 48 channels"),
         ("cvt_13", {"depths": (1, 1, 0)}, r"every stage needs a block"),
+        (
+            "pvt_small",
+            dict.fromkeys(("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios"), (4,) * 5),
+            r"depths=\(4, 4, 4, 4, 4\): a pyramid has at most 4 stages",
+        ),
         ("t2t_vit_14", {"patch_size": 8}, r"windows make patches of 16 px; leave it out"),
     ],
 )
@@ -486,6 +493,73 @@ def test_what_is_not_decayed_is_there(name):
     assert names <= {n for n, _ in model.named_parameters()}
     expected = {"t2t": {"cls_token"}, "pvt": {"cls_token"}, "cvt": {"stage2.cls_token"}}
     assert name.startswith("swin") or names == expected[name[:3]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchscript_computes_what_the_model_computes_of_all_tokens(name):
+    model = fill(make(name, drop_path_rate=0.1)).eval()
+    expected = model.forward_head(model.forward_features(images()))
+    scripted = torch.jit.script(model)
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    for one in (scripted, torch.jit.load(file)):
+        assert torch.equal(one(images()), expected)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4)
+    assert scripted.state_dict().keys() >= model.state_dict().keys()
+    assert scripted.train()(images()).requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fx_computes_what_the_model_computes_of_all_tokens(name):
+    """As it hands out features; the model itself computes one query of the last block where [CLS] alone is read."""
+    model = fill(make(name)).eval()
+    expected = model.forward_head(model.forward_features(images()))
+    head = "head.fc" if name.startswith("swin") else "head"
+    for graph in (torch.fx.symbolic_trace(model), torch.jit.script(torch.fx.symbolic_trace(model))):
+        assert torch.equal(graph(images()), expected)
+    extractor = create_feature_extractor(model, {"norm": "tokens", head: "logits"})
+    outputs = extractor(images())
+    assert torch.equal(outputs["logits"], expected)
+    assert torch.equal(outputs["tokens"], model.forward_features(images()))
+    model.train()
+    extractor.train()(images())["logits"].mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_one_graph_is_for_images_of_every_size():
+    model = fill(make("pvt_small")).eval()
+    for graph in (torch.fx.symbolic_trace(model), torch.jit.script(model)):
+        for size in (64, 96):
+            expected = model.forward_head(model.forward_features(images(size=size)))
+            assert torch.equal(graph(images(size=size)), expected)
+
+
+@pytest.mark.parametrize("name", ["pvt_small", "cvt_13"])
+def test_a_pyramid_whose_stages_were_dropped_can_be_compiled(name):
+    model = make(name).eval()
+    model.prune_intermediate_layers([0, 1])
+    expected = model(images())
+    assert torch.equal(torch.jit.script(model)(images()), expected)
+    assert torch.equal(torch.fx.symbolic_trace(model)(images()), expected)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_timms_description_is_of_the_model(name):
+    model = timm.create_model(f"{name}_sar", device="meta", dtype=torch.float64)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    cfg, names = model.default_cfg, model.state_dict().keys()
+    assert model.in_chans == cfg["input_size"][0]
+    convolutions = [cfg["first_conv"]] if isinstance(cfg["first_conv"], str) else list(cfg["first_conv"])
+    assert {f"{one}.weight" for one in (cfg["classifier"], *convolutions)} <= names
+    x = torch.empty(1, *cfg["input_size"], device="meta", dtype=torch.float64)
+    last = model.forward_intermediates(x, intermediates_only=True)[-1]
+    assert cfg["pool_size"] == (tuple(last.shape[-2:]) if name in PYRAMIDS else None)
+    model.eval().reset_classifier(3)
+    assert not model.head.training
+    with pytest.raises(TypeError):
+        timm.create_model(name, device="meta", no_such_size=1)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -554,6 +554,7 @@ def test_input_channels_and_own_layers():
 def test_torchscript(last_block):
     model = make(last_block=last_block, drop_path_rate=0.1)
     scripted = torch.jit.script(model)
+    assert torch.equal(scripted(images()), full_logits(model, images()))
     torch.testing.assert_close(scripted(images()), model(images()))
     torch.testing.assert_close(torch.jit.trace(model, images())(images()), model(images()))
     assert scripted.train()(images()).requires_grad
@@ -565,9 +566,10 @@ def test_fx_feature_extraction():
     assert nodes[-1] == "head"
     extractor = create_feature_extractor(model, {"blocks.1": "middle", "blocks.2": "last", "head": "logits"})
     outputs = extractor(images())
+    assert torch.equal(outputs["logits"], full_logits(model, images()))
     torch.testing.assert_close(outputs["logits"], model(images()))
     assert outputs["last"].shape == (2, 17, 24)  # a feature extractor gets all tokens
-    torch.testing.assert_close(model.norm(outputs["last"]), model.forward_features(images()))
+    assert torch.equal(model.norm(outputs["last"]), model.forward_features(images()))
     extractor.train()(images())["logits"].mean().backward()
 
 
