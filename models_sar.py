@@ -185,7 +185,8 @@ class SimilarityModel(nn.Module):
             ValueError: a map is asked for that does not exist: no class token, patch dropout in training, the
                 last block pruned away.
         """
-        # TorchScript compiles nothing of this branch; under FX the flags are proxies, which are not True.
+        # TorchScript compiles nothing of this branch; under FX the flags are proxies, which are not True. Both take all
+        # tokens: a graph is asked for features, too.
         if not torch.jit.is_scripting():
             if return_similarity is True or return_tokens is True:
                 return self._forward_maps(images, return_similarity, return_tokens)

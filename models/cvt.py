@@ -122,6 +122,7 @@ class CvT(PyramidTransformer):
         img_size: of no consequence: there are no positions.
         patch_size: px between two patches of the first stage; the other stages halve the grid.
         drop_path_rate: of the last stage's last block, linear over that stage from 0; the others have none.
+        device, dtype: of the weights.
     """
 
     def __init__(

@@ -62,6 +62,7 @@ class PVT(PyramidTransformer):
     Args:
         last_block, similarity, similarity_query: see `models_sar.LastBlock.attach`.
         img_size: px; the learned positions are of its grids, and interpolated (bilinearly, as officially) for others.
+        device, dtype: of the weights.
     """
 
     def __init__(

@@ -248,6 +248,9 @@ def test_mixed_precision_leaves_exponentials_and_norms_in_float32():
     exact = norm.double()(x.bfloat16().double())
     torch.testing.assert_close(norm.float()(x.bfloat16()).double(), exact, rtol=0.01, atol=0.01)
     assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm.float()(x), torch.nn.functional.layer_norm(x, (64,), norm.weight, norm.bias, norm.eps))
+        assert norm(x).dtype == torch.float32
 
 
 def test_pvts_positions_at_another_size_are_interpolated_as_officially():
