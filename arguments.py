@@ -7,25 +7,18 @@ number). A data set or a model may bring defaults of its own for options that we
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import timm
-from timm.utils import ParseKwargs
-
-import models.cvt
-import models.pvt
-import models.swin
-import models.t2t
-import models_sar
-from cli import HelpFormatter, Parser, at_least, expand_arguments, nearest
+from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
 from datasets import DATASETS, canonical_name
 from losses import SAR_LOSSES
-from schedules import SAR_SCHEDULES
+from models import FAMILIES, MODELS
+from schedules import LR_SCHEDULES, SAR_SCHEDULES
+from tasks import TASKS, load_task
 from utils import UserError
 from weights import last_block_of
-
-MODEL_MODULES = (models_sar, models.t2t, models.pvt, models.cvt, models.swin)
-MODELS = {name: module for module in MODEL_MODULES for name in timm.list_models(module=module.__name__)}
 
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes the mathematics.
 # The split of a total batch into processes and accumulation changes only rounding and who draws what; --amp is
@@ -35,6 +28,9 @@ NOT_MATHEMATICAL = set(
     "batch_size compile grad_checkpointing skip_unreadable download cache_images".split()
 )
 
+
+# Options that earlier versions had; their checkpoints hold them.
+GONE = {"decay_epochs", "decay_rate"}
 
 # Arguments of a model that have options of their own.
 MODEL_OPTIONS = {
@@ -51,23 +47,17 @@ MODEL_OPTIONS = {
 }
 
 
-class ModelKwargs(ParseKwargs):
-    """timm's KEY=VALUE pairs as a dict of Python values, refusing a word without ``=``."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for word in values:
-            if "=" not in word:
-                parser.error(f"{option_string}: {word!r} is not KEY=VALUE")
-        super().__call__(parser, namespace, values, option_string)
-
-
 _count, _index = at_least(int, 1), at_least(int, 0)
 _positive, _size = at_least(float, 0, open_low=True), at_least(float, 0)
 _fraction = at_least(float, 0, 1)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All options, grouped as ``--help`` shows them; names are DeiT's where DeiT has the option."""
+def build_parser(task: str = "classify") -> argparse.ArgumentParser:
+    """All options of a task, grouped as ``--help`` shows them; names are DeiT's where DeiT has the option.
+
+    Raises:
+        UserError: no such task.
+    """
     parser = Parser(
         prog="main.py",
         description=("Train or evaluate a Vision Transformer with SAR, spatial-attention-based regularisation."),
@@ -77,9 +67,28 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    for add in (_add_model, _add_data, _add_sar, _add_batch, _add_optimiser, _add_augmentation, _add_run):
+    add_task_option(parser, task)
+    for add in (_add_model, _add_data, _add_sar, _add_batch, _add_optimiser, _add_run):
         add(parser)
+    load_task(task).add_options(parser)
     return parser
+
+
+def add_task_option(parser: argparse.ArgumentParser, default: str = "classify") -> None:
+    """``--task``, which is read before all other options: it says which there are."""
+    parser.add_argument(
+        "--task",
+        default=default,
+        metavar="NAME",
+        help=f"what is trained: {', '.join(TASKS)}; or module:Class, a tasks.Task of your own",
+    )
+
+
+def task_of(words: list[str]) -> str:
+    """The task that an expanded command line names."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add_task_option(parser)
+    return parser.parse_known_args(words)[0].task
 
 
 def _add_model(parser):
@@ -98,15 +107,12 @@ def _add_model(parser):
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ModelKwargs,
+        action=KeyValues,
         metavar="KEY=VALUE",
         help="other sizes: embed_dim=96 depth=4 ...",
     )
     add("--drop", type=_fraction, default=0.0, help="dropout of the tokens' projections")
     add("--drop-path", type=_fraction, default=0.1, help="stochastic depth, linear over the blocks")
-    add("--model-ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights")
-    add("--model-ema-decay", type=_fraction, default=0.99996, help="of the average, an update")
-    add("--report", choices=("model", "ema"), default="model", help="whose accuracy picks best.pth")
     add("--finetune", default="", metavar="FILE", help="start from these weights")
     add("--checkpoint-key", default=None, metavar="KEY", help="which weights of that file: model, ema, ...")
 
@@ -120,13 +126,17 @@ def _add_data(parser):
         help=f"{', '.join(DATASETS)} (default: imagenet with --data-path, the embedded digits without)",
     )
     add("--data-path", default=None, metavar="DIR", help="where the data set lies")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
-    workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    add("--num-workers", type=_index, default=workers, help="loading processes of each training process")
+    add("--num-workers", type=_index, default=default_workers(), help="loading processes of each training process")
     add("--skip-unreadable", action="store_true", help="replace an unreadable image by another and count it")
     add("--download", action="store_true", help="fetch the set into --data-path, where torchvision can")
     add("--cache-images", action="store_true", help="in training, keep decoded images in memory, one copy a machine")
+    add(
+        "--crop-pct",
+        "--eval-crop-ratio",
+        type=at_least(float, 0, 1, open_low=True),
+        default=None,
+        help="share of the resized image that evaluation crops: 0.875 (256 -> 224), all of small images",
+    )
     add(
         "--sampling-ratio",
         type=at_least(float, 0, 1, open_low=True),
@@ -134,6 +144,13 @@ def _add_data(parser):
         help="train on this share of each class's images (Table 3)",
     )
     add("--sampling-seed", type=_index, default=0, help="of that choice; smaller shares lie inside larger ones")
+
+
+def default_workers() -> int:
+    """Loading processes of a training process: its share of the cores, 8 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _add_sar(parser):
@@ -192,57 +209,19 @@ def _add_batch(parser):
 
 def _add_optimiser(parser):
     add = parser.add_argument_group("optimiser and schedule").add_argument
-    add("--opt", default="adamw", metavar="NAME", help="an optimiser of timm")
+    add("--opt", default="adamw", metavar="NAME", help="timm's: adamw, sgd (Nesterov's), momentum (plain), lamb, ...")
     add("--opt-eps", type=_positive, default=1e-8, help="its epsilon")
     add("--opt-betas", type=_fraction, nargs=2, default=None, help="the optimiser's own if not given")
     add("--weight-decay", type=_size, default=0.05, help="not of biases, norms, tokens and positions")
     add("--clip-grad", type=_positive, default=None, help="largest gradient norm")
     add("--lr", type=_positive, default=5e-4, help="for a total batch of 512; scaled linearly with it")
     add("--unscale-lr", action="store_true", help="take --lr as it stands")
-    add("--sched", choices=("cosine", "tanh", "step", "poly", "constant"), default="cosine", help="timm's schedule")
+    add("--sched", choices=LR_SCHEDULES, default="cosine", help="after the warm-up")
     add("--sched-on-updates", action=argparse.BooleanOptionalAction, default=False, help="not once an epoch")
     add("--warmup-epochs", type=_index, default=5, help="linear, from --warmup-lr")
     add("--warmup-lr", type=_size, default=1e-6, help="not scaled")
     add("--min-lr", type=_size, default=1e-5, help="not scaled")
     add("--cooldown-epochs", type=_index, default=0, help="epochs at the lowest rate, after --epochs")
-    add("--decay-epochs", type=_count, default=30, help="between two steps of --sched step")
-    add("--decay-rate", type=_fraction, default=0.1, help="of --sched step; the power of poly")
-
-
-def _add_augmentation(parser):
-    add = parser.add_argument_group("augmentation").add_argument
-    add(
-        "--repeated-aug",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="three views of a third of the images in each epoch",
-    )
-    add("--color-jitter", type=_size, default=0.4, help="only where --aa is none, as in timm")
-    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of an augmentation policy, or none")
-    add("--train-interpolation", choices=("bicubic", "bilinear", "random"), default="bicubic", help="of the crop")
-    add("--scale", type=_fraction, nargs=2, default=[0.08, 1.0], help="area of the random crop")
-    add("--hflip", type=_fraction, default=0.5, help="probability of a mirror image")
-    add("--reprob", type=_fraction, default=0.25, help="probability of random erasing")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what erased parts become")
-    add("--recount", type=_count, default=1, help="erased parts of an image")
-    add("--smoothing", type=_fraction, default=0.1, help="label smoothing")
-    add("--mixup", type=_size, default=0.8, help="alpha of Mixup; 0 turns it off")
-    add("--cutmix", type=_size, default=1.0, help="alpha of CutMix; 0 turns it off")
-    add("--mixup-prob", type=_fraction, default=1.0, help="of mixing at all")
-    add("--mixup-switch-prob", type=_fraction, default=0.5, help="of CutMix where both are on")
-    add(
-        "--mixup-mode",
-        choices=("batch", "pair", "elem"),
-        default="batch",
-        help="what shares a draw; all but batch make a GPU wait",
-    )
-    add(
-        "--crop-pct",
-        "--eval-crop-ratio",
-        type=at_least(float, 0, 1, open_low=True),
-        default=None,
-        help="in evaluation: 0.875 (256 -> 224), all of small images",
-    )
 
 
 def _add_run(parser):
@@ -282,9 +261,11 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
         UserError: an unknown option or name, a value out of range, or values that exclude each other.
     """
     words = expand_arguments(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
+    saved_defaults = _saved_defaults(saved)
+    parser = build_parser(task_of([f"--task={saved_defaults.get('task', 'classify')}", *words]))
     first = parser.parse_args(words)
-    parser.set_defaults(**(_saved_defaults(saved) or _context_defaults(first)))
+    defaults = saved_defaults or _context_defaults(first)
+    parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
     args = parser.parse_args(words)
     args.data_set = canonical_name(args.data_set)
     if args.patch_size is None:
@@ -293,6 +274,7 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
         args.output_dir = f"output/{args.model}_{args.data_set}_seed{args.seed}"
     if saved is not None or not args.eval:
         check_arguments(args)
+        load_task(args.task).check(args)
     return args
 
 
@@ -313,7 +295,7 @@ def _context_defaults(args) -> dict:
     return {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
-        "sar_query": "mean" if MODELS.get(args.model) is models.swin else "cls",
+        "sar_query": MODELS[args.model].query if args.model in MODELS else "cls",
         "last_block": last_block,
         **DATASETS[canonical_name(data_set)].defaults,
     }
@@ -321,9 +303,9 @@ def _context_defaults(args) -> dict:
 
 def _own_patch_size(args) -> int:
     """The model's; 4 for a ViT on small pictures of digits, and below two of its own patches, which leave no map."""
-    module = MODELS.get(args.model, models_sar)
-    small = module is models_sar and args.input_size < (4 if args.data_set == "digits" else 2) * module.PATCH_SIZE
-    return 4 if small else module.PATCH_SIZE
+    family = MODELS.get(args.model, FAMILIES[0])
+    small = family is FAMILIES[0] and args.input_size < (4 if args.data_set == "digits" else 2) * family.patch_size
+    return 4 if small else family.patch_size
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -341,33 +323,29 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}; "
             f"the nearest that is: {max(1, round(args.input_size / args.patch_size)) * args.patch_size}"
         )
-    if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
-        raise UserError(
-            f"--batch-size {args.batch_size} is odd and Mixup pairs images; use an even one, or --mixup 0 --cutmix 0"
-        )
-    if args.report == "ema" and not args.model_ema:
-        raise UserError("--report ema needs --model-ema")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
         if path and not args.eval and not Path(path).exists():
             raise UserError(f"--{option} {path}: no such file")
 
 
-def differences(args: argparse.Namespace, saved: dict) -> list[str]:
+def differences(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What differs in anything mathematical between these arguments and a checkpoint's, a line each."""
-    mine = vars(args)
-    saved = vars(build_parser().parse_args([])) | saved  # an option younger than the checkpoint was at its default
-    names = sorted((mine.keys() | saved.keys()) - NOT_MATHEMATICAL)
-    if os.path.realpath(saved["finetune"]) == os.path.realpath(args.finetune):
+    # an option younger than the checkpoint was at its default; one that is gone had no effect at its own
+    saved = vars(build_parser(saved.get("task", "classify")).parse_args([])) | saved
+    names = sorted((arguments.keys() | saved.keys()) - NOT_MATHEMATICAL - GONE)
+    if os.path.realpath(saved["finetune"]) == os.path.realpath(arguments["finetune"]):
         names.remove("finetune")  # the same file, in other words
     return [
-        f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {mine.get(name)} now"
+        f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {arguments.get(name)} now"
         for name in names
-        if mine.get(name) != saved.get(name)
+        if arguments.get(name) != saved.get(name)
     ]
 
 
 def brought_defaults(args: argparse.Namespace) -> dict:
     """The data set's own defaults that are in force, by option."""
     brought = DATASETS[args.data_set].defaults
-    return {f"--{name.replace('_', '-')}": value for name, value in brought.items() if getattr(args, name) == value}
+    return {
+        f"--{name.replace('_', '-')}": value for name, value in brought.items() if getattr(args, name, None) == value
+    }

@@ -1,20 +1,18 @@
 """From arguments to parts: data, model, optimiser, the plan that follows from them, and the banner that tells it."""
 
-import timm
+from pathlib import Path
+
 import torch
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from arguments import brought_defaults
 from datasets import DATASETS, build_loader
-from drloc import Localiser, Trainee
 from engine import Plan, Run
 from samplers import EvalSampler, TrainSampler
 from schedules import DRLOC_WARMUP_EPOCHS
+from tasks import Task, load_task
 from utils import Processes, StopSignal, UserError, logger
 
 
@@ -38,15 +36,22 @@ def build_plan(args, processes: Processes, train_set) -> Plan:
         )
     dtype, reason = choose_amp(args.amp, processes.device)
     return Plan(
+        output_dir=Path(args.output_dir),
+        seed=args.seed,
+        batch_size=args.batch_size,
         total_batch=args.total_batch,
         accumulation=accumulation(args, processes.world_size),
         updates_per_epoch=num_images // args.total_batch,
         epochs=args.epochs + args.cooldown_epochs,
-        lr=args.lr if args.unscale_lr else args.lr * args.total_batch / 512,
         num_images=num_images,
-        classes=list(train_set.classes),
+        classes=list(getattr(train_set, "classes", ())),
         amp_dtype=dtype,
         amp_reason=reason,
+        sar_loss=args.sar_loss,
+        print_every=args.print_every,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        log_attention=args.log_attention,
     )
 
 
@@ -84,144 +89,70 @@ def choose_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, s
     return torch.float16, f"this GPU (sm_{major}{minor}) has no bf16; with gradient scaling"
 
 
-def build_model(args, num_classes: int, device: torch.device) -> nn.Module:
-    """The model that the arguments describe, on ``device``; it has been tried on two black images.
+def build_optimizer(args, task: Task) -> torch.optim.Optimizer:
+    """timm's optimiser of that name over the task's groups, fused where torch has a fused one.
 
     Raises:
-        UserError: sizes that make no model, or none that gives similarity maps.
+        UserError: an optimiser that timm does not have, or options that it does not take.
     """
-    sizes = {"img_size": args.input_size, "patch_size": args.patch_size} | args.model_kwargs
-    torch.manual_seed(args.seed)
-    try:
-        model = timm.create_model(
-            args.model,
-            num_classes=num_classes,
-            last_block=args.last_block,
-            similarity=args.sar_similarity,
-            similarity_query=args.sar_query,
-            proj_drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-            **sizes,
-        )
-        model.to(device)
-        with torch.inference_mode():
-            black = torch.zeros(2, 3, args.input_size, args.input_size, device=device)
-            _, similarity = model.eval()(black, return_similarity=True)
-    except Exception as error:  # whatever a size that makes no sense trips over
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {args.model} with {sizes}: {reason}") from error
-    if args.sar_weight > 0 and tuple(similarity.shape[-2:]) == (1, 1):
-        raise UserError(
-            f"--model {args.model} with {sizes}: S is a single patch and has no entropy; give a larger --input-size, a "
-            "smaller --patch-size, or --sar-weight 0"
-        )
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
-    return model
-
-
-def build_trainee(args, num_classes: int, device: torch.device) -> Trainee:
-    """The model, and DRLoc's localiser beside it where it has a weight; see ``build_model``."""
-    model = build_model(args, num_classes, device)
-    return Trainee(model, Localiser(model.num_features).to(device) if args.drloc_weight > 0 else None)
-
-
-def build_mixup(args, num_classes: int) -> Mixup | None:
-    """timm's Mixup and CutMix as the arguments say, or None where both are off."""
-    if not (args.mixup or args.cutmix):
-        return None
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
-
-
-def build_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimiser of that name, fused where torch has a fused one."""
     options = {"eps": args.opt_eps} | ({"betas": tuple(args.opt_betas)} if args.opt_betas else {})
-    if args.opt in ("adam", "adamw", "sgd"):
+    if args.opt in ("adam", "adamw", "sgd", "momentum"):
         options["fused"] = True
-    if args.opt == "sgd":
+    if args.opt in ("sgd", "momentum"):
         del options["eps"]
     try:
-        return create_optimizer_v2(model, args.opt, lr=lr, weight_decay=args.weight_decay, **options)
+        return create_optimizer_v2(task.parameter_groups(args), args.opt, lr=task.learning_rate.peak, **options)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--opt {args.opt}: {error}") from None
 
 
-def wrap(args, plan: Plan, processes: Processes, trainee: Trainee) -> nn.Module:
-    """What a step calls: ``trainee``, exchanging gradients between processes, compiled.
+def wrap(task: Task, plan: Plan, processes: Processes, compiled: bool) -> nn.Module:
+    """What a step calls: ``task``, exchanging gradients between processes, compiled.
 
     Every parameter has a gradient in every step, so none is searched for, and the graph is always the same. torch can
     use that where it does not cut the graph itself (it compiles in parts, so that the exchange begins before the
     backward pass ends) and where every backward pass exchanges gradients.
     """
-    network = trainee
+    network = task
     if processes.world_size > 1:
         ids = [processes.device.index] if processes.device.type == "cuda" else None
         network = DistributedDataParallel(
-            trainee,
+            task,
             device_ids=ids,
             gradient_as_bucket_view=True,
-            static_graph=plan.accumulation == 1 and not args.compile,
+            static_graph=plan.accumulation == 1 and not compiled,
         )
-    return torch.compile(network) if args.compile else network
+    return torch.compile(network) if compiled else network
 
 
 def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set) -> Run:
-    """Put the parts of a training run together."""
+    """Put the parts of a training run together; the order fixes which random numbers the weights get."""
     device = processes.device
-    trainee = build_trainee(args, len(plan.classes), device)
-    network = wrap(args, plan, processes, trainee)
-    optimizer = build_optimizer(args, trainee, plan.lr)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr,
-        cooldown_epochs=args.cooldown_epochs,
-        decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate,
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=plan.updates_per_epoch,
-    )
-    mixup = build_mixup(args, len(plan.classes))
+    task = load_task(args.task)(args, train_set, device)
     sampler = TrainSampler(
         plan.num_images,
-        args.batch_size,
+        plan.batch_size,
         plan.accumulation,
         processes.rank,
         processes.world_size,
-        args.seed,
-        views=3 if args.repeated_aug else 1,
+        plan.seed,
+        views=task.views,
     )
     return Run(
-        args=args,
+        arguments=vars(args),
         plan=plan,
         processes=processes,
-        trainee=trainee,
-        network=network,
-        ema=ModelEmaV3(trainee, decay=args.model_ema_decay) if args.model_ema else None,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        task=task,
+        network=wrap(task, plan, processes, args.compile),
+        optimizer=build_optimizer(args, task),
         scaler=torch.amp.GradScaler(device.type, enabled=plan.amp_dtype == torch.float16),
-        # Mixup's soft targets are smoothed already
-        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing),
-        mixup=mixup,
-        loader=build_loader(train_set, sampler, args.batch_size, args.num_workers, device.type == "cuda"),
+        loader=build_loader(train_set, sampler, plan.batch_size, args.num_workers, device.type == "cuda"),
         stop=stop,
     )
 
 
-def _describe_loss(args) -> str:
-    parts = ["cross-entropy"]
+def _describe_loss(args, task: Task) -> str:
+    parts = [task.main_loss]
     if args.sar_weight > 0:
         similarity = "" if args.sar_similarity == "dot" else f" of {args.sar_similarity} similarity"
         parts.append(f"{args.sar_weight:g} ({args.sar_schedule}) x {args.sar_loss.replace('-', ' ')}{similarity}")
@@ -230,18 +161,18 @@ def _describe_loss(args) -> str:
     return " + ".join(parts)
 
 
-def banner(run: Run) -> None:
+def banner(args, run: Run) -> None:
     """Say what is about to happen, derived values included."""
-    args, plan, processes = run.args, run.plan, run.processes
-    parameters = sum(p.numel() for p in run.model.parameters())
+    task, plan, processes = run.task, run.plan, run.processes
+    parameters, peak = sum(p.numel() for p in task.model.parameters()), task.learning_rate.peak
     dtype = str(plan.amp_dtype or torch.float32).removeprefix("torch.")
     batch = f"{args.batch_size} a process x {processes.world_size} x {plan.accumulation} accumulated"
-    lr = f"{plan.lr:g}" if args.unscale_lr else f"{args.lr:g} x {plan.total_batch}/512 = {plan.lr:g}"
+    lr = f"{peak:g}" if peak == args.lr else f"{args.lr:g} x {plan.total_batch}/{task.reference_batch} = {peak:g}"
     lines = {
         "model": f"{args.model}, {parameters:,} parameters, last block {args.last_block}",
         "data": f"{args.data_set} ({DATASETS[args.data_set].about}): {plan.num_images:,} training images",
         "input": f"{args.input_size} px in patches of {args.patch_size}",
-        "loss": _describe_loss(args),
+        "loss": _describe_loss(args, task),
         "batch": f"{batch} = {plan.total_batch}; {plan.updates_per_epoch} updates an epoch",
         "length": f"{plan.epochs} epochs",
         "lr": f"{lr}, {args.sched} with {args.warmup_epochs} epochs of warm-up",
@@ -256,7 +187,7 @@ def banner(run: Run) -> None:
         logger.info(f"{name:>14}  {text}")
     if args.warmup_epochs >= plan.epochs:
         logger.warning(
-            f"--warmup-epochs {args.warmup_epochs} never end in {plan.epochs} epochs: lr stays below {plan.lr:g}"
+            f"--warmup-epochs {args.warmup_epochs} never end in {plan.epochs} epochs: lr stays below {peak:g}"
         )
     if args.drloc_weight and plan.epochs <= DRLOC_WARMUP_EPOCHS:
         logger.warning(

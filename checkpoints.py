@@ -1,6 +1,16 @@
-"""What a run writes, and where it begins."""
+"""What a run writes, and where it begins.
+
+A checkpoint holds, as tensors and plain values (there is no random state to keep: ``randomness.py``):
+
+    model, ema              weights, under the task's names for them; ema is None without an average
+    localiser, ...          whatever else of the task has a state, under its name
+    optimizer, scaler       their states
+    epoch, step, best, totals   where the run stands
+    args, data, precision   what it must have in common with a run that goes on from it
+"""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,30 +20,24 @@ from utils import UserError, logger, write_atomically
 from weights import load_weights, read_checkpoint
 
 
-def snapshot(run: Run) -> dict:
-    """Everything a run needs to go on, as tensors and plain values (no random state: there is none)."""
-    beside = {name: localiser.state_dict() for name, localiser in localisers(run).items()}
+def snapshot(run: Run) -> dict[str, Any]:
+    """Everything a run needs to go on."""
+    task = run.task
+    model, averaged = task.weight_names
     return {
-        "model": run.model.state_dict(),
-        "ema": run.ema.module.model.state_dict() if run.ema else None,
-        **({"localiser": beside} if beside else {}),
+        model: task.model.state_dict(),
+        averaged: None if task.averaged is None else task.averaged.state_dict(),
+        **{name: module.state_dict() for name, module in task.beside().items()},
         "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
         "epoch": run.epoch,
         "step": run.step,
         "best": run.best,
         "totals": run.totals,
-        "args": vars(run.args),
+        "args": run.arguments,
         "data": {"training images": run.plan.num_images, "classes": run.plan.classes},
         "precision": str(run.plan.amp_dtype or torch.float32),
     }
-
-
-def localisers(run: Run) -> dict[str, torch.nn.Module]:
-    """DRLoc's MLP beside the model and beside its average; empty without DRLoc."""
-    trainees = {"model": run.trainee} | ({"ema": run.ema.module} if run.ema else {})
-    return {name: trainee.localiser for name, trainee in trainees.items() if trainee.localiser is not None}
 
 
 def save(run: Run, name: str) -> None:
@@ -45,17 +49,33 @@ def save(run: Run, name: str) -> None:
     """
     if not run.processes.is_main:
         return
-    if not torch.nn.utils.get_total_norm(run.trainee.parameters()).isfinite():
+    if not torch.nn.utils.get_total_norm(run.task.parameters()).isfinite():
         raise NonFiniteLoss(f"weights are not finite after epoch {run.epoch}, step {run.step}; not saved")
-    write_atomically(Path(run.args.output_dir, name), lambda file: torch.save(snapshot(run), file))
+    write_atomically(run.plan.output_dir / name, lambda file: torch.save(snapshot(run), file))
 
 
-def restore(run: Run, checkpoint: dict, source: Path) -> None:
+def restore(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
     """Set the run to where the checkpoint was written.
 
     Raises:
         UserError: the checkpoint belongs to a run with other mathematics or data, or to none of this program.
     """
+    _check_same_run(run, checkpoint, source)
+    task = run.task
+    model, averaged = task.weight_names
+    task.model.load_state_dict(checkpoint[model])
+    if task.averaged is not None:
+        task.averaged.load_state_dict(checkpoint[averaged])
+    for name, module in task.beside().items():
+        module.load_state_dict(checkpoint[name])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.scaler.load_state_dict(checkpoint["scaler"])
+    run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
+    run.best, run.totals = checkpoint["best"], checkpoint["totals"]
+
+
+def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
+    """Refuse a checkpoint that this run cannot go on from; see `restore`."""
     own = snapshot(run)
     missing = [key for key in own if key not in checkpoint]
     if missing:
@@ -63,7 +83,7 @@ def restore(run: Run, checkpoint: dict, source: Path) -> None:
             f"{source} has no {', '.join(missing)}: not a checkpoint of this program; "
             "to start from its weights use --finetune"
         )
-    different = differences(run.args, checkpoint["args"])
+    different = differences(run.arguments, checkpoint["args"])
     for name in ("training images", "classes"):
         if own["data"][name] != checkpoint["data"][name]:
             different.append(f"{name} are others than the checkpoint's")
@@ -75,37 +95,29 @@ def restore(run: Run, checkpoint: dict, source: Path) -> None:
             + "; ".join(different)
             + ")"
         )
-    run.model.load_state_dict(checkpoint["model"])
-    if run.ema is not None:
-        run.ema.module.model.load_state_dict(checkpoint["ema"])
-    for name, localiser in localisers(run).items():
-        localiser.load_state_dict(checkpoint["localiser"][name])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.scheduler.load_state_dict(checkpoint["scheduler"])
-    run.scaler.load_state_dict(checkpoint["scaler"])
-    run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
-    run.best, run.totals = checkpoint["best"], checkpoint["totals"]
 
 
-def start_or_resume(run: Run) -> None:
-    """Own checkpoint > ``--resume`` > ``--finetune`` > scratch (see the top of this file).
+def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | None = None) -> None:
+    """Own checkpoint > ``--resume`` > ``--finetune`` > scratch.
+
+    Args:
+        resume: another run's checkpoint to go on from.
+        finetune, key: weights to begin with, see ``weights.load_weights``.
 
     Raises:
         UserError: a file that cannot be used, or processes that would begin at different places.
     """
-    own = Path(run.args.output_dir, "checkpoint.pth")
-    if own.exists():
-        restore(run, read_checkpoint(own), own)
-        logger.info(f"going on from {own}: epoch {run.epoch}, step {run.step}")
-    elif run.args.resume:
-        restore(run, read_checkpoint(run.args.resume), run.args.resume)
-        run.best = {}  # best.pth stayed in the other folder
-        logger.info(f"going on from {run.args.resume}: epoch {run.epoch}, step {run.step}")
-    elif run.args.finetune:
-        for note in load_weights(run.model, run.args.finetune, run.args.checkpoint_key):
-            logger.info(f"{run.args.finetune}: {note}")
-        if run.ema is not None:
-            run.ema.set(run.trainee)
+    own = run.plan.output_dir / "checkpoint.pth"
+    source = own if own.exists() else resume
+    if source:
+        restore(run, read_checkpoint(source), source)
+        if source != own:
+            run.best = {}  # best.pth stayed in the other folder
+        logger.info(f"going on from {source}: epoch {run.epoch}, step {run.step}")
+    elif finetune:
+        for note in load_weights(run.task.model, finetune, key):
+            logger.info(f"{finetune}: {note}")
+        run.task.reset_averaged()
     places = run.processes.gather(torch.tensor([run.epoch, run.step], device=run.processes.device))
     if (places != places[0]).any():
         raise UserError(f"--output-dir {own.parent}: not every process sees its checkpoint; name a shared folder")

@@ -3,13 +3,22 @@
 import argparse
 import difflib
 import math
+import os
 import shlex
 import sys
+import textwrap
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import RunError, UserError
+import torch
+from timm.utils import ParseKwargs
+
+from utils import RunError, UserError, processes_here
+
+EXPECTED = (UserError, RunError, OSError)
+"""Errors whose message is all that a user needs."""
 
 # Options of DeiT that this program has no use for, and why.
 NOT_NEEDED = {
@@ -33,6 +42,16 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"leave {name} out: {NOT_NEEDED[name]}")
             message = f"no option {name}" + nearest(name, self._option_string_actions)
         raise UserError(message)
+
+
+class KeyValues(ParseKwargs):
+    """timm's KEY=VALUE pairs as a dict of Python values, refusing a word without ``=``."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for word in values:
+            if "=" not in word:
+                parser.error(f"{option_string}: {word!r} is not KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -105,15 +124,34 @@ def _with_hyphens(word: str) -> str:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """What ``work`` returns, or the code of the error that it prints: 1, or 2 where the user's input cannot be used."""
+    """What ``work`` returns, or the exit code of the error that ended it, which is told in one line.
+
+    130 after Ctrl-C, 2 where the user's input cannot be used, 1 for what else can happen to a run. An error that nobody
+    foresaw is raised again, with its traceback.
+    """
     try:
         return work()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        # The frames of an error keep a loader, whose processes would never end.
-        traceback.clear_frames(error.__traceback__)
-        if not isinstance(error, UserError | RunError | OSError):
+        traceback.clear_frames(error.__traceback__)  # they hold a loader, whose processes would never end
+        if not isinstance(error, EXPECTED) and not torch.distributed.is_initialized():
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return report_error(error)
+
+
+def report_error(error: Exception) -> int:
+    """Say on standard error what ended this process; returns the exit code.
+
+    One among several ends at once: the others wait for it, and a clean farewell would wait for them.
+    """
+    expected, (rank, _, _) = isinstance(error, EXPECTED), processes_here()
+    if expected and rank > 0:
+        time.sleep(2)  # rank 0 has mostly the same to say, and what started the processes then ends this one
+    text = f"error: {error}\n" if expected else "".join(traceback.format_exception(error))
+    mark = f"[rank {rank}] " if rank > 0 else ""
+    print(textwrap.indent(text, mark), end="", file=sys.stderr, flush=True)
+    code = 2 if isinstance(error, UserError) else 1
+    if torch.distributed.is_initialized():
+        os._exit(code)
+    return code

@@ -232,47 +232,49 @@ def read_split(name: str, split: str, data_path: str | Path | None) -> LabelledI
     return images
 
 
-def build_dataset(
-    name: str,
-    split: str,
-    data_path: str | Path | None = None,
-    transform: Callable[[Image.Image], Any] | None = None,
-    seed: int = 0,
-    skip_unreadable: bool = False,
-) -> tuple["AugmentedDataset", int]:
-    """One split of a data set by name, and its number of classes.
+@dataclass(frozen=True)
+class SplitSettings:
+    """What the splits of a run's data set are read with.
 
-    Args:
-        name, split, data_path: see :func:`read_split`, also for errors.
-        transform, seed, skip_unreadable: see :class:`AugmentedDataset`.
+    Attributes:
+        name, path: see :func:`read_split`.
+        seed, skip_unreadable: see :class:`AugmentedDataset`.
+        download: fetch the set before it is read, see :func:`download`.
+        sampling_ratio, sampling_seed: the training split is a :func:`samplers.class_subset` of that share.
     """
-    images = read_split(name, split, data_path)
-    return AugmentedDataset(images, transform, seed, skip_unreadable), len(images.classes)
+
+    name: str
+    path: str | Path | None = None
+    seed: int = 0
+    skip_unreadable: bool = False
+    download: bool = False
+    sampling_ratio: float = 1.0
+    sampling_seed: int = 0
 
 
-def build_split(args: Any, split: str, processes: Processes) -> tuple["AugmentedDataset", int]:
-    """One split of the run's data set with its transform, and the number of classes; called by all processes.
-
-    With ``--download`` it is fetched before; with ``--sampling-ratio`` the training split is a
-    :func:`samplers.class_subset`. No image is decoded, with ``--cache-images`` neither: see :func:`cache_splits`.
+def build_split(
+    settings: SplitSettings, split: str, transform: Callable[[Image.Image], Any] | None, processes: Processes
+) -> "AugmentedDataset":
+    """One split of a run's data set; called by all processes. No image is decoded.
 
     Args:
-        args: the command line's.
+        split: "train" or "val".
+        transform: of its images.
         processes: this process among the run's.
 
     Raises:
-        UserError: see :func:`read_split`, :func:`build_transform`, :func:`download`.
+        UserError: see :func:`read_split`, :func:`download`.
     """
-    transform = build_transform(split == "train", args)
-    if args.download:
-        download(args.data_set, args.data_path, processes)
-    images = read_split(args.data_set, split, args.data_path)
+    if settings.download:
+        download(settings.name, settings.path, processes)
+    images = read_split(settings.name, split, settings.path)
     if processes.is_main:
-        tell_counts(args.data_set, split, len(images))
-    if split == "train" and args.sampling_ratio < 1:
-        whole, images = images, SubsetOf(images, class_subset(images.targets, args.sampling_ratio, args.sampling_seed))
-        logger.info(f"--sampling-ratio {args.sampling_ratio:g}: {len(images):,} of {len(whole):,} training images")
-    return AugmentedDataset(images, transform, args.seed, args.skip_unreadable), len(images.classes)
+        tell_counts(settings.name, split, len(images))
+    ratio = settings.sampling_ratio
+    if split == "train" and ratio < 1:
+        whole, images = images, SubsetOf(images, class_subset(images.targets, ratio, settings.sampling_seed))
+        logger.info(f"--sampling-ratio {ratio:g}: {len(images):,} of {len(whole):,} training images")
+    return AugmentedDataset(images, transform, settings.seed, settings.skip_unreadable)
 
 
 def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None:
@@ -296,11 +298,10 @@ def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None
             split.base = images
 
 
-def save_subset(dataset: "AugmentedDataset", args: Any, path: Path) -> None:
+def save_subset(dataset: "AugmentedDataset", ratio: float, seed: int, path: Path) -> None:
     """Write which images ``--sampling-ratio`` chose, by name in the published files; nothing at ratio 1."""
-    if args.sampling_ratio < 1:
-        choice = {"sampling_ratio": args.sampling_ratio, "sampling_seed": args.sampling_seed}
-        write_json(path, choice | {"images": list(dataset.base.names)})
+    if ratio < 1:
+        write_json(path, {"sampling_ratio": ratio, "sampling_seed": seed, "images": list(dataset.base.names)})
 
 
 def tell_counts(name: str, split: str, found: int) -> None:
@@ -371,9 +372,9 @@ def _no_empty_folders_left(data_path: Path) -> Iterator[None]:
 
 
 class AugmentedDataset(Dataset):
-    """Draws of a sampler to ``(image, target, replaced)``.
+    """Draws of a sampler to dicts of ``images``, ``targets`` and ``replaced``, which a loader stacks under these names.
 
-    ``image`` is ``transform``'s tensor ``(3, h, w)`` (without one, the RGB image itself), ``target`` its
+    ``images`` is ``transform``'s tensor ``(3, h, w)`` (without one, the RGB image itself), ``targets`` its
     label and ``replaced`` 1 if this image stands in for an unreadable one, else 0. The transform's random
     numbers depend on ``(seed, draw.epoch, draw.position)`` only; the process's own generators do not notice.
 
@@ -402,12 +403,12 @@ class AugmentedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitem__(self, draw: Draw) -> tuple[Any, int, int]:
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
         image, target, replaced = self._read(draw.index)
         if self.transform is not None:
             with isolated_rng(seed_sequence("augmentation", self.seed, draw.epoch, draw.position)):
                 image = self.transform(image)
-        return image, target, replaced
+        return {"images": image, "targets": target, "replaced": replaced}
 
     def _read(self, index: int) -> tuple[Image.Image, int, int]:
         last_try = MAX_REPLACEMENTS if self.skip_unreadable else 0
@@ -420,46 +421,62 @@ class AugmentedDataset(Dataset):
                     raise
 
 
-def build_transform(train: bool, args: Any) -> transforms.Compose:
-    """DeiT's transforms through timm: an RGB image to a float32 tensor ``(3, input_size, input_size)``.
+def train_transform(
+    size: int,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    hflip: float = 0.5,
+    color_jitter: float = 0.4,
+    aa: str = "rand-m9-mstd0.5-inc1",
+    interpolation: str = "bicubic",
+    reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
+) -> transforms.Compose:
+    """DeiT's augmentation through timm: an RGB image to a normalised float32 tensor ``(3, size, size)``.
 
-    Training: random resized crop (up to :data:`SMALL_IMAGE` px: random crop of the image padded by 4), flip,
-    RandAugment (colour jitter without it), random erasing. Evaluation: bicubic resize of the shorter side to
-    ``input_size / crop_pct``, centre crop. Both normalise by ImageNet's mean and deviation.
+    Random resized crop (up to :data:`SMALL_IMAGE` px: random crop of the image padded by 4), flip, RandAugment (colour
+    jitter without it), random erasing.
 
     Args:
-        args: has ``input_size, color_jitter, aa, train_interpolation, reprob, remode, recount, crop_pct,
-            hflip, scale``. ``aa`` "none" is no RandAugment; ``crop_pct`` None is DeiT's: 0.875, small images
-            whole.
+        scale: area of the crop; hflip, reprob: probabilities; aa: timm's policy, or "none".
+        interpolation: of the crop; remode, recount: see timm's ``RandomErasing``.
 
     Raises:
         UserError: ``aa`` is not timm's language.
     """
-    small = args.input_size <= SMALL_IMAGE
-    if not train:
-        crop_pct = args.crop_pct
-        if crop_pct is None:
-            crop_pct = 1.0 if small else 0.875
-        return create_transform(args.input_size, interpolation="bicubic", crop_pct=crop_pct)
     try:
         transform = create_transform(
-            args.input_size,
+            size,
             is_training=True,
-            scale=tuple(args.scale),
-            hflip=args.hflip,
-            color_jitter=args.color_jitter or None,
-            auto_augment=None if args.aa == "none" else args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
+            scale=tuple(scale),
+            hflip=hflip,
+            color_jitter=color_jitter or None,
+            auto_augment=None if aa == "none" else aa,
+            interpolation=interpolation,
+            re_prob=reprob,
+            re_mode=remode,
+            re_count=recount,
         )
     except (AssertionError, ValueError) as error:
-        raise UserError(f"--aa {args.aa}: not understood by timm ({error}); e.g. rand-m9-mstd0.5-inc1") from error
-    if small:
-        resize = transforms.Resize(args.input_size, transforms.InterpolationMode.BICUBIC)
-        transform.transforms[0:1] = [resize, transforms.RandomCrop(args.input_size, padding=4)]
+        raise UserError(f"--aa {aa}: not understood by timm ({error}); e.g. rand-m9-mstd0.5-inc1") from error
+    if size <= SMALL_IMAGE:
+        resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+        transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=4)]
     return transform
+
+
+def eval_transform(size: int, crop_pct: float | None = None) -> transforms.Compose:
+    """The evaluation's transform: an RGB image to a normalised float32 tensor ``(3, size, size)``.
+
+    Bicubic resize of the shorter side to ``size / crop_pct``, centre crop.
+
+    Args:
+        crop_pct: None is DeiT's: 0.875, images up to :data:`SMALL_IMAGE` px whole.
+    """
+    if crop_pct is None:
+        crop_pct = 1.0 if size <= SMALL_IMAGE else 0.875
+    return create_transform(size, interpolation="bicubic", crop_pct=crop_pct)
 
 
 def build_loader(
@@ -469,7 +486,7 @@ def build_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches ``(images (B, 3, h, w), targets (B,), replaced (B,))`` in the sampler's order.
+    """Batches of the data set's items in the sampler's order, e.g. ``images (B, 3, h, w)``, ``targets (B,)``.
 
     Workers live as long as the loader; each iteration asks the sampler anew, so ``sampler.set_epoch`` counts.
     """

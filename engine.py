@@ -1,25 +1,24 @@
-"""One training epoch, one evaluation pass: the same loop for a CPU, one GPU and many."""
+"""One training epoch, one evaluation pass: the same loop for every task, on a CPU, one GPU or many."""
 
 import contextlib
 import itertools
 import math
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from drloc import PAIRS, Trainee
-from losses import SpatialEntropyLoss, TotalVariationLoss, localisation_loss, spatial_entropy
+from losses import PAIRS, SpatialEntropyLoss, TotalVariationLoss, localisation_loss
 from randomness import seed_sequence, seed_step
-from schedules import drloc_weight_schedule, sar_weight_schedule
-from utils import Processes, RunError, StopSignal, progress
+from schedules import Position
+from tasks import Evaluator, Task
+from utils import Processes, RunError, StopSignal, progress, to_device
 
 SAR_TERMS = {
     "spatial-entropy": ("spatial_entropy", SpatialEntropyLoss()),
@@ -33,38 +32,43 @@ class NonFiniteLoss(RunError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the arguments, the data and the processes; the arguments themselves stay as given."""
+    """What a run goes by: values of the command line, and what follows from them, the data and the processes."""
 
+    output_dir: Path
+    seed: int
+    batch_size: int
     total_batch: int
     accumulation: int
     updates_per_epoch: int
     epochs: int
     """Including the cool-down."""
-    lr: float
-    """The peak learning rate, scaled by the total batch."""
     num_images: int
     classes: list[str]
+    """Names of the training images' classes; empty where they have none."""
     amp_dtype: torch.dtype | None
     amp_reason: str
+    sar_loss: str
+    """A key of `SAR_TERMS`: what is minimised of the similarity maps."""
+    print_every: int
+    eval_every: int
+    save_every: int
+    log_attention: int
 
 
 @dataclass
 class Run:
     """A training run: its parts, and where it stands (``epoch``, and ``step`` updates into it)."""
 
-    args: Namespace
+    arguments: dict[str, Any]
+    """The command line's, as checkpoints and args.json keep them; nothing is computed from them."""
     plan: Plan
     processes: Processes
-    trainee: Trainee
+    task: Task
     """The model and what trains beside it: what is optimised and averaged."""
     network: nn.Module
     """The same as a step calls it: compiled, wrapped for many processes."""
-    ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
-    scheduler: object
     scaler: torch.amp.GradScaler
-    criterion: nn.Module
-    mixup: Mixup | None
     loader: DataLoader
     stop: StopSignal
     epoch: int = 0
@@ -74,26 +78,9 @@ class Run:
     """Sums over the steps of this epoch, for its line in the log."""
 
     @property
-    def model(self) -> nn.Module:
-        """The bare model: what is saved and evaluated."""
-        return self.trainee.model
-
-    def set_schedules(self) -> dict[str, float]:
-        """Set this step's learning rate; returns it and the regularisers' weights.
-
-        All are pure functions of (epoch, step).
-        """
-        args, epochs = self.args, self.plan.epochs
-        self.scheduler.step(self.epoch)
-        self.scheduler.step_update(self.epoch * self.plan.updates_per_epoch + self.step)
-        epoch = self.epoch + self.step / self.plan.updates_per_epoch
-        schedule = {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "sar_weight": sar_weight_schedule(args.sar_schedule, args.sar_weight, epoch, epochs),
-        }
-        if args.drloc_weight > 0:
-            schedule["drloc_weight"] = drloc_weight_schedule(args.drloc_weight, epoch, epochs)
-        return schedule
+    def position(self) -> Position:
+        """Where the run stands, for the schedules."""
+        return Position(self.epoch, self.step, self.plan.updates_per_epoch, self.plan.epochs)
 
     def add_totals(self, **values: float) -> None:
         """Add to the sums of this epoch."""
@@ -109,7 +96,7 @@ class Window:
         self.data_time, self.unreadable = 0.0, 0
         self.start = time.perf_counter()
 
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
+    def add(self, terms: dict[str, Tensor]) -> None:
         """Remember the terms of one micro-step, without waiting for the device."""
         self.names = tuple(terms)
         self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
@@ -149,9 +136,7 @@ class Window:
 
 
 def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: None) -> bool:
-    """Train from ``run.step`` to the end of ``run.epoch``; the loss is Sec. 4.1's L_ce + lambda L_se.
-
-    Total variation (Eq. 14) may stand in for L_se, and DRLoc join them, each with its own weight.
+    """Train from ``run.step`` to the end of ``run.epoch``: the loss is Sec. 4.1's L_main + lambda L_se.
 
     Args:
         run: advanced in place: weights, ``step`` and ``totals``.
@@ -161,88 +146,106 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
     Raises:
         NonFiniteLoss: see ``Window.close``; at a logging step or the last step.
     """
-    args, plan, device = run.args, run.plan, run.processes.device
-    sar_term, _ = SAR_TERMS[args.sar_loss]
+    task, plan, device = run.task, run.plan, run.processes.device
     run.network.train()
     run.loader.sampler.set_epoch(run.epoch, first_update=run.step)
     batches, window, going = iter(progress(run.loader, f"epoch {run.epoch}")), Window(run), True
     while going and run.step < plan.updates_per_epoch:
-        schedule = run.set_schedules()
-        weights = {"cross_entropy": 1.0, sar_term: schedule["sar_weight"], "drloc": schedule.get("drloc_weight")}
+        # 1. everything that is scheduled
+        schedule = set_schedule(run)
+        task.begin_update(schedule)
         for micro, draws in enumerate(_pair_draws(run)):
+            # 2. a micro-batch, and the random numbers of this step
             waiting = time.perf_counter()
-            images, targets, replaced = next(batches)
+            batch = next(batches)
             window.data_time += time.perf_counter() - waiting
-            window.unreadable += int(replaced.sum())
-            images = images.to(device, non_blocking=True)
-            targets = targets.to(device, non_blocking=True)
-            seed_step(args.seed, run.processes.rank, _micro_step(run, micro))
-            if run.mixup is not None:
-                images, targets = run.mixup(images, targets)
+            window.unreadable += int(batch["replaced"].sum())
+            batch = to_device(batch, device)
+            if draws is not None:
+                batch["pairs"] = draws
+            seed_step(plan.seed, run.processes.rank, run.position.update * plan.accumulation + micro)
+            batch = task.prepare(batch)
+            # 3. forward and backward; processes exchange gradients in the last micro-batch
             with _synchronised(run.network, micro == plan.accumulation - 1):
                 with _autocast(device, plan.amp_dtype):
-                    outputs = run.network(images, similarity=args.sar_weight > 0, draws=draws)
-                    terms = loss_terms(run, outputs, targets)
-                loss = sum(weights[name] * term for name, term in terms.items())
+                    outputs = run.network(batch)
+                    terms = task.losses(outputs, batch) | regularisers(outputs, plan.sar_loss)
+                loss = sum(weight_of(name, schedule) * term for name, term in terms.items())
                 run.scaler.scale(loss / plan.accumulation).backward()
             window.add({"loss": loss} | terms)
-        update_weights(run)
+        # 4. the update
+        update_weights(run, schedule)
         run.add_totals(**schedule)
         run.step += 1
+        # 5. signals and the log
         going = not run.stop.poll()
-        if run.step % args.print_every == 0 or run.step == plan.updates_per_epoch or not going:
+        if run.step % plan.print_every == 0 or run.step == plan.updates_per_epoch or not going:
             report(window.close() | schedule)
             window = Window(run)
     return going
 
 
-def loss_terms(run: Run, outputs: dict[str, torch.Tensor], targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The terms of the loss, by name and not yet weighted: scalars, each a mean over the images.
+def set_schedule(run: Run) -> dict[str, float]:
+    """Set the optimiser's learning rate and weight decay for the run's position; returns the whole schedule."""
+    schedule = run.task.schedule(run.position)
+    for group in run.optimizer.param_groups:
+        group["lr"] = schedule["lr"] * group.get("lr_scale", 1.0)
+        if "weight_decay" in schedule and group["weight_decay"] > 0:
+            group["weight_decay"] = schedule["weight_decay"]
+    return schedule
 
-    Also the spatial entropy: an image's maps count alike wherever it is computed. So the mean of equally large
-    micro-batches' gradients, over accumulation and processes, is the gradient of the whole total batch.
+
+def regularisers(outputs: dict[str, Tensor], sar_loss: str) -> dict[str, Tensor]:
+    """What is added to the main task's terms, for every task whose outputs hold maps: by name, not yet weighted.
+
+    Each is a mean over the images, as the task's own terms are, and an image's maps count alike wherever they are
+    computed: the mean of equally large micro-batches' gradients, over accumulation and processes, is the gradient of
+    the whole total batch.
+
+    Args:
+        outputs: ``similarity (B, H, h, w)``, Eq. 4; for DRLoc ``distances`` and ``positions``, see `losses.Localiser`.
+        sar_loss: a key of `SAR_TERMS`.
     """
-    terms = {"cross_entropy": run.criterion(outputs["logits"], targets)}
-    if "similarity" in outputs:
-        name, regulariser = SAR_TERMS[run.args.sar_loss]
+    terms = {}
+    if "similarity" in outputs:  # Eq. 9; or total variation in its place, Eq. 14
+        name, regulariser = SAR_TERMS[sar_loss]
         terms[name] = regulariser(outputs["similarity"])
-    if "distances" in outputs:
+    if "distances" in outputs:  # Table 4
         terms["drloc"] = localisation_loss(outputs["distances"], outputs["positions"])
     return terms
 
 
-def _pair_draws(run: Run) -> list[torch.Tensor | None]:
-    """Which pairs of patches DRLoc compares, for each micro-step's ``Trainee``; Nones where it is off.
+def weight_of(term: str, schedule: dict[str, float]) -> float:
+    """The scheduled weight of a term of the loss: lambda for that of the similarity maps, 1 for what has none."""
+    if term in ("spatial_entropy", "total_variation"):
+        return schedule["sar_weight"]
+    return schedule.get(f"{term}_weight", 1.0)
+
+
+def _pair_draws(run: Run) -> list[Tensor | None]:
+    """Which pairs of patches DRLoc compares, for each micro-step; Nones where it is off.
 
     They go with an image's place in the total batch, so they do not depend on how that is split into processes
     and micro-steps.
     """
-    if run.args.drloc_weight == 0:
+    if run.task.localiser is None:
         return [None] * run.plan.accumulation
-    update = run.epoch * run.plan.updates_per_epoch + run.step
-    generator = np.random.default_rng(seed_sequence("drloc", run.args.seed, update))
-    parts = (run.plan.accumulation, run.args.batch_size, run.processes.world_size)
+    generator = np.random.default_rng(seed_sequence("drloc", run.plan.seed, run.position.update))
+    parts = (run.plan.accumulation, run.plan.batch_size, run.processes.world_size)
     draws = torch.from_numpy(generator.random((*parts, PAIRS, 2, 2), dtype=np.float32))[:, :, run.processes.rank]
     if run.processes.device.type == "cuda":
         draws = draws.pin_memory()  # a copy from other memory would wait
     return list(draws.to(run.processes.device, non_blocking=True))
 
 
-def update_weights(run: Run) -> None:
-    """One step of the optimiser (and of the averaged weights) from the gradients that have gathered."""
-    if run.args.clip_grad is not None:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.trainee.parameters(), run.args.clip_grad)
+def update_weights(run: Run, schedule: dict[str, float]) -> None:
+    """One step of the optimiser, and of what follows the weights, from the gradients that have gathered."""
+    run.scaler.unscale_(run.optimizer)
+    run.task.finish_gradients(schedule)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.ema is not None:
-        run.ema.update(run.trainee)
-
-
-def _micro_step(run: Run, micro: int) -> int:
-    update = run.epoch * run.plan.updates_per_epoch + run.step
-    return update * run.plan.accumulation + micro
+    run.task.end_update(schedule)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None):
@@ -254,32 +257,25 @@ def _synchronised(network: nn.Module, last: bool):
     return contextlib.nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync()
 
 
-METRICS = ("images", "loss", "acc1", "acc5", "spatial_entropy", "components")
-
-
 @torch.inference_mode()
 def evaluate(
+    evaluator: Evaluator,
     model: nn.Module,
     loader: DataLoader,
     processes: Processes,
     amp_dtype: torch.dtype | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Accuracy, cross-entropy and the state of the similarity maps over a whole set, each image once.
+    """What ``evaluator`` measures of a model over a whole set, each image once.
 
     Args:
         model: the bare model, so that processes may hold different numbers of batches.
-        loader: this rank's share, from ``EvalSampler``; batches of (images, targets, replaced). An image
-            that could not be read is left out and counted.
+        loader: this rank's share, from ``EvalSampler``.
         interrupted: asked before each batch, equally often on all ranks; a true answer on all ends the pass.
     Returns:
-        ``acc1`` and ``acc5`` (percent), ``loss``, ``spatial_entropy`` (nats, Eq. 7) and ``components`` (a
-        map) as means over the images (and heads), ``images`` and ``unreadable`` as counts; None if
-        interrupted.
+        The evaluator's results; None if interrupted.
     """
     model.eval()
-    device = processes.device
-    sums = [torch.zeros(len(METRICS) + 1, device=device)]
     longest = math.ceil(math.ceil(len(loader.dataset) / processes.world_size) / loader.batch_size)
     nothing_left = [None] * (longest - len(loader))  # ranks differ by one batch at most
     for batch in itertools.chain(progress(loader, "evaluation"), nothing_left):
@@ -287,34 +283,7 @@ def evaluate(
             return None
         if batch is None:
             continue
-        images, targets, replaced = batch
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        replaced = replaced.to(device, non_blocking=True)
-        with _autocast(device, amp_dtype):
-            logits, similarity = model(images, return_similarity=True)
-        sums.append(_batch_sums(logits.float(), targets, similarity, replaced))
-    totals = processes.gather(torch.stack(sums).double().sum(dim=0)).sum(dim=0).tolist()
-    count = max(totals[0], 1.0)
-    means = {name: total / count for name, total in zip(METRICS[1:], totals[1:-1], strict=True)}
-    for name in ("acc1", "acc5"):
-        means[name] *= 100
-    return means | {"images": int(totals[0]), "unreadable": int(totals[-1])}
-
-
-def _batch_sums(logits, targets, similarity, replaced) -> torch.Tensor:
-    """Sums over the readable images of a batch, in the order of METRICS, then the number of others."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    entropy, components = spatial_entropy(similarity)
-    columns = torch.stack(
-        [
-            torch.ones_like(targets, dtype=torch.float32),
-            nn.functional.cross_entropy(logits, targets, reduction="none"),
-            ranked[:, 0].float(),
-            ranked.any(dim=1).float(),
-            entropy.float().mean(dim=1),
-            components.float().mean(dim=1),
-        ]
-    )
-    readable = replaced == 0
-    return torch.cat([columns.where(readable, 0).sum(dim=1), (~readable).sum()[None]])
+        batch = to_device(batch, processes.device)
+        with _autocast(processes.device, amp_dtype):
+            evaluator.update(model, batch)
+    return evaluator.compute(processes)

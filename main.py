@@ -1,4 +1,4 @@
-"""Train or evaluate a classifier.
+"""Train or evaluate a model on a task (``--task``; classification by default).
 
     python main.py --model vit_small_sar                                      # self-check on embedded digits
     python main.py --model vit_small_sar --data-path /data/imagenet           # one process, CPU or GPU
@@ -12,38 +12,36 @@ Where a run begins (``checkpoints.start_or_resume``), the first that applies:
 """
 
 import math
-import os
-import signal
 import sys
-import textwrap
-import time
-import traceback
 from pathlib import Path
 
 import torch
 from timm.utils import distribute_bn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from analysis.attention import similarity_maps
+from analysis.images import choose_samples
 from arguments import parse_arguments
-from build import banner, build_eval_loader, build_model, build_plan, build_run, choose_amp
+from build import banner, build_eval_loader, build_plan, build_run, choose_amp
 from checkpoints import save, start_or_resume
-from datasets import build_split, cache_splits, save_subset
+from cli import exit_code
+from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
-from records import Records, describe, epoch_record
+from records import Records, epoch_record
+from tasks import load_task
 from utils import (
     Processes,
-    RunError,
     StopSignal,
     UserError,
     end_processes,
     logger,
-    lost_another,
     prepare_output_dir,
-    processes_here,
     start_logging,
     start_processes,
 )
 from weights import load_weights, read_checkpoint
+
+PANEL_IMAGES = 4  # in a panel of attention maps
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,65 +51,35 @@ def main(argv: list[str] | None = None) -> int:
     be carried out as it stands. 75: ended by SIGUSR2 with everything saved, to be started again. 130: ended by
     Ctrl-C (training has saved everything).
     """
-    processes = None
-    try:
-        args = parse_arguments(argv)
-        processes = start_processes(args.device)
-        start_logging(processes.rank)
-        code = evaluate_only(argv, args, processes) if args.eval else train(args, processes)
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        code = tell(error, processes)
-        traceback.clear_frames(error.__traceback__)  # they hold the loader, whose workers would end one by one
+    code = exit_code(lambda: run_command_line(argv))
     end_processes()
     return code
 
 
-def tell(error: Exception, processes: Processes | None) -> int:
-    """Say on standard error what ended this process, and where; returns the exit code.
-
-    One among several leaves its last words for the others and ends at once: they wait for it, and a clean farewell
-    would wait for them.
-    """
-    place = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-    if processes is not None and lost_another(error):
-        if processes.is_main:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for all that are left: the word first
-        error = RunError(f"lost {processes.missing()}{place}; the same command goes on from the last checkpoint")
-    elif processes is not None:
-        processes.say(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}{place}")
-    expected = isinstance(error, UserError | RunError | OSError)
-    if not expected and not torch.distributed.is_initialized():
-        raise error
-    rank, _, _ = processes_here()
-    if expected and rank > 0:
-        time.sleep(2)  # rank 0 has mostly the same to say, and what started the processes then ends this one
-    text = f"error: {error}\n" if expected else "".join(traceback.format_exception(error))
-    mark = f"[rank {rank}] " if rank > 0 else ""
-    print(textwrap.indent(text, mark), end="", file=sys.stderr, flush=True)
-    code = 2 if isinstance(error, UserError) else 1
-    if torch.distributed.is_initialized():
-        os._exit(code)
-    return code
-
-
-# ------------------------------------------------------------------------------------------------- the run
+def run_command_line(argv: list[str] | None) -> int:
+    """Train or evaluate; returns the exit code."""
+    args = parse_arguments(argv)
+    processes = start_processes(args.device)
+    start_logging(processes.rank)
+    try:
+        return evaluate_only(argv, args, processes) if args.eval else train(args, processes)
+    except Exception as error:
+        raise processes.explain(error) from error.__cause__
 
 
 def train(args, processes: Processes) -> int:
     """Train to the end, or to a signal; returns the exit code."""
-    train_set, _ = build_split(args, "train", processes)
-    val_set, _ = build_split(args, "val", processes)
+    task = load_task(args.task)
+    train_set, val_set = (task.data(args, split, processes) for split in ("train", "val"))
     plan = build_plan(args, processes, train_set)
     if processes.is_main:
-        prepare_output_dir(Path(args.output_dir))
+        prepare_output_dir(plan.output_dir)
     with StopSignal(processes) as stop, logging_redirect_tqdm([logger]):
         run = build_run(args, plan, processes, stop, train_set)
-        banner(run)
-        start_or_resume(run)
+        banner(args, run)
+        start_or_resume(run, args.resume, args.finetune, args.checkpoint_key)
         if processes.is_main:
-            save_subset(train_set, args, Path(args.output_dir, "subset.json"))
+            save_subset(train_set, args.sampling_ratio, args.sampling_seed, plan.output_dir / "subset.json")
         if args.cache_images and run.epoch < plan.epochs:
             cache_splits([train_set, val_set], processes)
         code = train_epochs(run, build_eval_loader(args, processes, val_set))
@@ -144,8 +112,9 @@ def best_so_far(run: Run) -> str:
     """The best evaluation in words."""
     if not run.best:
         return "nothing was evaluated"
+    metric = run.task.metric
     place = f"epoch {run.best['epoch']}, weights: {run.best['weights']}"
-    return f"best Acc@1 {run.best['acc1']:.3f} ({place}) in {Path(run.args.output_dir, 'best.pth')}"
+    return f"best {metric} {run.best[metric]:.3f} ({place}) in {run.plan.output_dir / 'best.pth'}"
 
 
 def one_epoch(run: Run, val_loader, records: Records) -> bool:
@@ -156,23 +125,23 @@ def one_epoch(run: Run, val_loader, records: Records) -> bool:
     """
     if not train_one_epoch(run, records.step):
         return False
-    done = run.epoch + 1
-    last = done == run.plan.epochs
+    plan, done = run.plan, run.epoch + 1
+    last = done == plan.epochs
     results = {}
-    if last or done % run.args.eval_every == 0:
+    if last or done % plan.eval_every == 0:
         results = evaluate_run(run, val_loader)
         if not results:
             return False
-    improved = note_best(run, results)
+    improved = update_best(run, results)
     record = epoch_record(run, results)
     run.epoch, run.step, run.totals = done, 0, {}
     if improved:
         save(run, "best.pth")
     records.epoch(record)
-    if last or done % run.args.save_every == 0:
+    if last or done % plan.save_every == 0:
         save(run, "checkpoint.pth")
-    if run.args.log_attention and (last or done % run.args.log_attention == 0):
-        records.attention(val_loader.dataset)
+    if run.processes.is_main and plan.log_attention and (last or done % plan.log_attention == 0):
+        records.figure("attention", draw_attention(run, val_loader.dataset))
     return True
 
 
@@ -180,45 +149,58 @@ def evaluate_run(run: Run, loader) -> dict:
     """Evaluate the model, and its average if there is one; empty where a signal interrupted.
 
     Raises:
-        NonFiniteLoss: the weights give no finite loss, so they are not saved.
+        NonFiniteLoss: the weights give a result that is not finite, so they are not saved.
     """
     results = {}
-    models = {"test": run.model} | ({"test_ema": run.ema.module.model} if run.ema else {})
-    for name, model in models.items():
+    for name, model in run.task.evaluated().items():
         if run.processes.world_size > 1:
             distribute_bn(model, run.processes.world_size)  # rank 0's statistics, which are the checkpoint's, for all
-        means = evaluate(model, loader, run.processes, run.plan.amp_dtype, run.stop.poll)
+        evaluator = run.task.evaluator()
+        means = evaluate(evaluator, model, loader, run.processes, run.plan.amp_dtype, run.stop.poll)
         if means is None:
             return {}
-        if not math.isfinite(means["loss"]):
-            raise NonFiniteLoss(f"the {name} loss is {means['loss']} after epoch {run.epoch}; not saved")
+        for result, value in means.items():
+            if not math.isfinite(value):
+                raise NonFiniteLoss(f"the {name} {result} is {value} after epoch {run.epoch}; not saved")
         results |= {f"{name}_{metric}": value for metric, value in means.items()}
     return results
 
 
-def note_best(run: Run, results: dict) -> bool:
-    """Remember the best reported accuracy; whether this is it."""
-    key = "test_ema_acc1" if run.args.report == "ema" else "test_acc1"
-    if not results or results[key] <= run.best.get("acc1", -1.0):
+def update_best(run: Run, results: dict) -> bool:
+    """Remember the best result of the reported weights; whether this is it."""
+    task = run.task
+    key = f"test_{task.metric}" if task.reported == task.weight_names[0] else f"test_{task.reported}_{task.metric}"
+    if not results or results[key] <= run.best.get(task.metric, -math.inf):
         return False
-    run.best = {"acc1": results[key], "epoch": run.epoch, "weights": run.args.report}
+    run.best = {task.metric: results[key], "epoch": run.epoch, "weights": task.reported}
     return True
 
 
+def draw_attention(run: Run, dataset):
+    """Each head's attention on a few validation images, always the same, of different classes: a figure."""
+    from analysis.panels import attention_panel  # Matplotlib takes a second to import, and most runs never draw
+
+    samples = choose_samples(dataset, PANEL_IMAGES)
+    images = torch.stack([image for image, _ in samples])
+    similarity = similarity_maps(run.task.model.eval(), images.to(run.processes.device))
+    return attention_panel(images, similarity, titles=[dataset.classes[label] for _, label in samples])
+
+
 def evaluate_only(argv, args, processes: Processes) -> int:
-    """Evaluate one file; what its run was told and is not given here (model, sizes) is taken from it."""
+    """Evaluate one file; what its run was told and is not given here (task, model, sizes) is taken from it."""
     path = Path(args.resume or args.finetune or Path(args.output_dir, "best.pth"))
     if not path.exists():
         raise UserError(f"--eval: nothing to evaluate at {path}; name a checkpoint with --resume FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
-    dataset, num_classes = build_split(args, "val", processes)
-    model = build_model(args, num_classes, processes.device)
-    for note in load_weights(model, checkpoint, args.checkpoint_key, keep_head=True):
+    task_class = load_task(args.task)
+    dataset = task_class.data(args, "val", processes)
+    task = task_class(args, dataset, processes.device)
+    for note in load_weights(task.model, checkpoint, args.checkpoint_key, keep_head=True):
         logger.info(f"{path}: {note}")
     dtype, _ = choose_amp(args.amp, processes.device)
-    means = evaluate(model, build_eval_loader(args, processes, dataset), processes, dtype)
-    logger.info(describe(means))
+    loader = build_eval_loader(args, processes, dataset)
+    logger.info(task.describe(evaluate(task.evaluator(), task.model, loader, processes, dtype)))
     return 0
 
 

@@ -3,16 +3,11 @@
 import json
 from pathlib import Path
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from analysis.attention import similarity_maps
-from analysis.images import choose_samples
-from datasets import AugmentedDataset
 from engine import Run
 from utils import UserError, environment, logger, write_atomically, write_json
 
-PANEL_IMAGES = 4  # in a panel of attention maps
 SHORT = {
     "images_per_second": "images/s",
     "data_time": "data s",
@@ -47,14 +42,14 @@ class Records:
         self.run, self.log, self.board = run, None, None
         if not run.processes.is_main:
             return
-        output = Path(run.args.output_dir)
+        output = run.plan.output_dir
         self.log = EpochLog(output / "log.txt", run.epoch)
-        write_json(output / "args.json", vars(run.args))
+        write_json(output / "args.json", run.arguments)
         write_json(output / "environment.json", environment())
         self.board = SummaryWriter(str(output), purge_step=self._global_step() + 1)
 
     def _global_step(self) -> int:
-        return self.run.epoch * self.run.plan.updates_per_epoch + self.run.step
+        return self.run.position.update
 
     def step(self, means: dict) -> None:
         """Tell the means since the last logging step."""
@@ -75,21 +70,20 @@ class Records:
                 self.board.add_scalar(name.replace("_", "/", 1), value, self._global_step())
         self.board.flush()
         self.log.write(record)
-        logger.info(f"epoch {record['epoch']}: " + describe(record, "test_"))
-        if "test_ema_acc1" in record:
-            logger.info(f"epoch {record['epoch']}, averaged weights: " + describe(record, "test_ema_"))
+        task, names = self.run.task, {"test": ""}
+        names |= {f"test_{name}": ", averaged weights" for name in task.weight_names[1:]}
+        for prefix in task.evaluated():
+            results = {
+                name.removeprefix(f"{prefix}_"): value
+                for name, value in record.items()
+                if name.startswith(f"{prefix}_")
+            }
+            words = task.describe(results) if task.metric in results else "not evaluated (--eval-every)"
+            logger.info(f"epoch {record['epoch']}{names[prefix]}: {words}")
 
-    def attention(self, dataset: AugmentedDataset) -> None:
-        """Draw each head's attention on a few images, always the same, of different classes."""
-        if not self.run.processes.is_main:
-            return
-        from analysis.panels import attention_panel  # Matplotlib takes a second to import, and most runs never draw
-
-        samples = choose_samples(dataset, PANEL_IMAGES)
-        images = torch.stack([image for image, _ in samples])
-        similarity = similarity_maps(self.run.model.eval(), images.to(self.run.processes.device))
-        titles = [dataset.classes[label] for _, label in samples]
-        self.board.add_figure("attention", attention_panel(images, similarity, titles=titles), self._global_step())
+    def figure(self, name: str, figure) -> None:
+        """Keep a Matplotlib figure in TensorBoard."""
+        self.board.add_figure(name, figure, self._global_step())
 
     def __enter__(self):
         return self
@@ -109,22 +103,11 @@ def epoch_record(run: Run, results: dict) -> dict:
         **{f"train_{name}": total / updates for name, total in totals.items()},
         "train_unreadable": unreadable,
         **results,
-        "reported": run.args.report,
+        "reported": run.task.reported,
+        "metric": run.task.metric,
         "train_images": run.plan.num_images,
-        "n_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "n_parameters": sum(p.numel() for p in run.task.model.parameters() if p.requires_grad),
         "images_per_second": run.plan.total_batch * updates / seconds,
         "data_time": data_time / updates,
         "step_time": seconds / updates,
     }
-
-
-def describe(results: dict, prefix: str = "") -> str:
-    """One line of an evaluation's results."""
-    if f"{prefix}acc1" not in results:
-        return "not evaluated (--eval-every)"
-    value = {name.removeprefix(prefix): number for name, number in results.items()}
-    return (
-        f"* Acc@1 {value['acc1']:.3f} Acc@5 {value['acc5']:.3f} loss {value['loss']:.4f} "
-        f"spatial entropy {value['spatial_entropy']:.3f} components {value['components']:.2f} "
-        f"({value['images']} images)"
-    )

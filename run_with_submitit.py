@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from arguments import build_parser, parse_arguments
+from arguments import build_parser, parse_arguments, task_of
 from build import accumulation
 from cli import HelpFormatter, Parser, at_least, exit_code, expand_arguments
 from launch.runs import ROOT, Point, epochs_done, finish, locked, warn_of_data_elsewhere
@@ -151,7 +151,7 @@ def read_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(f"--sweep {word}: leave the hyphens out, --sweep {word[2:]}")
     words = expand_arguments(sorted(argv, key=lambda word: not word.startswith("@")))
     options, of_main = parser.parse_known_args(words)
-    everything = build_parser()
+    everything = build_parser(task_of(words))
     add_launcher_options(everything)
     everything.parse_args(words)  # to know every option that a mistyped one is near to
     if not options.job_dir:

@@ -1,14 +1,72 @@
 """Every schedule of a run, as a pure function of the position."""
 
 import math
+from dataclasses import dataclass
 
+LR_SCHEDULES = ("cosine", "constant")
 SAR_SCHEDULES = ("constant", "warmup-cosine")
-
-
 SAR_WARMUP_EPOCHS = 10
-
-
 DRLOC_WARMUP_EPOCHS = 20
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: before update ``step`` of ``epoch``, both counted from 0.
+
+    Attributes:
+        updates_per_epoch: of every epoch.
+        epochs: of the whole run.
+    """
+
+    epoch: int
+    step: int
+    updates_per_epoch: int
+    epochs: int
+
+    @property
+    def update(self) -> int:
+        """Updates done since the beginning of the run."""
+        return self.epoch * self.updates_per_epoch + self.step
+
+    @property
+    def exact_epoch(self) -> float:
+        """Epochs done, the part of the current one included."""
+        return self.epoch + self.step / self.updates_per_epoch
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate: a linear warm-up, then half a cosine to ``minimum``, or constant; the numbers are timm's.
+
+    Attributes:
+        peak: at the end of the warm-up.
+        shape: one of `LR_SCHEDULES`.
+        epochs: length of the schedule, warm-up included; after it the rate stays at ``minimum``.
+        warmup_epochs: length of the warm-up, which begins at ``warmup_start``.
+        minimum: at the end.
+        on_updates: a new value at each update, not at each epoch.
+    """
+
+    peak: float
+    shape: str
+    epochs: int
+    warmup_epochs: int
+    warmup_start: float
+    minimum: float
+    on_updates: bool
+
+    def at(self, position: Position) -> float:
+        """The rate for the update at ``position``."""
+        unit = position.updates_per_epoch if self.on_updates else 1
+        t = position.update if self.on_updates else position.epoch
+        warmup, end = self.warmup_epochs * unit, self.epochs * unit
+        if t < warmup:
+            return self.warmup_start + t * ((self.peak - self.warmup_start) / warmup)
+        if self.shape == "constant":
+            return self.peak
+        if t >= end:
+            return self.minimum
+        return self.minimum + 0.5 * (self.peak - self.minimum) * (1 + math.cos(math.pi * t / end))
 
 
 def sar_weight_schedule(name: str, weight: float, epoch: float, epochs: int) -> float:

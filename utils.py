@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -70,6 +71,19 @@ class Processes:
     def leave_together(self) -> None:
         """Wait until all ranks are here: a launcher may end the others soon after the first has gone."""
         self.gather(torch.zeros((), device=self.device))
+
+    def explain(self, error: Exception) -> Exception:
+        """What this process is to say of an error: the error itself, or which other process is lost.
+
+        It leaves its last words for the others, which may be waiting for it.
+        """
+        place = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        if not is_peer_failure(error):
+            self.say(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}{place}")
+            return error
+        if self.is_main:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for all that are left: the word first
+        return RunError(f"lost {self.missing()}{place}; the same command goes on from the last checkpoint")
 
     def say(self, words: str) -> None:
         """Leave this rank's last words for the others; empty: it is well, and misses another."""
@@ -151,7 +165,7 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-def lost_another(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an exchange failed because another process is gone or silent."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
@@ -354,6 +368,17 @@ def start_logging(rank: int) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A tree of tensors (in dicts, lists, tuples) on ``device``; from pinned memory, without waiting for the copy."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: to_device(part, device) for name, part in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(part, device) for part in batch)
+    return batch
 
 
 def progress(iterable, what: str):

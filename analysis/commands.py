@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from analysis.models import TrainedModel, load_model, short_names
-from arguments import build_parser
+from arguments import default_workers
 from cli import at_least
 from datasets import build_loader
 from paper.report import as_csv
@@ -35,7 +35,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that take many images through a model."""
     add = parser.add_argument
-    workers = build_parser().get_default("num_workers")
+    workers = default_workers()
     add("--batch-size", type=at_least(int, 1), default=32, metavar="N", help="images at once (default: %(default)s)")
     add("--num-workers", type=at_least(int, 0), default=workers, metavar="N", help="loading processes")
 

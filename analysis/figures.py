@@ -37,7 +37,7 @@ from analysis.models import TrainedModel
 from analysis.panels import ModelMaps, attention_page, component_page, mask_page
 from arguments import parse_arguments
 from cli import HelpFormatter, Parser, at_least, exit_code
-from datasets import build_dataset
+from datasets import AugmentedDataset, read_split
 from readers.images import list_images, read_image
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging, write_atomically
 from weights import read_checkpoint
@@ -121,7 +121,7 @@ def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:
         raise UserError(f"{path}: not written by main.py, so its validation images are unknown; name --images")
     given = ["--data-path", args.data_path] if args.data_path else []
     run_args = parse_arguments(["--eval", *given], saved=saved)
-    dataset, _ = build_dataset(run_args.data_set, "val", run_args.data_path)
+    dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path))
     chosen = choose_samples(dataset, args.count)
     return [Sample(dataset.classes[label], image) for image, label in chosen], dataset.classes
 

@@ -1,6 +1,5 @@
 """Images to look at: files, the two ways to bring them to a model's size, and back to pictures."""
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +8,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from datasets import AugmentedDataset, build_transform
+from datasets import AugmentedDataset
 from samplers import Draw
 
 
@@ -18,8 +17,8 @@ def choose_samples(dataset: AugmentedDataset, count: int) -> list[tuple[torch.Te
     chosen = {}
     for index in np.linspace(0, len(dataset) - 1, num=min(10 * count, len(dataset)), dtype=int).tolist():
         if dataset.base.targets[index] not in chosen:
-            image, label, _ = dataset[Draw(index, 0, index)]
-            chosen.setdefault(label, (image, label))
+            item = dataset[Draw(index, 0, index)]
+            chosen.setdefault(item["targets"], (item["images"], item["targets"]))
         if len(chosen) == count:
             break
     return list(chosen.values())
@@ -36,11 +35,6 @@ def squash(
             transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]
     )
-
-
-def centre_crop(size: int, crop_pct: float | None = None) -> Callable[[Image.Image], torch.Tensor]:
-    """A transform to a normalised ``(3, size, size)``: the evaluation's, see `datasets.build_transform`."""
-    return build_transform(False, argparse.Namespace(input_size=size, crop_pct=crop_pct))
 
 
 def as_picture(image: torch.Tensor) -> np.ndarray:

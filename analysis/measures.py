@@ -32,9 +32,9 @@ from analysis.commands import (
     result_folders,
     write_results,
 )
-from analysis.images import centre_crop
 from analysis.models import TrainedModel
 from cli import Parser, at_least, exit_code
+from datasets import eval_transform
 from readers.images import list_images, read_image
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging
@@ -53,7 +53,7 @@ class CroppedImages(Dataset):
     """The images of files, as a model of this input size evaluates them: ``(3, size, size)``."""
 
     def __init__(self, paths: list[Path], size: int, crop_pct: float | None = None):
-        self.paths, self.transform = paths, centre_crop(size, crop_pct)
+        self.paths, self.transform = paths, eval_transform(size, crop_pct)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -13,7 +13,8 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from arguments import parse_arguments
-from build import build_model
+from models import build_model
+from tasks.settings import model_settings
 from utils import UserError, logger
 from weights import last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
 
@@ -87,13 +88,14 @@ def _is_own(checkpoint: Mapping) -> bool:
 def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None, input_size: int | None) -> tuple:
     """The model of a checkpoint of this program, without its weights, and its input and patch size."""
     args = parse_arguments(["--eval"], saved=checkpoint["args"])
-    args.input_size = input_size or args.input_size
-    _check_size(args.input_size, args.patch_size)
-    model = build_model(args, len(checkpoint["data"]["classes"]), device)
+    size = input_size or args.input_size
+    _check_size(size, args.patch_size)
+    settings = replace(model_settings(args, len(checkpoint["data"]["classes"])), input_size=size)
+    model, _ = build_model(settings, device)
     own = num_heads if num_heads is None else model.last().attn.num_heads
     if own != num_heads:
         raise UserError(f"trained with {own} heads, not {num_heads}; leave --num-heads out")
-    return model, args.input_size, args.patch_size
+    return model, size, args.patch_size
 
 
 def _other_vit(checkpoint: Mapping, key: str | None, num_heads: int | None, input_size: int | None) -> tuple:

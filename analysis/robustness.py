@@ -33,15 +33,15 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from analysis.commands import add_loading_options, add_model_options
-from analysis.images import centre_crop
 from analysis.models import TrainedModel, load_model, short_names
 from build import choose_amp
 from cli import Parser, at_least, exit_code
-from datasets import AugmentedDataset, build_loader
+from datasets import AugmentedDataset, build_loader, eval_transform
 from engine import evaluate
 from paper.report import PAPER, as_csv
 from readers.images import ImageFiles, UnreadableImage
 from samplers import EvalSampler
+from tasks.classify import Accuracy
 from utils import (
     Processes,
     UserError,
@@ -244,7 +244,7 @@ class Evaluation:
         dataset = AugmentedDataset(images, self.transform, skip_unreadable=self.skip_unreadable)
         on_gpu = self.device.type == "cuda"
         loader = build_loader(dataset, EvalSampler(len(dataset)), self.batch_size, self.num_workers, pin_memory=on_gpu)
-        metrics = evaluate(self.network, loader, Processes(0, 1, self.device), self.amp_dtype)
+        metrics = evaluate(Accuracy(), self.network, loader, Processes(0, 1, self.device), self.amp_dtype)
         classes = {images.classes[label] for label in images.targets}
         missing = set(classes_of(part.data_set)) - classes
         counts = {"classes": len(classes), "missing_classes": len(missing)}
@@ -276,7 +276,7 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
     if args.data_set == "imagenet-a":
         network = OverClasses(network, [label_of[name] for name in common]).to(device)
         label_of = {name: label for label, name in enumerate(common)}
-        transform, side = centre_crop(trained.input_size, trained.crop_pct), None
+        transform, side = eval_transform(trained.input_size, trained.crop_pct), None
     dtype, _ = choose_amp("auto", device)
     options = (args.batch_size, args.num_workers, args.skip_unreadable, device)
     return Evaluation(network, label_of, transform, side, dtype, *options)

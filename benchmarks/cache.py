@@ -16,8 +16,9 @@ import time
 import torch
 
 from arguments import parse_arguments
-from datasets import build_loader, build_split, cache_splits
+from datasets import build_loader, cache_splits
 from samplers import TrainSampler
+from tasks import load_task
 from utils import Processes, start_logging
 
 KINDS = {"files": [], "memory": ["--cache-images"]}
@@ -28,14 +29,14 @@ def make_epoch(options, kind: str):
     words = ["--data-set", options.data_set, "--data-path", options.data_path, "--aa", options.aa, *KINDS[kind]]
     args = parse_arguments([*words, "--input-size", str(options.input_size)])
     alone = Processes(0, 1, torch.device("cpu"))
-    dataset, _ = build_split(args, "train", alone)
+    dataset = load_task(args.task).data(args, "train", alone)
     if args.cache_images:
         cache_splits([dataset], alone)
     sampler = TrainSampler(len(dataset), options.batch_size)
     loader = build_loader(dataset, sampler, options.batch_size, options.num_workers)
 
     def epoch() -> int:
-        return sum(len(images) for images, *_ in loader)
+        return sum(len(batch["images"]) for batch in loader)
 
     return epoch
 

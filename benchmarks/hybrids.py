@@ -14,9 +14,9 @@ import timm
 import torch
 from torch import nn
 
-from arguments import MODELS
 from benchmarks.step import TYPES, in_turn, make_step, start
 from losses import SpatialEntropyLoss
+from models import MODELS
 
 ARCHITECTURES = ("vit_small", "t2t_vit_14", "t2t_vit_t_14", "pvt_small", "cvt_13", "swin_tiny")
 

@@ -15,7 +15,7 @@ from arguments import differences
 from utils import UserError
 from weights import read_checkpoint
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def epochs_done(point: Point) -> int:
         saved, epoch = checkpoint["args"], checkpoint["epoch"]
     except (UserError, KeyError) as error:
         raise UserError(f"{point.checkpoint} cannot be read; remove it to begin {point} again") from error
-    different = differences(point.args, saved)
+    different = differences(vars(point.args), saved)
     if different:
         raise UserError(
             f"{point.folder} holds a run with other arguments; name another folder ({'; '.join(different)})"

@@ -1,6 +1,5 @@
 """What became of submitted runs: from job.json in their folders, Slurm's queue and their logs."""
 
-import argparse
 import json
 import os
 import re
@@ -60,7 +59,7 @@ def queued_job(point: Point, queue: dict[str, str]) -> str | None:
         return None
     if queue[job["job_id"]] == "completing":
         raise UserError(f"{point}: its job {job['job_id']} is just ending; give the command again in a minute")
-    mine = argparse.Namespace(**json.loads(json.dumps(vars(point.args))))  # as job.json keeps it
+    mine = json.loads(json.dumps(vars(point.args)))  # as job.json keeps it
     different = differences(mine, job["args"])
     if different:
         listed = "; ".join(line.replace("in the checkpoint", "in the job") for line in different)

@@ -9,11 +9,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import MODELS, parse_arguments
+from arguments import parse_arguments
 from cli import expand_arguments
 from datasets import DATASETS
 from launch.runs import Point
 from launch.slurm import Cluster
+from models import MODELS
 from utils import UserError
 
 # What a run costs at the paper's hardware is an estimate: DeiT's paper has (from memory) 53 hours for ViT-B, 300
@@ -246,7 +247,7 @@ def images(args: argparse.Namespace) -> int | None:
 def hours(args: argparse.Namespace, epochs: int) -> float | None:
     """Hours on 8 x V100 32 GB; None but for the paper's models at 224 px and data of known size."""
     plain = args.model.removesuffix("_sar")
-    own = (args.input_size, args.patch_size) == (224, MODELS[args.model].PATCH_SIZE)
+    own = (args.input_size, args.patch_size) == (224, MODELS[args.model].patch_size)
     if images(args) is None or args.model_kwargs or not own or plain not in GFLOPS:
         return None
     scale = GFLOPS[plain] / GFLOPS["vit_base"]

@@ -15,7 +15,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import engine
 import main
+import utils
+from arguments import parse_arguments
+from build import build_plan, build_run
+from tasks import load_task
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +45,15 @@ def write_digits(root: Path, train: int = 24, val: int = 6) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{index}.png")
     return root
+
+
+def build(words: str, device: str = "cpu") -> engine.Run:
+    """A run put together but not begun."""
+    args = parse_arguments([*words.split(), "--device", device])
+    processes = utils.start_processes(device)
+    train_set = load_task(args.task).data(args, "train", processes)
+    plan = build_plan(args, processes, train_set)
+    return build_run(args, plan, processes, utils.StopSignal(processes), train_set)
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
@@ -110,7 +124,7 @@ def at_call(module: str, name: str, number: int, action, after: bool = False):
 
 
 def _install(module: str, name: str, number: int, action, after: bool) -> None:
-    owner = functools.reduce(getattr, module.split(".")[1:], importlib.import_module(module.split(".")[0]))
+    owner = importlib.import_module(module)
     original, calls = getattr(owner, name), [0]
 
     def counted(*args, **kwargs):
@@ -139,7 +153,7 @@ def killed_at_update(number: int, by=signal.SIGKILL):
 
 
 def killed_at_evaluation_batch(number: int, by=signal.SIGKILL):
-    return at_call("engine", "_batch_sums", number, send(by))
+    return at_call("tasks.classify", "batch_sums", number, send(by))
 
 
 def killed_at_replace(number: int, after: bool):

@@ -17,6 +17,8 @@ from analysis.commands import add_checkpoint_options, add_model_options, load_mo
 from analysis.models import CPU, load_model, short_names
 from arguments import parse_arguments
 from cli import Parser
+from models import build_model
+from tasks.settings import model_settings
 from utils import UserError
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -112,7 +114,8 @@ def test_a_checkpoint_of_this_program_needs_no_word(tmp_path, model):
     assert trained.classes == sorted(path.name for path in (data / "train").iterdir())
     saved = torch.load(tmp_path / "out/best.pth", weights_only=True)
     images = torch.randn(2, 3, trained.input_size, trained.input_size)
-    source = main.build_model(argparse.Namespace(**saved["args"]), len(trained.classes), torch.device("cpu")).eval()
+    settings = model_settings(argparse.Namespace(**saved["args"]), len(trained.classes))
+    source, _ = build_model(settings, torch.device("cpu"))
     source.load_state_dict(saved["model"])
     torch.testing.assert_close(trained.model(images), source(images))
     source.blocks[-1].similarity = "dot"

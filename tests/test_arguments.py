@@ -136,15 +136,15 @@ def test_an_odd_batch_is_fine_without_mixup():
 def test_differences_leave_out_what_does_not_change_the_mathematics():
     args = parse_arguments(["--epochs", "3"])
     saved = {**vars(args), "num_workers": 99, "batch_size": 2, "output_dir": "elsewhere", "lr": 1.0}
-    assert differences(args, saved) == [f"--lr: 1.0 in the checkpoint, {args.lr} now"]
+    assert differences(vars(args), saved) == [f"--lr: 1.0 in the checkpoint, {args.lr} now"]
 
 
 def test_weights_may_be_named_in_other_words(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": torch.zeros(1)}, "weights.pth")
     args = parse_arguments(["--finetune", "weights.pth"])
-    assert differences(args, {**vars(args), "finetune": str(tmp_path / "weights.pth")}) == []
-    assert differences(args, {**vars(args), "finetune": "others.pth"}) == [
+    assert differences(vars(args), {**vars(args), "finetune": str(tmp_path / "weights.pth")}) == []
+    assert differences(vars(args), {**vars(args), "finetune": "others.pth"}) == [
         "--finetune: others.pth in the checkpoint, weights.pth now"
     ]
 
@@ -152,9 +152,9 @@ def test_weights_may_be_named_in_other_words(tmp_path, monkeypatch):
 def test_an_option_younger_than_the_checkpoint_was_at_its_default():
     args = parse_arguments(["--epochs", "3"])
     saved = {name: value for name, value in vars(args).items() if name != "drloc_weight"}
-    assert differences(args, saved) == []
+    assert differences(vars(args), saved) == []
     args.drloc_weight = 0.1
-    assert differences(args, saved) == ["--drloc-weight: 0.0 in the checkpoint, 0.1 now"]
+    assert differences(vars(args), saved) == ["--drloc-weight: 0.0 in the checkpoint, 0.1 now"]
 
 
 def test_argument_files_may_begin_with_others(tmp_path):
@@ -184,7 +184,7 @@ def test_nothing_on_the_command_line_is_one_word():
 
 def test_every_option_trains_something_in_a_test():
     """By name, in the files whose tests train; what only asks (--help) and the negations are in this file."""
-    files = ("test_main.py", "test_engine.py", "test_resume.py", "test_processes.py", "runs.py")
+    files = ("test_main.py", "test_engine.py", "test_resume.py", "test_processes.py", "test_tasks.py", "runs.py")
     words = set(re.findall(r"--[a-z][a-z0-9-]*", "".join((ROOT / "tests" / name).read_text() for name in files)))
     for action in build_parser()._actions:
         assert words & set(action.option_strings) or action.dest == "help", action.option_strings

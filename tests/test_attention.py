@@ -1,7 +1,5 @@
 """Maps of attention: the mass that is kept, what is measured of them, and the images they are computed from."""
 
-import argparse
-
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -9,8 +7,7 @@ import torch
 from image_sets import photograph, picture
 
 from analysis.attention import attention_of, component_sizes, keep_mass, measure_maps
-from analysis.images import as_picture, centre_crop, squash
-from datasets import build_transform
+from analysis.images import as_picture, squash
 from readers.images import UnreadableImage, list_images, read_image
 from utils import UserError
 
@@ -108,11 +105,3 @@ def test_squashing_keeps_the_whole_image_and_can_be_undone():
     expected = np.asarray(image.resize((48, 48), 3)) / 255
     assert squashed.shape == (3, 48, 48)
     assert np.abs(as_picture(squashed) - expected).max() < 1e-3
-
-
-@pytest.mark.parametrize("crop_pct", [None, 0.7])
-@pytest.mark.parametrize("size", [20, 64])
-def test_the_centre_crop_is_the_evaluations(size, crop_pct):
-    arguments = argparse.Namespace(input_size=size, crop_pct=crop_pct)
-    image = photograph(0)
-    assert torch.equal(centre_crop(size, crop_pct)(image), build_transform(False, arguments)(image))

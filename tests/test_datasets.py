@@ -12,7 +12,6 @@ import signal
 import tarfile
 import threading
 import traceback
-from argparse import Namespace
 from functools import partial
 
 import numpy as np
@@ -33,35 +32,29 @@ from image_sets import (
 from PIL import Image
 from torchvision.datasets import CIFAR10, Flowers102, OxfordIIITPet
 
-from arguments import build_parser
 from datasets import (
     DATASETS,
     MAX_REPLACEMENTS,
-    build_dataset,
+    SplitSettings,
     build_loader,
     build_split,
-    build_transform,
     canonical_name,
     download,
+    eval_transform,
     save_subset,
+    train_transform,
 )
 from randomness import isolated_rng, seed_sequence
 from readers.images import ImageFiles, UnreadableImage
 from samplers import Draw, EvalSampler, TrainSampler
 from utils import Processes, UserError
 
-
-def transform_args(**changed):
-    """main.py's defaults at 48 px but for what is given."""
-    return Namespace(**{**vars(build_parser().parse_args([])), "input_size": 48, **changed})
-
-
-def run_args(data_set, data_path, **changed):
-    """What the command line gives to ``build_split``."""
-    return transform_args(data_set=data_set, data_path=data_path, **changed)
-
-
 ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def split_of(name, path, split="train", processes=ALONE, transform=None, **settings):
+    """One split of a data set as a run reads it."""
+    return build_split(SplitSettings(name, path, **settings), split, transform, processes)
 
 
 @pytest.fixture
@@ -84,12 +77,12 @@ def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"'imagnet'.*did you mean imagenet"):
         canonical_name("imagnet")
     with pytest.raises(UserError, match=r"'xyz'.*digits, folder, tar, imagenet"):
-        build_dataset("xyz", "train")
+        split_of("xyz", None)
 
 
 def test_an_unknown_split_is_a_mistake_of_the_caller():
     with pytest.raises(ValueError, match="'test'"):
-        build_dataset("digits", "test")
+        split_of("digits", None, split="test")
 
 
 def test_digits_bring_their_own_sizes():
@@ -130,10 +123,10 @@ def test_the_cleaned_lists_are_smaller():
 
 
 def test_a_number_of_images_that_is_not_the_papers_is_said_with_the_layout(tmp_path):
-    args = run_args("cars", write_cars(tmp_path))
+    root = write_cars(tmp_path)
     with log_messages() as messages:
-        build_split(args, "train", ALONE)
-        build_split(args, "val", Processes(1, 2, torch.device("cpu")))
+        split_of("cars", root)
+        split_of("cars", root, "val", Processes(1, 2, torch.device("cpu")))
     (message,) = messages
     assert message.startswith("WARNING: cars train: 197 images instead of 8,144; expected stanford_cars/ with")
     assert "\n" not in message
@@ -151,7 +144,7 @@ def test_the_list_in_use_is_named(tmp_path, monkeypatch, images, cleaned, messag
     counts = {"images": {"train": images}, "cleaned_images": {"train": cleaned}}
     monkeypatch.setitem(DATASETS, "clipart", dataclasses.replace(DATASETS["clipart"], **counts))
     with log_messages() as messages:
-        build_split(run_args("clipart", write_domainnet(tmp_path)), "train", ALONE)
+        split_of("clipart", write_domainnet(tmp_path))
     assert len(messages) == 1
     assert messages[0].startswith(message)
 
@@ -159,8 +152,8 @@ def test_the_list_in_use_is_named(tmp_path, monkeypatch, images, cleaned, messag
 def test_nothing_is_said_of_numbers_that_are_right_or_unknown(folder):
     with log_messages() as messages:
         for split in ("train", "val"):
-            build_split(run_args("folder", folder), split, ALONE)
-            build_split(run_args("digits", None), split, ALONE)
+            split_of("folder", folder, split=split)
+            split_of("digits", None, split=split)
     assert messages == []
 
 
@@ -227,30 +220,27 @@ def test_download_fetches_a_set_once(name, site, tmp_path, monkeypatch):
     original, target = tmp_path / "original", tmp_path / "new" / "data"
     original.mkdir()
     PUBLISHED[name](monkeypatch, *site, original)
-    args = run_args(name, target, download=True)
-    train, num_classes = build_split(args, "train", ALONE)
-    expected, _ = build_dataset(name, "train", original)
-    assert num_classes == DATASETS[name].num_classes
+    train, expected = split_of(name, target, download=True), split_of(name, original)
+    assert len(train.classes) == DATASETS[name].num_classes
     assert [target for _, target in train.base] == [target for _, target in expected.base]
     assert train.base[1][0].tobytes() == expected.base[1][0].tobytes()
     shutil.rmtree(site[0])  # what is there is not fetched again
-    build_split(args, "val", ALONE)
+    split_of(name, target, "val", download=True)
 
 
 def test_a_download_that_fails_is_one_line(site, tmp_path, monkeypatch):
     original = tmp_path / "original"
     original.mkdir()
     publish_cifar10(monkeypatch, *site, original)
-    args = run_args("cifar10", tmp_path / "data", download=True)
     truncate(site[0] / "cifar-10-python.tar.gz")
     with pytest.raises(
         UserError, match=r"--download cifar10 to .*corrupted.*bring cifar-10-batches-py/ there"
     ) as error:
-        build_split(args, "train", ALONE)
+        split_of("cifar10", tmp_path / "data", download=True)
     assert "\n" not in str(error.value)
     (site[0] / "cifar-10-python.tar.gz").unlink()
     with pytest.raises(UserError, match=r"--download cifar10 to .*HTTP Error 404"):
-        build_split(args, "train", ALONE)
+        split_of("cifar10", tmp_path / "data", download=True)
 
 
 def break_checksum(site):
@@ -293,12 +283,12 @@ def test_own_images_are_nothing_to_fetch(name, tmp_path):
 )
 def test_a_set_that_cannot_be_fetched_says_where_it_is(name, source, tmp_path):
     with pytest.raises(UserError, match=f"--download: {name} cannot be fetched; get it from .*{source}"):
-        build_split(run_args(name, tmp_path, download=True), "train", ALONE)
+        split_of(name, tmp_path, download=True)
 
 
 def test_a_download_needs_a_place():
     with pytest.raises(UserError, match="--download needs --data-path"):
-        build_split(run_args("pets", None, download=True), "train", ALONE)
+        split_of("pets", None, download=True)
 
 
 def test_every_set_can_be_fetched_or_has_a_source():
@@ -324,18 +314,15 @@ def test_one_process_a_machine_downloads_and_the_others_wait(rank, local_rank, t
 
 
 def test_the_training_split_alone_is_sampled(folder):
-    args = run_args("folder", folder, sampling_ratio=0.5)
     with log_messages() as messages:
-        train, num_classes = build_split(args, "train", ALONE)
-        val, _ = build_split(args, "val", ALONE)
+        train, val = (split_of("folder", folder, split, sampling_ratio=0.5) for split in ("train", "val"))
     assert messages == ["INFO: --sampling-ratio 0.5: 3 of 6 training images"]
-    assert (len(train), train.base.targets, num_classes, len(val)) == (3, [0, 1, 2], 3, 6)
-    whole, _ = build_split(run_args("folder", folder), "train", ALONE)
-    assert len(whole) == 6
+    assert (len(train), train.base.targets, len(train.classes), len(val)) == (3, [0, 1, 2], 3, 6)
+    assert len(split_of("folder", folder)) == 6
 
 
 def chosen(**changed):
-    return list(build_split(run_args("digits", None, sampling_ratio=0.25, **changed), "train", ALONE)[0].base.names)
+    return list(split_of("digits", None, sampling_ratio=0.25, **changed).base.names)
 
 
 def test_the_choice_depends_on_its_own_seed_alone():
@@ -344,9 +331,8 @@ def test_the_choice_depends_on_its_own_seed_alone():
 
 
 def test_the_choice_is_saved_by_name(folder, tmp_path):
-    args = run_args("folder", folder, sampling_ratio=0.5, sampling_seed=3)
-    train, _ = build_split(args, "train", ALONE)
-    save_subset(train, args, tmp_path / "subset.json")
+    train = split_of("folder", folder, sampling_ratio=0.5, sampling_seed=3)
+    save_subset(train, 0.5, 3, tmp_path / "subset.json")
     saved = json.loads((tmp_path / "subset.json").read_text())
     assert (saved["sampling_ratio"], saved["sampling_seed"]) == (0.5, 3)
     assert [name[:10] for name in saved["images"]] == ["train/ant/", "train/bee/", "train/cat/"]
@@ -355,8 +341,7 @@ def test_the_choice_is_saved_by_name(folder, tmp_path):
 
 
 def test_no_choice_leaves_no_file(folder, tmp_path):
-    args = run_args("folder", folder)
-    save_subset(build_split(args, "train", ALONE)[0], args, tmp_path / "subset.json")
+    save_subset(split_of("folder", folder), 1.0, 0, tmp_path / "subset.json")
     assert not (tmp_path / "subset.json").exists()
 
 
@@ -377,7 +362,7 @@ def loading_error(loader):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_unreadable_image_stops_the_loader_with_one_line(folder, num_workers):
     truncate(folder / "train" / "bee" / "1.jpg")
-    dataset, _ = build_dataset("folder", "train", folder, build_transform(False, transform_args()))
+    dataset = split_of("folder", folder, transform=eval_transform(48))
     message = loading_error(build_loader(dataset, EvalSampler(len(dataset)), 2, num_workers))
     assert message.startswith(f"cannot read the image '{folder / 'train' / 'bee' / '1.jpg'}'")
     assert message.endswith("or give --skip-unreadable")
@@ -387,7 +372,7 @@ def test_an_unreadable_image_stops_the_loader_with_one_line(folder, num_workers)
 def test_a_strange_file_name_stays_on_one_line(folder):
     strange = folder / "train" / "bee" / "readers.UnreadableImage: a\nb.jpg"
     strange.write_text("no image")
-    dataset, _ = build_dataset("folder", "train", folder, build_transform(False, transform_args()))
+    dataset = split_of("folder", folder, transform=eval_transform(48))
     message = loading_error(build_loader(dataset, EvalSampler(len(dataset)), 2, num_workers=1))
     assert message.startswith("cannot read the image ")
     assert r"UnreadableImage: a\nb.jpg" in message
@@ -397,10 +382,11 @@ def test_a_strange_file_name_stays_on_one_line(folder):
 def test_skip_unreadable_replaces_the_image_and_counts_it(folder, num_workers):
     truncate(folder / "train" / "ant" / "1.jpg")  # index 1; index 2 is the first bee
     truncate(folder / "train" / "cat" / "1.jpg")  # index 5, the last: index 0 stands in
-    transform = build_transform(False, transform_args())
-    dataset, _ = build_dataset("folder", "train", folder, transform, skip_unreadable=True)
+    dataset = split_of("folder", folder, transform=eval_transform(48), skip_unreadable=True)
     batches = list(build_loader(dataset, EvalSampler(len(dataset)), 3, num_workers))
-    images, targets, replaced = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    images, targets, replaced = (
+        torch.cat([batch[name] for batch in batches]) for name in ("images", "targets", "replaced")
+    )
     assert replaced.tolist() == [0, 1, 0, 0, 0, 1]
     assert targets.tolist() == [0, 1, 1, 1, 2, 0]
     assert torch.equal(images[1], images[2])
@@ -411,8 +397,8 @@ def test_too_many_unreadable_images_in_a_row_stop_the_run(tmp_path):
     root = write_folder(tmp_path, ["ant"], per_class=MAX_REPLACEMENTS + 2, splits=("train",))
     for path in sorted((root / "train" / "ant").iterdir())[: MAX_REPLACEMENTS + 1]:
         truncate(path)
-    dataset, _ = build_dataset("folder", "train", root, skip_unreadable=True)
-    assert dataset[Draw(1, 0, 0)][2] == 1
+    dataset = split_of("folder", root, skip_unreadable=True)
+    assert dataset[Draw(1, 0, 0)]["replaced"] == 1
     with pytest.raises(UnreadableImage):
         dataset[Draw(0, 0, 0)]
 
@@ -428,8 +414,8 @@ def test_any_kind_of_image_becomes_a_square_tensor(tmp_path, mode, size, input_s
     picture(size=size, mode=mode).save(path)
     image, _ = ImageFiles(tmp_path, [path.name], [0], ["a"])[0]
     assert image.mode == "RGB"
-    for train in (True, False):
-        tensor = build_transform(train, transform_args(input_size=input_size))(image)
+    for transform in (train_transform(input_size), eval_transform(input_size)):
+        tensor = transform(image)
         assert tensor.shape == (3, input_size, input_size)
         assert tensor.dtype == torch.float32
         assert tensor.isfinite().all()
@@ -443,31 +429,31 @@ def normalised(image):
 def test_evaluation_resizes_256_to_224_and_crops_the_centre():
     image = picture(size=(512, 300))
     expected = normalised(image.resize((436, 256), Image.Resampling.BICUBIC).crop((106, 16, 330, 240)))
-    result = build_transform(False, transform_args(input_size=224))(image)
+    result = eval_transform(224)(image)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
 def test_crop_pct_is_the_share_that_evaluation_keeps():
     image = picture(size=(64, 64))
-    whole = build_transform(False, transform_args(input_size=64, crop_pct=1.0))(image)
+    whole = eval_transform(64, crop_pct=1.0)(image)
     torch.testing.assert_close(whole, normalised(image), atol=1e-5, rtol=0)
 
 
 def test_small_images_are_evaluated_whole():
     image = picture(size=(32, 32))
-    result = build_transform(False, transform_args(input_size=32))(image)
+    result = eval_transform(32)(image)
     torch.testing.assert_close(result, normalised(image), atol=1e-5, rtol=0)
 
 
-def bare(**changed):
-    """Arguments that leave nothing of the training transform but the crop."""
-    return transform_args(color_jitter=0.0, aa="none", reprob=0.0, hflip=0.0, **changed)
+def bare(size=48, **changed):
+    """The training transform with nothing but the crop, and what is given."""
+    return train_transform(size, **{"color_jitter": 0.0, "aa": "none", "reprob": 0.0, "hflip": 0.0} | changed)
 
 
 def test_small_images_are_shifted_by_up_to_four_pixels_in_training():
     image = picture(size=(32, 32))
     padded = torch.nn.functional.pad(normalised(image), (4, 4, 4, 4), value=torch.nan)
-    transform = build_transform(True, bare(input_size=32))
+    transform = bare(32)
     black = normalised(np.zeros((1, 1, 3)))
     shifts = set()
     for _ in range(40):
@@ -486,7 +472,7 @@ def test_small_images_are_shifted_by_up_to_four_pixels_in_training():
 def difference_from_bare(**changed):
     """How many of 30 draws an option changes, with the same random crop."""
     image = picture(size=(60, 60))
-    plain, other = (build_transform(True, args) for args in (bare(), Namespace(**{**vars(bare()), **changed})))
+    plain, other = bare(), bare(**changed)
     different = 0
     for number in range(30):
         results = []
@@ -505,7 +491,7 @@ def difference_from_bare(**changed):
         ({"aa": "rand-m9-mstd0.5-inc1"}, 20, 30),
         ({"reprob": 1.0}, 29, 30),
         ({"reprob": 1.0, "remode": "const", "recount": 3}, 29, 30),
-        ({"train_interpolation": "bilinear"}, 29, 30),
+        ({"interpolation": "bilinear"}, 29, 30),
         ({"scale": (0.9, 1.0)}, 29, 30),
         ({}, 0, 0),
     ],
@@ -517,7 +503,7 @@ def test_every_augmentation_option_reaches_the_images(option, least, most):
 @pytest.mark.parametrize("policy", ["foo", "rand-m9-qq1", "rand-n1.5"])
 def test_an_unknown_policy_is_one_line(policy):
     with pytest.raises(UserError, match=rf"--aa {policy}.*rand-m9-mstd0.5-inc1"):
-        build_transform(True, transform_args(aa=policy))
+        train_transform(48, aa=policy)
 
 
 # ----------------------------------------------------------------------- randomness without a state
@@ -560,7 +546,7 @@ def test_isolated_rng_restores_after_an_error():
 
 
 def training_batches(folder, num_workers, epoch=0, first_update=0, seed=3):
-    dataset, _ = build_dataset("folder", "train", folder, build_transform(True, transform_args()), seed=seed)
+    dataset = split_of("folder", folder, transform=train_transform(48), seed=seed)
     sampler = TrainSampler(len(dataset), batch_size=2, seed=7)
     sampler.set_epoch(epoch, first_update)
     return list(build_loader(dataset, sampler, 2, num_workers))
@@ -570,20 +556,20 @@ def test_any_number_of_workers_gives_the_same_images(folder):
     expected = training_batches(folder, 0)
     for num_workers in (1, 2):
         for ours, theirs in zip(training_batches(folder, num_workers), expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 
 def test_a_resumed_epoch_gives_the_images_that_were_left(folder):
     rest = training_batches(folder, 0, epoch=4, first_update=1)
     for ours, theirs in zip(rest, training_batches(folder, 2, epoch=4)[1:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 
 def test_augmentation_changes_with_seed_epoch_and_position_and_with_nothing_else(folder):
-    transform = build_transform(True, transform_args())
+    transform = train_transform(48)
 
     def image(draw, seed=3):
-        return build_dataset("folder", "train", folder, transform, seed=seed)[0][draw][0]
+        return split_of("folder", folder, transform=transform, seed=seed)[draw]["images"]
 
     first = image(Draw(0, 1, 2))
     random.seed(99)
@@ -604,26 +590,27 @@ def test_loading_leaves_the_global_generators_alone(folder, num_workers):
 
 
 def test_one_loader_serves_many_epochs_with_the_same_workers(folder):
-    dataset, _ = build_dataset("folder", "train", folder, build_transform(True, transform_args()), seed=3)
+    dataset = split_of("folder", folder, transform=train_transform(48), seed=3)
     sampler = TrainSampler(len(dataset), batch_size=2, seed=7)
     loader = build_loader(dataset, sampler, 2, num_workers=2)
     pids = set()
     for epoch in (0, 1):
         sampler.set_epoch(epoch, first_update=epoch)
         assert len(loader) == 3 - epoch
-        images = torch.cat([batch[0] for batch in loader])
-        expected = torch.cat([batch[0] for batch in training_batches(folder, 0, epoch, first_update=epoch)])
+        images = torch.cat([batch["images"] for batch in loader])
+        expected = torch.cat([batch["images"] for batch in training_batches(folder, 0, epoch, first_update=epoch)])
         assert torch.equal(images, expected)
         pids |= {worker.pid for worker in loader._iterator._workers}
     assert len(pids) == 2
 
 
 def test_batches_are_tensors_of_images_labels_and_replacements():
-    dataset, _ = build_dataset("digits", "val", transform=build_transform(False, transform_args(input_size=24)))
-    images, targets, replaced = next(iter(build_loader(dataset, EvalSampler(len(dataset)), 5, num_workers=0)))
-    assert images.shape == (5, 3, 24, 24)
-    assert targets.tolist() == [0, 5, 0, 5, 0]
-    assert (targets.dtype, replaced.tolist()) == (torch.int64, [0] * 5)
+    dataset = split_of("digits", None, "val", transform=eval_transform(24))
+    batch = next(iter(build_loader(dataset, EvalSampler(len(dataset)), 5, num_workers=0)))
+    assert batch.keys() == {"images", "targets", "replaced"}
+    assert batch["images"].shape == (5, 3, 24, 24)
+    assert batch["targets"].tolist() == [0, 5, 0, 5, 0]
+    assert (batch["targets"].dtype, batch["replaced"].tolist()) == (torch.int64, [0] * 5)
 
 
 def load_while_signalled(results):
@@ -633,15 +620,14 @@ def load_while_signalled(results):
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
     for number in numbers:
         signal.signal(number, lambda number, frame: received.append(number))
-    transform = build_transform(False, transform_args(input_size=24))
-    dataset, _ = build_dataset("digits", "val", transform=transform)
+    dataset = split_of("digits", None, "val", transform=eval_transform(24))
     batches = iter(build_loader(dataset, EvalSampler(len(dataset)), 4, num_workers=2))
-    images = sum(len(next(batches)[0]) for _ in range(2))  # one from each worker: both have begun
+    images = sum(len(next(batches)["images"]) for _ in range(2))  # one from each worker: both have begun
     for number in numbers:
         os.killpg(0, number)
     for worker in batches._workers:  # as Slurm does, which finds them in any process group
         os.kill(worker.pid, signal.SIGTERM)
-    results.put((images + sum(len(batch[0]) for batch in batches), sorted(received)))
+    results.put((images + sum(len(batch["images"]) for batch in batches), sorted(received)))
 
 
 def test_a_signal_to_the_process_group_leaves_the_workers_working():

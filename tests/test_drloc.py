@@ -7,8 +7,8 @@ import torch
 import engine
 import main
 import models_sar  # noqa: F401 - registers the models
-from drloc import PAIRS, Localiser, Trainee
-from losses import localisation_loss
+import tasks
+from losses import PAIRS, Localiser, localisation_loss
 from schedules import drloc_weight_schedule
 from weights import load_weights
 
@@ -67,45 +67,57 @@ def test_half_precision_predictions_give_a_float32_loss():
 # ------------------------------------------------------------------------------------------------- one module
 
 
-def small_trainee(localiser=True) -> Trainee:
-    import timm
+SMALL = (
+    "--data-set digits --model vit_tiny_sar --input-size 16 --patch-size 4 --drop-path 0 "
+    "--model-kwargs embed_dim=24 depth=2 num_heads=3 "
+)
 
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
-    return Trainee(timm.create_model("vit_tiny_sar", **sizes), Localiser(24) if localiser else None)
+
+def small_task(more: str = "--drloc-weight 0.5") -> tasks.Task:
+    return runs.build(SMALL + more).task
 
 
 def test_pairs_cover_the_grid_evenly():
-    trainee = small_trainee()
-    outputs = trainee(torch.zeros(50, 3, 16, 16), draws=torch.rand(50, PAIRS, 2, 2))
+    outputs = small_task().run_model(torch.zeros(50, 3, 16, 16), torch.rand(50, PAIRS, 2, 2))
     counts = outputs["positions"].flatten(0, 2).unique(dim=0, return_counts=True)[1]
     assert len(counts) == 16
     assert counts.min() > 0.8 * counts.float().mean()
 
 
-def test_outputs_are_what_was_asked_for():
-    trainee, images, draws = small_trainee(), torch.rand(2, 3, 16, 16), torch.rand(2, PAIRS, 2, 2)
-    trainee.eval()
-    everything = trainee(images, similarity=True, draws=draws)
+def test_outputs_are_what_the_regularisers_read():
+    images, pairs = torch.rand(2, 3, 16, 16), torch.rand(2, PAIRS, 2, 2)
+    everything = small_task().eval().run_model(images, pairs)
     assert everything.keys() == {"logits", "similarity", "positions", "distances"}
-    assert trainee(images).keys() == {"logits"}
-    for asked, names in (({"similarity": True}, {"similarity"}), ({"draws": draws}, {"positions", "distances"})):
-        outputs = trainee(images, **asked)
-        assert outputs.keys() == {"logits", *names}
+    others = {
+        "--sar-weight 0": {"logits"},
+        "": {"logits", "similarity"},
+        "--sar-weight 0 --drloc-weight 0.5": {"logits", "positions", "distances"},
+    }
+    for words, names in others.items():
+        outputs = small_task(words).eval().run_model(images, pairs)
+        assert outputs.keys() == names
         for name, value in outputs.items():
             torch.testing.assert_close(value, everything[name])
 
 
 def test_gradients_reach_model_and_localiser():
-    trainee = small_trainee()
-    outputs = trainee(torch.rand(2, 3, 16, 16), draws=torch.rand(2, PAIRS, 2, 2))
+    task = small_task("--drloc-weight 0.5 --no-model-ema")
+    outputs = task.run_model(torch.rand(2, 3, 16, 16), torch.rand(2, PAIRS, 2, 2))
     localisation_loss(outputs["distances"], outputs["positions"]).backward()
-    without = {name for name, weight in trainee.named_parameters() if weight.grad is None}
+    without = {name for name, weight in task.named_parameters() if weight.grad is None}
     # the loss reads the tokens before the final norm
     assert without == {"model.norm.weight", "model.norm.bias", "model.head.weight", "model.head.bias"}
 
 
-def test_positions_and_tokens_have_no_weight_decay():
-    assert small_trainee().no_weight_decay() >= {"model.pos_embed", "model.cls_token"}
+def test_positions_tokens_norms_and_biases_have_no_weight_decay():
+    run = runs.build(SMALL + "--drloc-weight 0.5")
+    named = {id(weight): name for name, weight in run.task.named_parameters()}
+    without, decayed = run.optimizer.param_groups
+    assert (without["weight_decay"], decayed["weight_decay"]) == (0, 0.05)
+    names = {named[id(weight)] for weight in without["params"]}
+    assert {"model.pos_embed", "model.cls_token", "model.norm.weight", "localiser.layers.0.bias"} <= names
+    assert {named[id(weight)] for weight in decayed["params"]} >= {"localiser.layers.0.weight", "model.head.weight"}
+    assert not any("averaged" in name or "ema" in name for name in names)
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +127,11 @@ def trained(data, tmp_path_factory):
     return output
 
 
-def test_it_is_trained_averaged_and_saved_apart_from_the_exported_weights(data, trained):
+def test_it_is_saved_apart_from_the_exported_weights(data, trained):
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
     assert not any("localiser" in name for name in (*checkpoint["model"], *checkpoint["ema"]))
-    assert checkpoint["localiser"].keys() == {"model", "ema"}
-    weights, average = (checkpoint["localiser"][name]["layers.0.weight"] for name in ("model", "ema"))
-    assert not torch.equal(weights, average)
-    plain = small_trainee(localiser=False).model
+    assert checkpoint["localiser"].keys() == Localiser(24).state_dict().keys()
+    plain = runs.build(" ".join(runs.SMALL).replace("folder", "digits") + " --drloc-weight 0").task.model
     load_weights(plain, checkpoint, keep_head=True)  # strictly: not a name too many
     assert torch.equal(plain.blocks[1].mlp.fc1.weight, checkpoint["model"]["blocks.1.mlp.fc1.weight"])
 
@@ -129,8 +139,8 @@ def test_it_is_trained_averaged_and_saved_apart_from_the_exported_weights(data, 
 def test_a_stopped_run_with_it_goes_on_bit_for_bit(data, trained, tmp_path, monkeypatch, capsys):
     original, updates = engine.update_weights, []
 
-    def stopping(run):
-        original(run)
+    def stopping(run, schedule):
+        original(run, schedule)
         updates.append(1)
         run.stop.received = 15 if len(updates) == 3 else None
 

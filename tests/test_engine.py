@@ -1,30 +1,18 @@
 """The training step itself: nothing waits for the device."""
 
 import pytest
+import runs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import build
-import datasets
 import engine
 import losses
-import utils
-from arguments import parse_arguments
 
 STEP = (
     "--data-set digits --model vit_tiny_sar --input-size 8 --patch-size 2 --num-workers 0 --print-every 1000 "
     "--model-kwargs embed_dim=24 depth=2 num_heads=3 --batch-size 32 --total-batch 64 --clip-grad 1.0 "
     "--mixup 0.8 --cutmix 1.0 --model-ema --aa none --drloc-weight 0.1"
 )
-
-
-def run_on(device: str, words: str = STEP) -> engine.Run:
-    """A run that is about to begin, on ``device``."""
-    args = parse_arguments([*words.split(), "--device", device])
-    processes = utils.start_processes(device)
-    train_set, _ = datasets.build_split(args, "train", processes)
-    plan = build.build_plan(args, processes, train_set)
-    return build.build_run(args, plan, processes, utils.StopSignal(processes), train_set)
 
 
 class Waits(TorchDispatchMode):
@@ -44,7 +32,7 @@ class Waits(TorchDispatchMode):
 
 def test_no_operation_of_a_step_would_wait_for_a_gpu(monkeypatch):
     """On a CPU. What waits is on the host anyway: the count of unreadable images, and once the loader's own seed."""
-    run = run_on("cpu", STEP.replace("--num-workers 0", "--num-workers 1"))  # loading may call .item() as it likes
+    run = runs.build(STEP.replace("--num-workers 0", "--num-workers 1"))  # loading may call .item() as it likes
     monkeypatch.setattr(losses, "label_components", lambda mask: losses._label(mask, early_exit=False))
     waits, found = Waits(), []
     monkeypatch.setattr(engine.Window, "close", lambda window: found.extend(waits.found) or {})
@@ -57,7 +45,7 @@ def test_no_operation_of_a_step_would_wait_for_a_gpu(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_no_synchronisation_between_logging_steps(amp, monkeypatch):
-    run = run_on("cuda", f"{STEP} --amp {amp}")
+    run = runs.build(f"{STEP} --amp {amp}", "cuda")
     engine.train_one_epoch(run)  # first use of kernels and of the optimiser's state may wait
     run.epoch, run.step = 1, 0
     original = engine.Window.close

@@ -15,12 +15,13 @@ from image_sets import log_messages, photograph, truncate, write_folder, write_t
 from torch.utils.data import DataLoader
 
 from arguments import build_parser
-from datasets import build_loader, build_split, cache_splits
+from datasets import build_loader, cache_splits
 from readers import cache
 from readers.cache import CachedImages, available_memory, cache_images
 from readers.folders import read_folder
 from readers.images import ArrayImages, SubsetOf, UnreadableImage
 from samplers import EvalSampler, TrainSampler
+from tasks.classify import Classification
 from utils import Processes, UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -45,7 +46,7 @@ def folder(tmp_path):
 
 def build(args, split, processes=ALONE):
     """One split as a run has it when training begins."""
-    dataset, _ = build_split(args, split, processes)
+    dataset = Classification.data(args, split, processes)
     if args.cache_images:
         cache_splits([dataset], processes)
     return dataset
@@ -63,7 +64,7 @@ def batches(args, processes=ALONE, split="train", num_workers=0):
 
 def equal(ours, theirs):
     return len(ours) == len(theirs) and all(
-        torch.equal(a, b) for pair in zip(ours, theirs, strict=True) for a, b in zip(*pair, strict=True)
+        torch.equal(one[name], other[name]) for one, other in zip(ours, theirs, strict=True) for name in one
     )
 
 
@@ -115,14 +116,14 @@ def test_sets_that_are_in_memory_stay_as_they_are(folder):
 def test_building_a_split_decodes_nothing(folder):
     """So that a command line that is refused costs no decoding."""
     (folder / "train" / "bee" / "1.jpg").write_bytes(b"")
-    dataset, _ = build_split(run_args(folder, cache_images=True), "train", ALONE)
+    dataset = Classification.data(run_args(folder, cache_images=True), "train", ALONE)
     assert not isinstance(dataset.base, CachedImages)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_loader_that_was_built_before_takes_the_cached_images(folder, num_workers):
     expected = batches(run_args(folder), split="val")
-    dataset, _ = build_split(run_args(folder), "val", ALONE)
+    dataset = Classification.data(run_args(folder), "val", ALONE)
     loader = build_loader(dataset, EvalSampler(len(dataset), 0, 1), 2, num_workers)
     cache_splits([dataset], ALONE)
     for path in (folder / "val").glob("*/*"):
@@ -146,7 +147,7 @@ def test_an_unreadable_image_is_replaced_and_counted_as_without_the_cache(folder
     expected = batches(args, split="val")
     ours = batches(run_args(folder, skip_unreadable=True, cache_images=True), ALONE, "val", num_workers=2)
     assert equal(ours, expected)
-    assert torch.cat([batch[2] for batch in ours]).tolist() == [0, 0, 0, 1, 0, 0]
+    assert torch.cat([batch["replaced"] for batch in ours]).tolist() == [0, 0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.7])
@@ -176,7 +177,7 @@ def as_rank(rank, world_size, port, folder, results):
     inodes = memory_files()
     in_worker = next(iter(DataLoader(InodesOfWorker(), batch_size=None, num_workers=1)))
     own = batches(run_args(folder, cache_images=True), processes, num_workers=1)
-    results.put((rank, inodes, in_worker, [[tensor.numpy() for tensor in batch] for batch in own]))
+    results.put((rank, inodes, in_worker, [{name: tensor.numpy() for name, tensor in batch.items()} for batch in own]))
     dist.barrier()
     del dataset
     dist.destroy_process_group()
@@ -210,9 +211,8 @@ def test_ranks_and_workers_share_one_copy(folder):
     assert first == second == first_worker == second_worker
     for rank, *_, own in reports:
         processes = Processes(rank, 2, torch.device("cpu"))
-        assert equal(
-            [[torch.from_numpy(array) for array in batch] for batch in own], batches(run_args(folder), processes)
-        )
+        own = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in own]
+        assert equal(own, batches(run_args(folder), processes))
 
 
 def test_the_memory_is_shared_with_processes_that_were_not_forked(folder):
@@ -288,7 +288,7 @@ def test_more_images_than_memory_are_refused_with_both_numbers(folder, monkeypat
 
 
 def test_both_splits_must_fit_before_any_image_is_decoded(folder, monkeypatch):
-    splits = [build_split(run_args(folder), split, ALONE)[0] for split in ("train", "val")]
+    splits = [Classification.data(run_args(folder), split, ALONE) for split in ("train", "val")]
     bases = [split.base for split in splits]
     needed = [24 * 6 + sum(3 * width * height for width, height in map(base.size, range(6))) for base in bases]
     monkeypatch.setattr(cache, "available_memory", lambda: int(sum(needed) / 0.9) - 1)

@@ -1,6 +1,5 @@
 """Training and evaluation as a user meets them: pre-flight errors, options, evaluation, fine-tuning, schedules."""
 
-import argparse
 import io
 import json
 import math
@@ -16,12 +15,11 @@ from PIL import Image
 
 import build
 import checkpoints
-import datasets
 import engine
 import main
-import records
 import utils
 from arguments import parse_arguments
+from tasks.classify import Classification
 
 ROOT = Path(__file__).parents[1]
 ONE_EPOCH = ("--epochs", "1", "--warmup-epochs", "0")
@@ -143,9 +141,6 @@ def test_unreadable_images_are_replaced_and_counted_on_request(data, tmp_path):
         "--opt sgd --weight-decay 1e-4 --clip-grad 1.0",
         "--opt adam --opt-eps 1e-6 --opt-betas 0.8 0.9",
         "--opt lamb",
-        "--sched tanh --sched-on-updates",
-        "--sched step --decay-epochs 1 --decay-rate 0.5",
-        "--sched poly --min-lr 1e-6",
         "--sched constant --warmup-lr 1e-5",
         "--aa none --color-jitter 0.3 --hflip 0 --reprob 0.5 --remode const --recount 2 --scale 0.5 1.0",
         "--aa augmix-m3-w2 --remode rand --input-size 40 --patch-size 4 --train-interpolation random",
@@ -207,7 +202,7 @@ def test_cached_images_train_the_same_weights_and_are_decoded_last(data, tmp_pat
 
 def test_digits_need_nothing_and_stay_in_the_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = "--model vit_tiny_sar --model-kwargs embed_dim=12 depth=1 num_heads=1 --epochs 1 --input-size 8"
+    small = "--model vit_tiny_sar --model-kwargs embed_dim=12 depth=1 num_heads=1 --epochs 1 --input-size 12"
     assert main.main(small.split()) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     (folder,) = (tmp_path / "output").iterdir()
@@ -228,12 +223,16 @@ def trained(data, tmp_path_factory):
     return output
 
 
+def described(record: dict, prefix: str) -> str:
+    return Classification.describe({name.removeprefix(prefix): value for name, value in record.items()})
+
+
 def test_eval_takes_model_and_sizes_from_the_checkpoint(data, trained, tmp_path, capsys):
     for key, prefix in (("model", "test_"), ("ema", "test_ema_")):
         words = ["--eval", "--resume", str(trained / "checkpoint.pth"), "--data-path", str(data)]
         assert main.main([*words, "--checkpoint-key", key, "--num-workers", "0"]) == 0
         line = capsys.readouterr().out.splitlines()[-1]
-        assert line == records.describe(last_record(trained), prefix)
+        assert line == described(last_record(trained), prefix)
 
 
 def test_eval_needs_something_to_evaluate(data, tmp_path, capsys):
@@ -287,18 +286,18 @@ def test_a_finetuned_checkpoint_needs_its_pretraining_no_more(trained, data, tmp
     assert train(data, tmp_path / "out", *options) == 0
     pretrained.unlink()
     assert main.main(["--eval", "--resume", str(tmp_path / "out/best.pth"), "--num-workers", "0"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == records.describe(last_record(tmp_path / "out"), "test_")
+    assert capsys.readouterr().out.splitlines()[-1] == described(last_record(tmp_path / "out"), "test_")
 
 
 def test_finetuning_is_in_training_mode(trained, data, tmp_path, monkeypatch):
     """Unlike the released code's: dropout and drop-path work."""
-    modes, original = set(), engine.loss_terms
+    modes, original = set(), Classification.losses
 
-    def loss_terms(run, outputs, targets):
-        modes.update(module.training for module in run.network.modules())
-        return original(run, outputs, targets)
+    def losses(self, outputs, batch):
+        modes.update(module.training for module in self.modules())
+        return original(self, outputs, batch)
 
-    monkeypatch.setattr(engine, "loss_terms", loss_terms)
+    monkeypatch.setattr(Classification, "losses", losses)
     assert train(data, tmp_path, "--finetune", str(trained / "best.pth"), "--epochs", "2") == 0
     assert modes == {True}
 
@@ -387,12 +386,6 @@ def test_attention_is_drawn_every_few_epochs_and_changes_no_weight(data, tmp_pat
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_attention_is_drawn_by_one_process():
-    other = records.Records.__new__(records.Records)
-    other.run = argparse.Namespace(processes=utils.Processes(1, 2, torch.device("cpu")), model=None)
-    assert other.attention(None) is None, "nothing is computed or drawn on rank 1"
-
-
 def test_resume_of_foreign_weights_points_to_finetune(trained, data, tmp_path, capsys):
     weights = torch.load(trained / "best.pth", weights_only=True)["model"]
     torch.save({"model": weights}, tmp_path / "deit.pth")
@@ -409,15 +402,6 @@ def test_a_truncated_own_checkpoint_is_refused_by_name(data, tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------- the maths
 
 
-def make_run(words: str):
-    """A run put together but not begun, on scanned digits."""
-    args = parse_arguments(words.split())
-    processes = utils.Processes(0, 1, torch.device("cpu"))
-    train_set, _ = datasets.build_split(args, "train", processes)
-    plan = build.build_plan(args, processes, train_set)
-    return build.build_run(args, plan, processes, utils.StopSignal(processes), train_set)
-
-
 DIGITS = (
     "--data-set digits --model vit_tiny_sar --input-size 8 --patch-size 2 "
     "--model-kwargs embed_dim=24 depth=2 num_heads=3 "
@@ -425,8 +409,9 @@ DIGITS = (
 
 
 def test_lr_is_scaled_by_the_total_batch():
-    plan = make_run(DIGITS + "--lr 5e-4 --batch-size 64 --total-batch 256").plan
-    assert (plan.lr, plan.accumulation, plan.updates_per_epoch) == (2.5e-4, 4, 5)
+    run = runs.build(DIGITS + "--lr 5e-4 --batch-size 64 --total-batch 256")
+    assert run.task.learning_rate.peak == 2.5e-4
+    assert (run.plan.accumulation, run.plan.updates_per_epoch) == (4, 5)
 
 
 @pytest.mark.parametrize("per_update", [False, True], ids=["each epoch", "each update"])
@@ -436,13 +421,13 @@ def test_schedules_at_their_corners(per_update):
     words += " --sar-weight 0.01 --sar-schedule warmup-cosine" + (
         " --sched-on-updates" if per_update else " --no-sched-on-updates"
     )
-    run = make_run(DIGITS + words)
+    run = runs.build(DIGITS + words)
     updates = run.plan.updates_per_epoch
     assert updates == 11
 
     def at(epoch, step):
         run.epoch, run.step = epoch, step
-        schedule = run.set_schedules()
+        schedule = engine.set_schedule(run)
         assert schedule["lr"] == run.optimizer.param_groups[0]["lr"]
         return schedule["lr"], schedule["sar_weight"]
 
@@ -477,10 +462,10 @@ def test_accumulation_is_the_same_mathematics(tmp_path):
     )
     weights = []
     for batch_size in (64, 32):
-        run = make_run(words + str(batch_size))
+        run = runs.build(words + str(batch_size))
         run.stop.received = None
         engine.train_one_epoch(run)
-        weights.append(torch.cat([p.flatten() for p in run.model.parameters()]))
+        weights.append(torch.cat([p.flatten() for p in run.task.model.parameters()]))
     assert torch.allclose(*weights, atol=1e-5)
     assert run.step == run.plan.updates_per_epoch
 
@@ -508,10 +493,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(bad_step, dat
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """The loss of the last step may still be finite when its update is not."""
-    run = make_run(DIGITS + f"--output-dir {tmp_path}")
+    run = runs.build(DIGITS + f"--output-dir {tmp_path}")
     checkpoints.save(run, "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    run.model.head.weight.data[0, 0] = math.nan
+    run.task.model.head.weight.data[0, 0] = math.nan
     with pytest.raises(engine.NonFiniteLoss, match="weights are not finite"):
         checkpoints.save(run, "checkpoint.pth")
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
@@ -519,7 +504,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_processes_that_would_begin_at_different_places_are_refused(tmp_path, monkeypatch):
     """As with an output folder that each node has for itself."""
-    run = make_run(DIGITS + f"--output-dir {tmp_path}")
+    run = runs.build(DIGITS + f"--output-dir {tmp_path}")
     monkeypatch.setattr(utils.Processes, "gather", lambda self, place: torch.stack([place, place + 1]))
     with pytest.raises(utils.UserError, match="name a shared folder"):
         checkpoints.start_or_resume(run)

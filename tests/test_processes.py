@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import build
-import datasets
 import main
 import utils
 from arguments import parse_arguments
 from samplers import EvalSampler
+from tasks.classify import Accuracy, Classification
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,6 @@ def assert_alike(one: dict, two: dict) -> None:
         assert line_two["test_spatial_entropy"] == pytest.approx(line_one["test_spatial_entropy"], abs=1e-3)
     for part in ("model", "localiser"):
         weights, others = (content["checkpoint.pth"][part] for content in (one, two))
-        weights, others = (values["model"] if part == "localiser" else values for values in (weights, others))
         moved = {name: (others[name] - weight).abs().max().item() for name, weight in weights.items()}
         print(f"{part}: largest difference {max(moved.values()):.1e}")  # shown by pytest -s
         assert max(moved.values()) < 3e-5, moved  # with the wrong pairs of patches: 2e-4
@@ -124,11 +123,14 @@ def evaluate_uneven(rank: int, world_size: int, port: int, results) -> None:
     images, targets = torch.randn(7, 1, 2, 2), torch.arange(7) % 3
     network = DistributedDataParallel(model) if world_size > 1 else model
     network(images[rank::2]).sum().backward()
-    dataset = [(image, target, 0) for image, target in zip(images, targets, strict=True)]
+    dataset = [
+        {"images": image, "targets": target, "replaced": 0} for image, target in zip(images, targets, strict=True)
+    ]
     sampler = [draw.index for draw in EvalSampler(7, rank, world_size)]
     loader = torch.utils.data.DataLoader(dataset, sampler=sampler)
     plan = SimpleNamespace(amp_dtype=None)
-    run = SimpleNamespace(model=model, ema=None, plan=plan, processes=processes, epoch=0)
+    task = SimpleNamespace(evaluated=lambda: {"test": model}, evaluator=Accuracy)
+    run = SimpleNamespace(task=task, plan=plan, processes=processes, epoch=0)
     run.stop = utils.StopSignal(processes)
     for _ in range(3):  # a rank that asked less often than the other would be waited for in the next passes
         means = main.evaluate_run(run, loader)
@@ -170,9 +172,9 @@ def test_gradients_are_exchanged_without_extra_work(total_batch, more, static):
     two = utils.Processes(0, 2, torch.device("cpu"))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        train_set, _ = datasets.build_split(args, "train", utils.Processes(0, 1, torch.device("cpu")))
+        train_set = Classification.data(args, "train", utils.Processes(0, 1, torch.device("cpu")))
         plan = build.build_plan(args, two, train_set)
-        network = build.wrap(args, plan, two, build.build_trainee(args, 10, two.device))
+        network = build.wrap(Classification(args, train_set, two.device), plan, two, args.compile)
         assert network.gradient_as_bucket_view
         assert not network.find_unused_parameters
         assert network.static_graph == static

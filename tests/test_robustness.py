@@ -17,12 +17,11 @@ from timm.data import ImageNetInfo
 import models_sar  # noqa: F401 - registers the models
 from analysis import robustness
 from analysis.attention import measure_maps, similarity_maps
-from analysis.images import centre_crop
 from analysis.models import load_model
 from analysis.robustness import CORRUPTIONS, COUNTED, IMAGES, SEVERITIES, classes_of
 from arguments import parse_arguments
-from build import build_model
-from datasets import build_transform
+from datasets import eval_transform
+from tasks.settings import build_task_model
 
 SIDE = 8
 SMALL = (
@@ -34,7 +33,7 @@ SMALL = (
 def write_checkpoint(path: Path, classes: list[str], seed: int = 0, more: str = "") -> Path:
     """A small model of these classes, not trained, as main.py saves one."""
     args = parse_arguments([*SMALL, "--seed", str(seed), *more.split()])
-    model = build_model(args, len(classes), torch.device("cpu"))
+    model = build_task_model(args, len(classes), torch.device("cpu"))
     with torch.no_grad():
         model.head.weight.normal_(std=1.0)  # the initial one is so small that all logits are alike
     torch.save({"model": model.state_dict(), "args": vars(args), "data": {"classes": classes}}, path)
@@ -176,20 +175,20 @@ def test_imagenet_a_is_measured_over_its_classes_alone(tmp_path):
     assert run("imagenet-a", checkpoint, tmp_path / "a", tmp_path / "out", "--batch-size", "7") == 0
     (measured,) = results(tmp_path / "out")["records"]
     columns = [classes.index(name) for name in names]
-    among = slowly(checkpoint, tmp_path / "a", centre_crop(SIDE), columns, names)
+    among = slowly(checkpoint, tmp_path / "a", eval_transform(SIDE), columns, names)
     assert measured["error"] == pytest.approx(among)
-    assert among < slowly(checkpoint, tmp_path / "a", centre_crop(SIDE), list(range(40)), classes), "or nothing is told"
+    over_all = slowly(checkpoint, tmp_path / "a", eval_transform(SIDE), list(range(40)), classes)
+    assert among < over_all, "or nothing is told"
     assert (measured["classes"], measured["missing_classes"]) == (len(names), 200 - len(names))
 
 
 def test_imagenet_c_is_measured_over_all_classes_and_not_resized(checkpoint, corrupted, tmp_path):
     assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
-    args = parse_arguments([*SMALL, "--crop-pct", "1.0"])
     classes = [str(digit) for digit in range(10)]
     for measured in results(tmp_path / "out")["records"]:
         folder = corrupted / measured["corruption"] / str(measured["severity"])
         assert measured["error"] == pytest.approx(
-            slowly(checkpoint, folder, build_transform(False, args), list(range(10)), classes)
+            slowly(checkpoint, folder, eval_transform(8, 1.0), list(range(10)), classes)
         )
 
 
@@ -204,7 +203,7 @@ def test_a_head_of_another_program_has_the_wnids_in_order(tmp_path):
     write_images(tmp_path / "c/snow/1", wnids[500:503])
     image = Image.open(tmp_path / "c/snow/1" / wnids[501] / "0.png").convert("RGB")
     with torch.no_grad():  # it takes the first image of class 501 for what it is
-        features = model.forward_head(model.eval().forward_features(centre_crop(8)(image)[None]), pre_logits=True)
+        features = model.forward_head(model.eval().forward_features(eval_transform(8)(image)[None]), pre_logits=True)
         model.head.weight[501] = 100 * features[0]
     torch.save({"model": model.state_dict()}, tmp_path / "other.pth")
     assert run("imagenet-c", tmp_path / "other.pth", tmp_path / "c", tmp_path / "out", "--num-heads", "3") == 0
@@ -217,7 +216,7 @@ def test_how_blob_like_the_maps_are(checkpoint, corrupted, tmp_path):
     model = load_model(checkpoint).model
     for measured in results(tmp_path / "out")["records"]:
         files = (corrupted / measured["corruption"] / str(measured["severity"])).glob("*/*.png")
-        transform = build_transform(False, parse_arguments([*SMALL, "--crop-pct", "1.0"]))
+        transform = eval_transform(8, 1.0)
         maps = [
             measure_maps(similarity_maps(model, transform(Image.open(path).convert("RGB"))[None])) for path in files
         ]

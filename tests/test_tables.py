@@ -26,6 +26,7 @@ import engine
 import main
 from arguments import parse_arguments
 from launch import runs as launch_runs
+from launch import slurm as launch_slurm
 from paper import plan, toy_data
 from paper import report as paper_report
 from paper import run as paper_run
@@ -895,7 +896,7 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{fake.folder}:/usr/bin:/bin")
     code = {"commit": "c0ffee", "uncommitted_changes": False}
-    monkeypatch.setattr(launch_runs, "environment", lambda: code)
+    monkeypatch.setattr(launch_slurm, "environment", lambda: code)
     return fake
 
 

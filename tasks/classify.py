@@ -1,0 +1,199 @@
+"""Image classification: Mixup and CutMix, cross-entropy, averaged weights; accuracy and the state of the maps."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from cli import at_least
+from datasets import AugmentedDataset, build_split, eval_transform, train_transform
+from losses import spatial_entropy
+from tasks import Evaluator, Task
+from tasks.settings import build_task_model, split_settings
+from utils import Processes, UserError
+
+
+class Classification(Task):
+    """``--task classify``: DeiT's training (Table 1 to 10 of the paper).
+
+    Args:
+        args: the command line's.
+        dataset: the training or validation images; has ``classes``.
+        device: of the model.
+    """
+
+    metric = "acc1"
+    main_loss = "cross-entropy"
+
+    def __init__(self, args: argparse.Namespace, dataset: AugmentedDataset, device: torch.device):
+        num_classes = len(dataset.classes)
+        super().__init__(args, build_task_model(args, num_classes, device), device)
+        self.views, self.reported = 3 if args.repeated_aug else 1, args.report
+        self.mixup = build_mixup(args, num_classes)
+        # Mixup's soft targets are smoothed already
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
+        self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay) if args.model_ema else None
+        self.averaged = None if self.ema is None else self.ema.module.requires_grad_(False)
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        fraction, size = at_least(float, 0, 1), at_least(float, 0)
+        add = parser.add_argument_group("averaged weights").add_argument
+        add("--model-ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights")
+        add("--model-ema-decay", type=fraction, default=0.99996, help="decay of the average at each update")
+        add("--report", choices=cls.weight_names, default="model", help="whose accuracy picks best.pth")
+        add = parser.add_argument_group("augmentation").add_argument
+        add(
+            "--repeated-aug",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="three views of a third of the images in each epoch",
+        )
+        add("--color-jitter", type=size, default=0.4, help="only where --aa is none, as in timm")
+        add(
+            "--aa",
+            default="rand-m9-mstd0.5-inc1",
+            metavar="POLICY",
+            help="timm's name of an augmentation policy, or none",
+        )
+        add(
+            "--train-interpolation",
+            choices=("bicubic", "bilinear", "random"),
+            default="bicubic",
+            help="of the crop",
+        )
+        add("--scale", type=fraction, nargs=2, default=[0.08, 1.0], help="area of the random crop")
+        add("--hflip", type=fraction, default=0.5, help="probability of a mirror image")
+        add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
+        add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what erased parts become")
+        add("--recount", type=at_least(int, 1), default=1, help="erased parts of an image")
+        add("--smoothing", type=fraction, default=0.1, help="label smoothing")
+        add("--mixup", type=size, default=0.8, help="alpha of Mixup; 0 turns it off")
+        add("--cutmix", type=size, default=1.0, help="alpha of CutMix; 0 turns it off")
+        add("--mixup-prob", type=fraction, default=1.0, help="of mixing at all")
+        add("--mixup-switch-prob", type=fraction, default=0.5, help="of CutMix where both are on")
+        add(
+            "--mixup-mode",
+            choices=("batch", "pair", "elem"),
+            default="batch",
+            help="what shares a draw; all but batch make a GPU wait",
+        )
+
+    @classmethod
+    def check(cls, args: argparse.Namespace) -> None:
+        if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
+            raise UserError(
+                f"--batch-size {args.batch_size} is odd and Mixup pairs images; "
+                "use an even one, or --mixup 0 --cutmix 0"
+            )
+        if args.report == "ema" and not args.model_ema:
+            raise UserError("--report ema needs --model-ema")
+
+    @classmethod
+    def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:
+        if split == "val":
+            transform = eval_transform(args.input_size, args.crop_pct)
+        else:
+            transform = train_transform(
+                args.input_size,
+                scale=args.scale,
+                hflip=args.hflip,
+                color_jitter=args.color_jitter,
+                aa=args.aa,
+                interpolation=args.train_interpolation,
+                reprob=args.reprob,
+                remode=args.remode,
+                recount=args.recount,
+            )
+        return build_split(split_settings(args), split, transform, processes)
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.mixup is None:
+            return batch
+        images, targets = self.mixup(batch["images"], batch["targets"])
+        return batch | {"images": images, "targets": targets}
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.run_model(batch["images"], batch.get("pairs"))
+
+    def losses(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"cross_entropy": self.criterion(outputs["logits"], batch["targets"])}
+
+    def end_update(self, schedule: Mapping[str, float]) -> None:
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def evaluator(self) -> "Accuracy":
+        return Accuracy()
+
+    @classmethod
+    def describe(cls, results: Mapping[str, float]) -> str:
+        return (
+            f"* Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.4f} "
+            f"spatial entropy {results['spatial_entropy']:.3f} components {results['components']:.2f} "
+            f"({results['images']} images)"
+        )
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """timm's Mixup and CutMix as the arguments say, or None where both are off."""
+    if not (args.mixup or args.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+class Accuracy(Evaluator):
+    """Accuracy, cross-entropy and the state of the similarity maps, each image counted once.
+
+    Batches hold ``images (B, 3, h, w)``, ``targets (B,)`` and ``replaced (B,)``; an image that could not be read is
+    left out and counted. Results: ``acc1`` and ``acc5`` (percent), ``loss``, ``spatial_entropy`` (nats, Eq. 7) and
+    ``components`` (a map) as means over the images (and heads), ``images`` and ``unreadable`` as counts.
+    """
+
+    MEANS = ("loss", "acc1", "acc5", "spatial_entropy", "components")
+
+    def __init__(self):
+        self.sums: list[Tensor] = []
+
+    def update(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        logits, similarity = model(batch["images"], return_similarity=True)
+        self.sums.append(batch_sums(logits.float(), batch["targets"], similarity, batch["replaced"]))
+
+    def compute(self, processes: Processes) -> dict[str, Any]:
+        nothing = torch.zeros(len(self.MEANS) + 2, device=processes.device)
+        totals = processes.gather(torch.stack([nothing, *self.sums]).double().sum(dim=0)).sum(dim=0).tolist()
+        count = max(totals[0], 1.0)
+        means = {name: total / count for name, total in zip(self.MEANS, totals[1:-1], strict=True)}
+        for name in ("acc1", "acc5"):
+            means[name] *= 100
+        return means | {"images": int(totals[0]), "unreadable": int(totals[-1])}
+
+
+def batch_sums(logits: Tensor, targets: Tensor, similarity: Tensor, replaced: Tensor) -> Tensor:
+    """Sums over the readable images of a batch: their number, `Accuracy.MEANS`; then the number of the others."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    entropy, components = spatial_entropy(similarity)
+    columns = torch.stack(
+        [
+            torch.ones_like(targets, dtype=torch.float32),
+            nn.functional.cross_entropy(logits, targets, reduction="none"),
+            ranked[:, 0].float(),
+            ranked.any(dim=1).float(),
+            entropy.float().mean(dim=1),
+            components.float().mean(dim=1),
+        ]
+    )
+    readable = replaced == 0
+    return torch.cat([columns.where(readable, 0).sum(dim=1), (~readable).sum()[None]])

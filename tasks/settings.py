@@ -1,0 +1,58 @@
+"""Where the command line ends: from its arguments to the settings of models and data sets, for every task."""
+
+import argparse
+
+import torch
+from torch import nn
+
+from datasets import SplitSettings
+from losses import max_components
+from models import ModelSettings, build_model
+from utils import UserError
+
+
+def model_settings(args: argparse.Namespace, num_classes: int) -> ModelSettings:
+    """The arguments that describe the model."""
+    return ModelSettings(
+        name=args.model,
+        num_classes=num_classes,
+        input_size=args.input_size,
+        patch_size=args.patch_size,
+        last_block=args.last_block,
+        similarity=args.sar_similarity,
+        similarity_query=args.sar_query,
+        drop=args.drop,
+        drop_path=args.drop_path,
+        sizes=args.model_kwargs,
+    )
+
+
+def split_settings(args: argparse.Namespace) -> SplitSettings:
+    """The arguments that describe the data set."""
+    return SplitSettings(
+        name=args.data_set,
+        path=args.data_path,
+        seed=args.seed,
+        skip_unreadable=args.skip_unreadable,
+        download=args.download,
+        sampling_ratio=args.sampling_ratio,
+        sampling_seed=args.sampling_seed,
+    )
+
+
+def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
+    """The model that the arguments describe, on ``device``.
+
+    Raises:
+        UserError: see `models.build_model`; or maps whose entropy is always 0, though it is to be minimised.
+    """
+    settings = model_settings(args, num_classes)
+    model, grid = build_model(settings, device, args.seed)
+    if args.sar_weight > 0 and max_components(*grid) == 1:
+        raise UserError(
+            f"{settings}: S has {grid[0]} x {grid[1]} patches, so its entropy is always 0; give a larger --input-size, "
+            "a smaller --patch-size, or --sar-weight 0"
+        )
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
