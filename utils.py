@@ -1,7 +1,9 @@
 """What every process of a run needs: errors for users, the processes, seeds, signals, safe files, the log."""
 
 import contextlib
+import csv
 import gc
+import io
 import json
 import logging
 import os
@@ -298,6 +300,15 @@ def write_json(path: Path, content) -> None:
     """Write ``content`` as readable JSON, atomically."""
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows of equal keys, a line each below a line of the keys, atomically; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def prepare_output_dir(path: Path, option: str = "--output-dir") -> None:

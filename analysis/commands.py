@@ -12,8 +12,7 @@ from analysis.models import TrainedModel, load_model, short_names
 from arguments import default_workers
 from cli import at_least
 from datasets import build_loader
-from paper.report import as_csv
-from utils import UserError, environment, prepare_output_dir, write_atomically, write_json
+from utils import UserError, environment, prepare_output_dir, write_csv, write_json
 from weights import num_heads_of, read_checkpoint
 
 
@@ -84,5 +83,5 @@ def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.devic
 def write_results(folder: Path, tables: dict[str, list[dict]], figures: dict) -> None:
     """Each table as a CSV file, and the figures, with what they depend on, as results.json."""
     for name, rows in tables.items():
-        write_atomically(folder / name, lambda file, rows=rows: file.write(as_csv(rows).encode()))
+        write_csv(folder / name, rows)
     write_json(folder / "results.json", figures | {"environment": environment()})

@@ -250,7 +250,7 @@ def test_what_is_left(checkpoint, corrupted, tmp_path, capsys):
     assert found["environment"]["torch"] == torch.__version__
 
 
-def test_whole_sets_have_their_names_and_stand_beside_the_papers(checkpoint, tmp_path, monkeypatch, capsys):
+def test_whole_sets_have_their_names(checkpoint, tmp_path, monkeypatch, capsys):
     """Sets of three classes, as if they had no more."""
     names = ["1", "4", "8"]
     monkeypatch.setattr(robustness, "classes_of", lambda data_set: names)
@@ -259,7 +259,6 @@ def test_whole_sets_have_their_names_and_stand_beside_the_papers(checkpoint, tmp
     assert run("imagenet-a", checkpoint, tmp_path / "a", tmp_path / "out_a") == 0
     found = results(tmp_path / "out_a")
     assert f"top-1 accuracy over 200 classes {found['imagenet_a_accuracy']:.2f} %." in capsys.readouterr().out
-    assert "ViT-S/16 19.2, with SAR 22.39" in (tmp_path / "out_a/results.md").read_text()
     write_images(tmp_path / "first", names, per_class=1)
     for name in COUNTED:
         for severity in SEVERITIES:
@@ -269,7 +268,7 @@ def test_whole_sets_have_their_names_and_stand_beside_the_papers(checkpoint, tmp
     inverse = np.mean([1 / CORRUPTIONS[name]["alexnet_error"] for name in COUNTED])
     assert found["mce"] == pytest.approx(found["records"][0]["error"] * inverse), "all corruptions are the same images"
     assert found["gaps"] == []
-    assert f"mCE, lower is better, {found['mce']:.2f} %. The paper (Table 8): ViT-S/16 52.8, with SAR 51.6." in text
+    assert f"\nmCE, lower is better, {found['mce']:.2f} %.\n" in text
 
 
 def test_grouped_corruptions_are_the_same(checkpoint, corrupted, tmp_path):
