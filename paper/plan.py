@@ -4,8 +4,6 @@ import argparse
 import itertools
 import json
 import os
-import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +11,9 @@ from arguments import parse_arguments
 from cli import expand_arguments
 from datasets import DATASETS
 from launch.runs import Point
-from launch.slurm import Cluster
 from models import MODELS
+from paper.options import Settings
+from paper.tables import RUNS, WEIGHTS, Row, rows_of
 from utils import UserError
 
 # What a run costs at the paper's hardware is an estimate: DeiT's paper has (from memory) 53 hours for ViT-B, 300
@@ -25,44 +24,8 @@ VIT_BASE_IMAGES_AN_HOUR = 300 * 1_281_167 / 53
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a script: the row's id in the table, its run's key, and the words after main.py.
-
-    Or, where the first of them is a module, ``analysis.<name>``, the words of a command that measures finished runs.
-    """
-
-    name: str
-    run: str
-    words: list[str]
-
-    @property
-    def measures(self) -> bool:
-        return bool(self.words) and self.words[0].startswith("analysis.")
-
-    def needs(self) -> list[str]:
-        """The runs whose files its words name."""
-        return [word.removeprefix("run:").rpartition("/")[0] for word in self.words if word.startswith("run:")]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the environment says; see ``paper.run``."""
-
-    data: Path
-    out: Path
-    seeds: list[int]
-    rows: list[str]
-    launch: list[str]
-    cluster: Cluster | None
-    overrides: list[str]
-    overrides_path: str
-    dry_run: bool
-    smoke: bool
-
-
-@dataclass(frozen=True)
 class Job(Point):
-    """One seed of a row; ``protocol`` is what its words come to without OVERRIDES."""
+    """One seed of a row; ``protocol`` is what its words come to without --overrides and --smoke."""
 
     row: Row
     seed: int
@@ -133,34 +96,38 @@ def saved(path: Path) -> dict | None:
         return None
 
 
-def read_rows(text: str) -> list[Row]:
-    """One row a line; ``#`` starts a comment.
+def choose(settings: Settings) -> list[Row]:
+    """The rows that are asked for, after the runs that they need.
 
     Raises:
-        UserError: a line that is no row.
+        UserError: the table has no such row.
     """
-    rows = []
-    for line in text.splitlines():
-        try:
-            name, run, *words = [*shlex.split(line, comments=True), "", ""]
-        except ValueError as error:
-            raise UserError(f"{line!r}: {error}") from None
-        if name and not (re.fullmatch(r"[\w.-]+", name) and re.fullmatch(r"[\w.-]+/[\w.-]+", run)):
-            raise UserError(f"{line!r} is no row; expected its id, its run (protocol/name), arguments of main.py")
-        if name:
-            rows.append(Row(name, run, words[:-2]))
-    return rows
-
-
-def choose(rows: list[Row], wanted: list[str]) -> list[Row]:
-    """The rows ``wanted`` (all of the table if empty), after those that they need."""
-    known = [row.name for row in rows if row.name != "-"]
-    unknown = [name for name in wanted if name not in known]
+    rows = rows_of(settings.table)
+    known = [row.name for row in rows]
+    unknown = [name for name in settings.rows if name not in known]
     if unknown:
-        raise UserError(f"ROWS: no row {', '.join(unknown)}; this table has {' '.join(known)}")
-    names = set(wanted or known)
-    needed = {run for row in rows if row.name in names for run in row.needs()}
-    return [row for row in rows if row.name in names or (row.name == "-" and row.run in needed)]
+        raise UserError(f"--rows: no row {', '.join(unknown)}; this table has {' '.join(known)}")
+    chosen = [with_weights(row, settings) for row in rows if row.name in (settings.rows or known)]
+    needed = dict.fromkeys(run for row in chosen for run in row.needs())
+    return [*(Row("-", run, RUNS[run]) for run in needed), *chosen]
+
+
+def with_weights(row: Row, settings: Settings) -> Row:
+    """The row with a path for ``weights:<name>``, and behind its words what is said of all that is measured.
+
+    What goes on from given weights is another run than what goes on from those of our runs.
+    """
+    words, given = [], ""
+    for word in row.words:
+        kind, _, name = word.partition(":")
+        if kind != "weights":
+            words.append(word)
+        elif name in settings.weights:
+            words, given = words + settings.weights[name], "_given"
+        else:
+            words.append(WEIGHTS[name])
+    protocol, _, name = row.run.partition("/")
+    return Row(row.name, f"{protocol}{given}/{name}", words + settings.measuring * row.measures)
 
 
 def plan_measurements(settings: Settings, rows: list[Row]) -> list[Measurement]:
@@ -186,12 +153,12 @@ def plan(settings: Settings, rows: list[Row]) -> list[Job]:
             folder = settings.out / "runs" / row.run / f"seed{seed}"
             words = [locate(word, settings, seed) for word in row.words]
             protocol = args = resolve(words, weights)
-            if settings.overrides:
-                words += smoke_of(args.model) if settings.smoke else settings.overrides
+            if more := smoke_of(args.model) if settings.smoke else settings.overrides:
+                words += more
                 try:
                     args = resolve(words, weights)
                 except UserError as error:
-                    raise UserError(f"OVERRIDES={settings.overrides_path}: {error}") from None
+                    raise UserError(f"--overrides {settings.overrides_path}: {error}") from None
             last = {"seed": seed, "output_dir": str(folder)}
             data_set = DATASETS[args.data_set]
             if data_set.layout and args.data_path is None:
@@ -205,13 +172,13 @@ def plan(settings: Settings, rows: list[Row]) -> list[Job]:
 
 
 def smoke_of(model: str) -> list[str]:
-    """SMOKE's options for a model: those of its family, if it has its own."""
+    """--smoke's arguments for a model: those of its family, if it has its own."""
     own = Path(f"recipes/smoke_{model.split('_')[0]}.args")
     return expand_arguments([f"@{own if own.exists() else 'recipes/smoke.args'}"])
 
 
 def locate(word: str, settings: Settings, seed: int) -> str:
-    """``run:<run>/<file>`` and ``data:<path below DATA>`` as paths; any other word as it is."""
+    """``run:<run>/<file>`` and ``data:<path below --data>`` as paths; any other word as it is."""
     kind, _, place = word.partition(":")
     if kind == "data":
         return str(settings.data / place)

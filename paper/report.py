@@ -1,15 +1,16 @@
 """A table of the paper beside one's own runs of it, read from their logs.
 
-    python -m paper.report OUT/table1b
-    python -m paper.report OUT/table1b --figure curves.png
+    python -m paper report OUT/table1b
+    python -m paper report OUT/table1b --figure curves.png
 
 OUT/table1b is what the table's script leaves: a folder a row, in it protocol.json (the arguments of the paper's
 protocol) and seed0, seed1, ... (output folders of main.py). The report is printed, and kept there as report.md
 and report.csv; fig3 also gets its picture, fig3.png.
 
 "Ours" is the accuracy of the weights that --report names: mean and sample deviation over the seeds, after the
-last evaluated epoch and at each seed's best one. A row is not comparable with the paper where an argument that
-changes the mathematics differs from the protocol, epochs are missing, or the data set has other numbers of images.
+last evaluated epoch and at each seed's best one. (Logs that name another metric give that one's values, under its
+name.) A row is not comparable with the paper where an argument that changes the mathematics differs from the
+protocol, the metric is another one, epochs are missing, or the data set has other numbers of images.
 
 In some rows (Table 8, Table 11) "ours" was measured of the weights after the last epoch: their seed0, seed1, ... are
 what analysis.robustness or analysis.jaccard left, and the runs that trained the weights lie in trained/<run>, as a row
@@ -17,12 +18,9 @@ of their own. Both must be the paper's for the row to be comparable.
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +30,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from arguments import NOT_MATHEMATICAL, build_parser
-from cli import Parser
+from cli import Parser, exit_code
 from datasets import DATASETS, canonical_name
-from utils import RunError, UserError, write_atomically
+from paper.tables import TABLES
+from utils import UserError, write_atomically, write_csv
 
-PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
-"""The paper's numbers: table -> title, source, metric, rows. A row's ``baseline`` is the row it is compared with,
-``quoted`` whose number it is where the authors ran nothing, ``printed_difference`` what the paper prints where that
-is not the difference of its values; ``metric`` and ``source`` of a row win over the table's. ``measured`` says of which
-results.json's ``value`` a row's numbers are, and what else must be in it ``as`` the paper has it; ``better`` is "lower"
-where less is better."""
+PAPER = {name: table for name, table in TABLES.items() if "metric" in table}
+"""The tables that have numbers to report; the head of ``tables.toml`` describes them."""
+
+ACCURACY = "acc1"
+"""What log.txt calls the metric of the paper's tables that are trained: top-1 accuracy (percent)."""
 
 # What may differ between a row's runs and the protocol, or among its seeds. (Which weights --finetune takes is the
 # table's own doing.)
@@ -54,10 +52,11 @@ REASONS = 5
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of log.txt; the accuracy (percent) is the reported weights', None where nothing was evaluated."""
+    """One line of log.txt; ``value`` of its metric is the reported weights', None where nothing was evaluated."""
 
     done: int
-    accuracy: float | None
+    metric: str
+    value: float | None
     test_images: int | None
     train_images: int | None
 
@@ -77,9 +76,9 @@ class TrainingRun:
     def epochs_planned(self) -> int:
         return self.arguments["epochs"] + self.arguments["cooldown_epochs"]
 
-    def accuracies(self) -> dict[int, float]:
-        """Accuracy by epochs done, where it was evaluated."""
-        return {epoch.done: epoch.accuracy for epoch in self.log if epoch.accuracy is not None}
+    def values(self) -> dict[int, float]:
+        """The metric's value by epochs done, where it was evaluated."""
+        return {epoch.done: epoch.value for epoch in self.log if epoch.value is not None}
 
 
 @dataclass(frozen=True)
@@ -95,17 +94,23 @@ class Row:
     results: list[dict] | None = None
 
     def last(self) -> list[float]:
-        """Each evaluated run's accuracy after its last evaluated epoch, or what was measured of it then."""
+        """Each evaluated run's value after its last evaluated epoch, or what was measured of it then."""
         if self.results is not None:
-            value = self.paper["measured"]["value"]
-            return [result[value] for result in self.results if value in result]
-        return [accuracies[max(accuracies)] for run in self.runs if (accuracies := run.accuracies())]
+            name = self.paper["measured"]
+            return [result[name] for result in self.results if name in result]
+        return [values[max(values)] for run in self.runs if (values := run.values())]
 
     def best(self) -> list[float]:
-        """Each evaluated run's best accuracy; none where something is measured of the last epoch."""
+        """Each evaluated run's best value; none where something is measured of the last epoch."""
         if self.results is not None:
             return []
-        return [max(accuracies.values()) for run in self.runs if (accuracies := run.accuracies())]
+        return [max(values.values()) for run in self.runs if (values := run.values())]
+
+    def other_metrics(self) -> list[str]:
+        """The metrics of its runs' logs that are not the paper's accuracy."""
+        if self.results is not None:
+            return []
+        return distinct(e.metric for run in self.runs for e in run.log if e.value is not None and e.metric != ACCURACY)
 
     def departures(self) -> dict[str, list]:
         """Arguments that are not the protocol's: name -> the runs' values, each once."""
@@ -226,10 +231,11 @@ def read_log(path: Path) -> list[Epoch]:
 def read_epoch(record: dict) -> Epoch:
     """A record of main.py's log; raises ValueError, KeyError or TypeError where it is none."""
     weights = {"model": "test", "ema": "test_ema"}[record["reported"]]
-    if f"{weights}_acc1" not in record:
-        return Epoch(int(record["epoch"]) + 1, None, None, None)
-    accuracy, test_images = float(record[f"{weights}_acc1"]), int(record[f"{weights}_images"])
-    return Epoch(int(record["epoch"]) + 1, accuracy, test_images, record.get("train_images"))
+    done, metric = int(record["epoch"]) + 1, record.get("metric", ACCURACY)  # older logs name none
+    if f"{weights}_{metric}" not in record:
+        return Epoch(done, metric, None, None, None)
+    value, test_images = float(record[f"{weights}_{metric}"]), int(record[f"{weights}_images"])
+    return Epoch(done, metric, value, test_images, record.get("train_images"))
 
 
 # --------------------------------------------------------------------------------------------- comparing
@@ -253,6 +259,7 @@ def summarise_row(name: str, row: Row, baseline: Row | None) -> dict:
         "row": name,
         "name": row.paper["name"],
         "metric": row.paper.get("metric"),
+        "ours_metric": ", ".join(row.other_metrics()) or None,
         "better": row.paper.get("better", "higher"),
         "paper": paper,
         "quoted": row.paper.get("quoted"),
@@ -299,13 +306,14 @@ def otherwise(row: Row) -> list[str]:
     ]
     if len(names) > REASONS:
         reasons.append(f"{len(names) - REASONS} more arguments")
-    return reasons + distinct(reason for run in row.runs for reason in other_counts(run))
+    metrics = [f"metric {name}, not {ACCURACY}" for name in row.other_metrics()]
+    return metrics + reasons + distinct(reason for run in row.runs for reason in other_counts(run))
 
 
 def other_counts(run: TrainingRun) -> list[str]:
     """Where the images of the last evaluated epoch are not as many as the data set is known to have."""
     known = DATASETS[canonical_name(run.arguments["data_set"])].images
-    evaluated = [epoch for epoch in run.log if epoch.accuracy is not None]
+    evaluated = [epoch for epoch in run.log if epoch.value is not None]
     if not known or not evaluated:
         return []
     counts = {"test": (evaluated[-1].test_images, known["val"])}
@@ -317,7 +325,7 @@ def other_counts(run: TrainingRun) -> list[str]:
 def measured_otherwise(row: Row) -> list[str]:
     """How the measurements were not the paper's, in words, beginning with what is no value of the table at all."""
     reasons = [result["instead"] for result in row.results or [] if "instead" in result]
-    for name, value in row.paper.get("measured", {}).get("as", {}).items():
+    for name, value in row.paper["conditions"].items():
         others = [found for found in distinct(result.get(name) for result in row.results or []) if found != value]
         if others:
             reasons.append(f"{words(name)} {' and '.join(map(readable, others))}, not {readable(value)}")
@@ -395,18 +403,9 @@ def report(folder: Path, figure: Path | None = None) -> str:
         except (OSError, ValueError) as error:  # no such folder; no such format
             raise UserError(f"--figure {figure}: {getattr(error, 'strerror', None) or error}") from None
         text += f"\n![accuracy against epochs]({os.path.relpath(figure, folder)})\n"
-    for name, content in (("report.md", text), ("report.csv", as_csv(summary))):
-        write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
+    write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
+    write_csv(folder / "report.csv", summary)
     return text
-
-
-def as_csv(summary: list[dict]) -> str:
-    """Full precision, one line a row; an empty field where there is nothing."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, summary[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(summary)
-    return text.getvalue()
 
 
 HEADER = {
@@ -425,7 +424,9 @@ def as_markdown(table: dict, summary: list[dict]) -> str:
     """The table, and below it what its numbers mean."""
     notes = distinct(note for place in (0, 1) for row in summary if (note := footnotes(row)[place]))
     without_best = all("measured" in row for row in table["rows"].values())
-    header = {name: title for name, title in HEADER.items() if not (name == "best" and without_best)}
+    metrics = ", ".join(distinct(row["ours_metric"] for row in summary if row["ours_metric"]))
+    header = HEADER | {name: f"{HEADER[name]} ({metrics})" for name in ("last", "best") if metrics}
+    header = {name: title for name, title in header.items() if not (name == "best" and without_best)}
     lines = [header.values(), ["---"] + ["---:"] * (len(header) - 2) + ["---"]]
     for row in summary:
         cells = markdown_cells(row, notes)
@@ -500,10 +501,10 @@ def draw(table: dict, rows: dict[str, Row]) -> Figure:
     figure = Figure(figsize=(10, 4.2 + 0.08 * len(rows)), layout="constrained")
     figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(otherwise, rows)) else ""))
     whole, end = figure.subplots(1, 2)
-    longest = max((max(run.accuracies(), default=0) for row in rows for run in row.runs), default=0)
+    longest = max((max(run.values(), default=0) for row in rows for run in row.runs), default=0)
     draw_curves(whole, rows, first=0)
     draw_curves(end, rows, first=longest // 2)
-    whole.set_ylabel(table["metric"])
+    whole.set_ylabel(", ".join(distinct(name for row in rows for name in row.other_metrics())) or table["metric"])
     if any(line.get_marker() == "*" for line in whole.lines):
         whole.plot([], [], "*", color="white", ms=11, mec="black", mew=0.6, label="the paper's last epoch")
     handles, labels = whole.get_legend_handles_labels()
@@ -534,30 +535,26 @@ def draw_curves(axis, rows: list[Row], first: int) -> None:
 
 
 def curve(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs done at which every evaluated run of the row was, and their accuracies ``(runs, epochs)``."""
-    runs = [accuracies for run in row.runs if (accuracies := run.accuracies())]
+    """Epochs done at which every evaluated run of the row was, and their values ``(runs, epochs)``."""
+    runs = [values for run in row.runs if (values := run.values())]
     epochs = sorted(set.intersection(*(set(run) for run in runs)))
     return np.array(epochs, dtype=int), np.array([[run[epoch] for epoch in epochs] for run in runs])
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Report on the folder that the command line names; returns the exit code (2: it cannot be used)."""
     parser = Parser(
-        prog="python -m paper.report",
+        prog="python -m paper report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="OUT/TABLE", help=f"OUT/ and one of {', '.join(PAPER)}")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against epochs of all rows here")
-    try:
+
+    def work() -> int:
         arguments = parser.parse_args(argv)
         print(report(arguments.folder, arguments.figure))
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+        return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return exit_code(work)

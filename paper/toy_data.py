@@ -1,16 +1,13 @@
-"""scikit-learn's scanned digits in the layouts of the sets that trained models are measured on; for SMOKE=1.
-
-    python -m paper.toy_data output/smoke/toy_data
+"""scikit-learn's scanned digits in the layouts of the sets that trained models are measured on; for --smoke.
 
     imagenet-a/<digit>/*                            as they are
-    imagenet-c/<corruption>/<severity>/<digit>/*    two corruptions at two severities, of SIDE px as SMOKE's models are
+    imagenet-c/<corruption>/<severity>/<digit>/*    two corruptions at two severities, of SIDE px as smoke's models
     VOCdevkit/VOC2012/                              with their ink as the masks of class 1, its rim void
     imagenet/val/<digit>/*                          as they are
 
 No number that is measured on them means anything.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +61,3 @@ def write_digit(root: Path, name: str, image: np.ndarray) -> None:
 def save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-
-
-if __name__ == "__main__":
-    write_toy_data(Path(sys.argv[1]))

@@ -1,19 +1,13 @@
 #!/usr/bin/env bash
 # Appendix B and section 4.3: other similarities and another loss in SAR's place (ImageNet-100, 100 epochs).
 #
-#   DATA=/data bash scripts/appendix_b_alternatives.sh
-#   DRY_RUN=1 bash scripts/appendix_b_alternatives.sh        # the commands and what they cost
+#   bash scripts/appendix_b_alternatives.sh --data /data
+#   bash scripts/appendix_b_alternatives.sh --dry-run        # the commands and what they cost
 #
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
 # Time: about 1.8 hours on it (our estimate; the paper names no hours).
-# Expected, top-1: 76.72 with the scaled dot product (Eq. 4), 76.25 with the cosine (Eq. 15). The paper has words for the
-#   others: total variation (Eq. 14) is far below; after the softmax, the maps collapse to one token and entropy 0.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
-set -euo pipefail
-exec bash "$(dirname "$0")/run_table.sh" appendix_b <<'ROWS'
-# row            run                                        arguments
-dot              in100_100/vit_small_sar                    @recipes/swin_in100_100.args --model vit_small_sar
-cosine           in100_100/vit_small_sar_cosine             @recipes/swin_in100_100.args --model vit_small_sar --sar-similarity cosine
-total_variation  in100_100/vit_small_sar_total_variation    @recipes/swin_in100_100.args --model vit_small_sar --sar-loss total-variation
-softmax          in100_100/vit_small_sar_softmax            @recipes/swin_in100_100.args --model vit_small_sar --sar-similarity softmax
-ROWS
+# Expected, top-1: 76.72 with the scaled dot product (Eq. 4), 76.25 with the cosine (Eq. 15). The paper has words
+#   for the others: total variation (Eq. 14) is far below; after the softmax, the maps collapse to one token
+#   and entropy 0.
+# Options: bash scripts/appendix_b_alternatives.sh --help.
+exec bash "$(dirname "$0")/run_table.sh" appendix_b "$@"

@@ -1,17 +1,12 @@
 #!/usr/bin/env bash
 # Fig. 3: accuracy against epochs on ImageNet-1K, without and with SAR. The runs are Table 4's; the report draws them.
 #
-#   DATA=/data bash scripts/fig3_epochs.sh
-#   DRY_RUN=1 bash scripts/fig3_epochs.sh        # the commands and what they cost
+#   bash scripts/fig3_epochs.sh --data /data
+#   bash scripts/fig3_epochs.sh --dry-run        # the commands and what they cost
 #
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
 # Time: about 28 hours on it (our estimate; the paper names no hours), nothing once Table 4 is done.
 # Expected, top-1: SAR at epoch 100 is where ViT-S/16 is at 150, has 79.9 at epoch 250 and 80.7 at 300; ViT-S/16 ends at
-#   79.8. The curves are OUT/fig3/fig3.png.
-# Settings (DATA, OUT, SEEDS, ROWS, LAUNCH, OVERRIDES, DRY_RUN, SMOKE): paper/run.py.
-set -euo pipefail
-exec bash "$(dirname "$0")/run_table.sh" fig3 <<'ROWS'
-# row          run                   arguments
-vit_small      in1k/vit_small        @recipes/deit_in1k.args --model vit_small
-vit_small_sar  in1k/vit_small_sar    @recipes/deit_in1k.args --model vit_small_sar
-ROWS
+#   79.8. The curves are in output/fig3/fig3.png.
+# Options: bash scripts/fig3_epochs.sh --help.
+exec bash "$(dirname "$0")/run_table.sh" fig3 "$@"

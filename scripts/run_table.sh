@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Find Python and hand it the rows of a table on standard input; the table scripts call this.
-# PYTHON names another interpreter than .venv's.
-# Paths in DATA, OUT, OVERRIDES, CKPT_BASE, CKPT_SAR, IMAGES and PYTHON are seen from the repository.
+# Find Python and run one of the paper's tables; the table scripts call this: run_table.sh TABLE [options].
+# PYTHON names another interpreter than .venv's. Paths in the options are seen from the caller's folder.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python}
-[ "${SMOKE:-}" = 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # more threads would slow a tiny model
-exec "${PYTHON:-python}" -m paper.run "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+[ -x "$root/.venv/bin/python" ] && PYTHON=${PYTHON:-$root/.venv/bin/python}
+# the repository's modules, and none of the caller's folder
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
+exec "${PYTHON:-python}" -m paper run "$@"

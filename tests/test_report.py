@@ -141,10 +141,13 @@ def test_the_papers_slips_are_told_and_not_followed():
 PROTOCOL = vars(parse_arguments("--model vit_small_sar --data-set folder --data-path x --epochs 3".split()))
 
 
-def write_row(table: Path, row: str, *seeds: list[float | None], done: dict | None = None, **changes) -> None:
-    """A row whose ``seeds`` reached these accuracies, an epoch each (None: not evaluated).
+def write_row(
+    table: Path, row: str, *seeds: list[float | None], done: dict | None = None, metric: str | None = None, **changes
+) -> None:
+    """A row whose ``seeds`` reached these values, an epoch each (None: not evaluated).
 
-    ``changes`` are the runs' arguments that differ from the protocol, ``done`` what the last records say otherwise.
+    ``changes`` are the runs' arguments that differ from the protocol, ``done`` what the last records say otherwise,
+    ``metric`` the one that they name; None: they name none.
     """
     (table / row).mkdir(parents=True)
     (table / row / "protocol.json").write_text(json.dumps(PROTOCOL))
@@ -154,9 +157,10 @@ def write_row(table: Path, row: str, *seeds: list[float | None], done: dict | No
         (run / "args.json").write_text(json.dumps(PROTOCOL | {"seed": seed, "output_dir": str(run)} | changes))
         lines = []
         for epoch, accuracy in enumerate(accuracies):
-            record = {"epoch": epoch, "reported": "model", "train_loss": 1.0}
+            record = {"epoch": epoch, "reported": "model", "train_loss": 1.0} | ({"metric": metric} if metric else {})
             if accuracy is not None:
-                record |= {"test_acc1": accuracy, "test_ema_acc1": accuracy - 10}
+                name = metric or "acc1"
+                record |= {f"test_{name}": accuracy, f"test_ema_{name}": accuracy - 10}
                 record |= {"test_images": 360, "test_ema_images": 360, "train_images": 1437}
             lines.append(json.dumps(record | (done or {})) + "\n")
         (run / "log.txt").write_text("".join(lines))
@@ -203,6 +207,21 @@ def test_the_reported_weights_count(tmp_path):
     write_row(tmp_path / "table1b", "A", [30.0, 50.0, 40.0], done={"reported": "ema"})
     row = summary(tmp_path / "table1b")["A"]
     assert (row["last_mean"], row["best_mean"]) == ("30.0", "40.0")
+
+
+def test_another_metric_is_named_and_is_not_the_papers(tmp_path):
+    """Logs name the metric of their task; older ones name none, and have acc1."""
+    table = tmp_path / "table1b"
+    write_row(table, "A", [30.0])
+    write_row(table, "E", [60.0, 80.0, 70.0], metric="acc1")
+    assert "| ours, last epoch | ours, best epoch |" in report.report(table)
+    write_row(table, "F", [0.5, 0.75, 0.25], metric="macro_f1")
+    assert "| ours, last epoch (macro_f1) | ours, best epoch (macro_f1) |" in report.report(table)
+    rows = summary(table)
+    assert (rows["F"]["last_mean"], rows["F"]["best_mean"], rows["F"]["ours_metric"]) == ("0.25", "0.75", "macro_f1")
+    assert rows["F"]["not_comparable"] == "metric macro_f1, not acc1"
+    assert (rows["E"]["last_mean"], rows["E"]["ours_metric"], rows["E"]["not_comparable"]) == ("70.0", "", "")
+    assert report.draw(*report.read_table(table)).axes[0].get_ylabel() == "macro_f1"
 
 
 def test_quoted_rows_and_slips_are_marked(tmp_path):
@@ -517,7 +536,7 @@ def test_unknown_options_are_one_line_and_help_explains(capsys):
     with pytest.raises(SystemExit):
         report.main(["--help"])
     text = capsys.readouterr().out
-    assert "python -m paper.report OUT/table1b --figure curves.png" in text
+    assert "python -m paper report OUT/table1b --figure curves.png" in text
     assert "report.csv" in text
 
 

@@ -397,12 +397,11 @@ def test_a_sweep_of_four_points(digits, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_table_is_submitted_and_then_reported(tmp_path):
     """The table script again, when its runs are over, prints the report."""
-    settings = {"LAUNCH": "submitit --ngpus 2", "SMOKE": "1", "ROWS": "A F", "OUT": str(tmp_path)}
+    chosen = ["--launch", "submitit --ngpus 2", "--smoke", "--rows", "A", "F", "--out", str(tmp_path)]
 
     def table() -> str:
-        command = ["env", *(f"{name}={value}" for name, value in settings.items()), f"PYTHON={sys.executable}"]
-        command += ["bash", "scripts/table1b_components.sh"]
-        return client(*command, seconds=60)
+        script = ["env", f"PYTHON={sys.executable}", "bash", "scripts/table1b_components.sh"]
+        return client(*script, *chosen, seconds=60)
 
     assert "submitted" in table()
     submitted = [Submitted(path.parent) for path in tmp_path.glob("runs/**/job.json")]

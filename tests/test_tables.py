@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib
-import io
 import itertools
 import json
 import os
@@ -27,10 +26,11 @@ import main
 from arguments import parse_arguments
 from launch import runs as launch_runs
 from launch import slurm as launch_slurm
-from paper import plan, toy_data
+from paper import __main__ as paper_main
+from paper import options, plan, tables, toy_data
 from paper import report as paper_report
 from paper import run as paper_run
-from utils import UserError
+from paper.tables import Row
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -74,41 +74,38 @@ SIZES_EPOCHS_DATA = {
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
-    """As the scripts are: in the repository's folder, and with none of their settings."""
+    """In the repository's folder, with none of the variables that options have taken the place of."""
     monkeypatch.chdir(ROOT)
-    names = "DATA OUT SEEDS ROWS LAUNCH OVERRIDES DRY_RUN SMOKE CKPT_BASE CKPT_SAR CKPT_OPTIONS IMAGES COUNT"
-    for name in names.split():
+    for name in options.OLD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
-def read_script(tmp_path_factory):
-    """A table's script run with a Python that only prints what it is given: ``(table, rows as text)``."""
-    python = tmp_path_factory.mktemp("python") / "python"
-    python.write_text('#!/bin/sh\n[ "$2" = paper.run ] && echo "$3" && exec cat\n')
-    python.chmod(0o755)
+def words_of(**chosen) -> list[str]:
+    """Options as words: ``True`` for one without a value; what is empty or ``False`` is left out."""
+    words = []
+    for name, value in chosen.items():
+        if value is True:
+            value = ""
+        elif not value:
+            continue
+        values = str(value).split() if name in ("seeds", "rows") else [str(value)] if value else []
+        words += [f"--{name.replace('_', '-')}", *values]
+    return words
 
-    def read(table: str) -> tuple[str, str]:
-        command, environ = ["bash", str(ROOT / "scripts" / SCRIPTS[table])], os.environ | {"PYTHON": str(python)}
-        done = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, check=True)
-        name, _, rows = done.stdout.partition("\n")
-        return name, rows
 
-    return read
+def head_of(table: str) -> tuple[str, str]:
+    """A table's script: its head, and what it does."""
+    head, _, line = (ROOT / "scripts" / SCRIPTS[table]).read_text().partition("\nexec ")
+    return head, line
 
 
 @pytest.fixture
-def run(read_script, monkeypatch):
-    """A whole script in this process: bash gives the rows, ``launch`` stands for starting a process."""
+def run(monkeypatch):
+    """A whole table in this process; ``start`` stands for starting a process."""
 
-    def run(table: str, launch=None, **environ) -> int:
-        for name, value in environ.items():
-            monkeypatch.setenv(name, str(value))
-        name, rows = read_script(table)
-        monkeypatch.setattr(sys, "argv", ["paper.run", name])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
-        monkeypatch.setattr(launch_runs, "launch", launch or start_nothing)
-        return paper_run.main()
+    def run(table: str, start=None, /, **chosen) -> int:
+        monkeypatch.setattr(launch_runs, "launch", start or start_nothing)
+        return paper_main.main(["run", table, *words_of(**chosen)])
 
     return run
 
@@ -161,56 +158,90 @@ def data_read(monkeypatch):
     return found
 
 
-def jobs_of(table: str, read_script, **environ) -> list[plan.Job]:
+def rows_of(table: str, **chosen) -> list[Row]:
+    """The rows that a table's script would run."""
+    return plan.choose(options.read_settings([table, "--dry-run", *words_of(**chosen)]))
+
+
+def jobs_of(table: str, **chosen) -> list[plan.Job]:
     """The plan of a table's script."""
-    settings = paper_run.read_settings({"DRY_RUN": "1", **environ})
-    return plan.plan(settings, plan.choose(plan.read_rows(read_script(table)[1]), settings.rows))
+    settings = options.read_settings([table, "--dry-run", *words_of(**chosen)])
+    return plan.plan(settings, plan.choose(settings))
 
 
-# ---------------------------------------------------------------------------------------------- the scripts
+# ------------------------------------------------------------------------------------- scripts and data file
 
 
 def test_there_is_a_script_for_every_table_here():
     there = {path.name for path in (ROOT / "scripts").glob("*.sh") if "run_table.sh" in path.read_text()}
     assert there - {"run_table.sh"} == set(SCRIPTS.values())
+    assert set(SCRIPTS) == set(tables.RUNNABLE)
 
 
 @pytest.mark.parametrize("table", SCRIPTS)
-def test_a_script_has_the_rows_of_the_papers_table(table, read_script):
-    name, rows = read_script(table)
-    names = [row.name for row in plan.read_rows(rows) if row.name != "-"]
-    assert name == table
-    assert sorted(names) == sorted(paper_report.PAPER.get(table, {"rows": ["maps"]})["rows"])
+def test_a_script_only_names_its_table(table):
+    assert head_of(table)[1] == f'bash "$(dirname "$0")/run_table.sh" {table} "$@"\n'
 
 
 @pytest.mark.parametrize("table", SCRIPTS)
 def test_a_script_opens_with_purpose_hardware_time_and_numbers(table, run, capsys):
-    head = (ROOT / "scripts" / SCRIPTS[table]).read_text().partition("\nset -e")[0]
+    head, _ = head_of(table)
     assert all(line.startswith("#") for line in head.splitlines())
     assert head.splitlines()[1].startswith(f"# {PLACES[table]}: ")
+    assert head.splitlines()[-1] == f"# Options: bash scripts/{SCRIPTS[table]} --help."
     assert "8 x V100 32 GB" in head
-    assert run(table, DRY_RUN=1) == 0
+    assert run(table, dry_run=True) == 0
     (hours,) = re.findall(r"in all (about [\d.]+ hours)", capsys.readouterr().out)
     assert f"# Time: {hours}" in head
-    rows = paper_report.PAPER.get(table, {"rows": {}})["rows"]
-    values = [row["value"] for row in rows.values() if row["value"] is not None]
+    values = [row["value"] for row in tables.TABLES[table]["rows"].values() if row["value"] is not None]
     missing = [value for value in values if not re.search(rf"\b{value}\b", head.partition("Expected")[2])]
     assert not missing
 
 
-def test_equal_runs_are_equal_protocols(read_script):
-    """Rows of all tables: they share a folder if, and only if, main.py is told the same."""
+@pytest.mark.parametrize("table", SCRIPTS)
+def test_the_commands_in_a_scripts_head_are_understood(table, tmp_path, monkeypatch):
+    (tmp_path / "cached.args").write_text("--cache-images")
+    for name in ("vit.pth", "sar.pth"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(rf"^#   bash scripts/{SCRIPTS[table]}(.*)", head_of(table)[0], re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        options.read_settings([table, *shlex.split(command, comments=True)])
+
+
+def test_ids_and_runs_are_names_of_folders():
+    for table in tables.TABLES.values():
+        assert all(re.fullmatch(r"[\w.-]+", name) and name != "-" for name in table["rows"])
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", run) for run in tables.RUNS)
+
+
+def test_every_run_is_of_a_table_and_what_a_table_names_is_there():
+    """Rows that share a run share the paper's number for it."""
+    values = {}
+    for table in tables.TABLES.values():
+        for row in table["rows"].values():
+            assert table["rows"].get(row.get("baseline"), row)
+            values.setdefault(row.get("run"), set()).add(row["value"])
+    assert values.keys() - {None} == tables.RUNS.keys()
+    assert all(len(found) == 1 for run, found in values.items() if run)
+    needed = {run for table in SCRIPTS for row in rows_of(table) for run in row.needs()}
+    assert needed == {path.removeprefix("run:").rpartition("/")[0] for path in tables.WEIGHTS.values()}
+
+
+def test_equal_runs_are_equal_protocols():
+    """Runs of all tables have one name if, and only if, main.py is told the same."""
     protocols = {}
     for table in SCRIPTS:
-        for job in jobs_of(table, read_script):
+        for job in jobs_of(table):
             protocol = {name: value for name, value in vars(job.protocol).items() if name != "output_dir"}
             assert protocols.setdefault(job.row.run, protocol) == protocol, f"{table}: {job.row.run}"
     distinct = {json.dumps(protocol, sort_keys=True) for protocol in protocols.values()}
     assert len(distinct) == len(protocols)
 
 
-def test_rows_that_are_one_experiment_are_one_run(read_script):
-    run = {(table, job.row.name): job.row.run for table in SCRIPTS for job in jobs_of(table, read_script)}
+def test_rows_that_are_one_experiment_are_one_run():
+    run = {(table, job.row.name): job.row.run for table in SCRIPTS for job in jobs_of(table)}
     full = {("table1a", "0.01"), ("table1b", "F"), ("table1c", "vit_small_sar_100")}
     full |= {("table3", "1.00_vit_small_sar"), ("appendix_b", "dot")}
     assert len({run[row] for row in full}) == 1
@@ -219,7 +250,7 @@ def test_rows_that_are_one_experiment_are_one_run(read_script):
     assert run["fig3", "vit_small_sar"] == run["table4", "vit_small_sar"]
     in1k = {run["table4", "vit_small"], run["table4", "vit_small_sar"]}
     for table in ("table7", "table8", "table11", "fig1_fig4"):
-        assert {job.row.run for job in jobs_of(table, read_script) if job.row.name == "-"} == in1k
+        assert {job.row.run for job in jobs_of(table) if job.row.name == "-"} == in1k
 
 
 @pytest.mark.parametrize(
@@ -252,14 +283,14 @@ def test_rows_that_are_one_experiment_are_one_run(read_script):
         ("appendix_b", "softmax", {"sar_similarity": "softmax", "sar_loss": "spatial-entropy"}),
     ],
 )
-def test_what_a_row_is(table, row, expected, read_script):
-    (job,) = [job for job in jobs_of(table, read_script) if job.row.name == row]
+def test_what_a_row_is(table, row, expected):
+    (job,) = [job for job in jobs_of(table) if job.row.name == row]
     assert {name: vars(job.protocol)[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("table", SCRIPTS)
-def test_smoke_changes_sizes_epochs_and_data_alone(table, read_script):
-    for job in jobs_of(table, read_script, SMOKE="1"):
+def test_smoke_changes_sizes_epochs_and_data_alone(table):
+    for job in jobs_of(table, smoke=True):
         here = {name for name, value in vars(job.args).items() if value != vars(job.protocol)[name]}
         assert here - {"output_dir"} <= SIZES_EPOCHS_DATA
         assert job.args.data_set == "digits"
@@ -269,12 +300,12 @@ def test_smoke_changes_sizes_epochs_and_data_alone(table, read_script):
 
 
 @pytest.mark.parametrize("table", SCRIPTS)
-def test_a_dry_run_prints_all_and_does_nothing(table, run, read_script, tmp_path, capsys):
-    assert run(table, DRY_RUN=1, OUT=tmp_path / "out", DATA="/nowhere", SEEDS="3 5") == 0
+def test_a_dry_run_prints_all_and_does_nothing(table, run, tmp_path, capsys):
+    assert run(table, dry_run=True, out=tmp_path / "out", data="/nowhere", seeds="3 5") == 0
     assert not (tmp_path / "out").exists()
     text = capsys.readouterr().out
     commands = [shlex.split(line.partition(" main.py ")[2]) for line in text.splitlines() if " main.py @" in line]
-    jobs = jobs_of(table, read_script, OUT=str(tmp_path / "out"), DATA="/nowhere", SEEDS="3 5")
+    jobs = jobs_of(table, out=str(tmp_path / "out"), data="/nowhere", seeds="3 5")
     assert commands == [job.words for job in jobs]
     assert {job.seed for job in jobs} == {3, 5}
     for job in jobs:
@@ -284,7 +315,7 @@ def test_a_dry_run_prints_all_and_does_nothing(table, run, read_script, tmp_path
 def test_a_dry_run_with_weights_has_no_pre_training(run, tmp_path, capsys):
     given = tmp_path / "given weights.pth"
     torch.save({"model": {"blocks.0.norm2.weight": torch.ones(1)}}, given)
-    assert run("table7", DRY_RUN=1, CKPT_BASE=given, CKPT_SAR=given) == 0
+    assert run("table7", dry_run=True, ckpt_base=given, ckpt_sar=given) == 0
     text = capsys.readouterr().out
     assert f"--finetune '{given}'" in text
     assert "in all about 1.5 hours" in text, "as the head of the script says"
@@ -292,23 +323,21 @@ def test_a_dry_run_with_weights_has_no_pre_training(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("table", ["table7", "table8", "table11", "fig1_fig4"])
-@pytest.mark.parametrize("variable", ["CKPT_BASE", "CKPT_SAR"])
-@pytest.mark.parametrize("dry_run", ["", "1"])
-def test_weights_that_are_not_there_are_named_by_their_variable(table, variable, dry_run):
-    environ = os.environ | {"DRY_RUN": dry_run, variable: "no where.pth"}
-    command = ["bash", ROOT / "scripts" / SCRIPTS[table]]
-    done = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {variable}=no where.pth: no such file (paths are seen from the repository)\n"
+@pytest.mark.parametrize("option", ["ckpt_base", "ckpt_sar"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_weights_that_are_not_there_are_named_by_their_option(table, option, dry_run, run, capsys):
+    assert run(table, dry_run=dry_run, **{option: "no where.pth"}) == 2
+    told = capsys.readouterr()
+    assert told == ("", f"error: argument --{option.replace('_', '-')}: no where.pth: no such file\n")
 
 
-def test_a_line_is_parsed_no_more_often_than_needed(read_script, monkeypatch):
+def test_a_line_is_parsed_no_more_often_than_needed(monkeypatch):
     """Fine-tuning reads its weights each time."""
     parsed = []
     monkeypatch.setattr(plan, "parse_arguments", lambda words: parsed.append(words) or parse_arguments(words))
-    assert len(jobs_of("table1b", read_script, DATA="/data")) == len(parsed) == 6
-    jobs_of("table1b", read_script, SMOKE="1")
-    assert len(parsed) == 6 + 12, "with and without OVERRIDES"
+    assert len(jobs_of("table1b", data="/data")) == len(parsed) == 6
+    jobs_of("table1b", smoke=True)
+    assert len(parsed) == 6 + 12, "with and without smoke's arguments"
 
 
 def test_hours_of_the_paper_hardware():
@@ -322,32 +351,39 @@ def test_hours_of_the_paper_hardware():
 
 
 @pytest.mark.parametrize(
-    ("environ", "message"),
+    ("chosen", "message"),
     [
-        ({"SMOKE": "yes"}, "SMOKE=yes: use SMOKE=1"),
-        ({"DRY_RUN": "2"}, "DRY_RUN=2: use DRY_RUN=1"),
-        ({"SMOKE": "1", "OVERRIDES": "recipes/smoke.args"}, "leave one of the two out"),
-        ({"SEEDS": "0,1"}, "whole numbers with spaces between"),
-        ({"ROWS": "A G"}, "ROWS: no row G; this table has A B C D E F"),
-        ({"OVERRIDES": "nowhere.args"}, "OVERRIDES=nowhere.args: argument file nowhere.args: No such file"),
-        ({"LAUNCH": "no_such_launcher -n 8", "SMOKE": "1"}, "LAUNCH: no program no_such_launcher"),
-        ({"LAUNCH": "'open"}, "LAUNCH='open: No closing quotation"),
-        ({"DATA": "/nowhere", "LAUNCH": "no_launcher"}, "LAUNCH: no program no_launcher"),
-        ({"DATA": "/nowhere"}, "in100_100/vit_small, seed 0: --data-path /nowhere/imagenet: no such folder"),
+        ({"smoke": True, "overrides": "recipes/smoke.args"}, "leave one of the two out"),
+        ({"smoke": True, "data": "/data"}, "--smoke makes its own data; leave --data out"),
+        ({"seeds": "0,1"}, "argument --seeds: '0,1' is not a whole number of at least 0"),
+        ({"seeds": "0 -1"}, "argument --seeds: '-1' is not a whole number of at least 0"),
+        ({"rows": "A G"}, "--rows: no row G; this table has A B C D E F"),
+        ({"sedes": "0"}, "no option --sedes; did you mean --seeds"),
+        ({"dry": True}, "no option --dry; did you mean --dry-run"),
+        ({"ckpt_base": "README.md"}, "leave --ckpt-base out: table1b has no use for it (table7, table8, table11, fig1"),
+        ({"ckpt_sar": "README.md"}, "leave --ckpt-sar out: table1b has no use for it"),
+        ({"ckpt_options": "--num-heads 6"}, "leave --ckpt-options out: table1b has no use for it"),
+        ({"images": "photos"}, "leave --images out: table1b has no use for it (fig1_fig4 has)"),
+        ({"count": "3"}, "leave --count out: table1b has no use for it (fig1_fig4 has)"),
+        ({"overrides": "nowhere.args"}, "--overrides nowhere.args: argument file nowhere.args: No such file"),
+        ({"launch": "no_such_launcher -n 8", "smoke": True}, "--launch: no program no_such_launcher"),
+        ({"launch": "'open"}, "argument --launch: 'open: No closing quotation"),
+        ({"data": "/nowhere", "launch": "no_launcher"}, "--launch: no program no_launcher"),
+        ({"data": "/nowhere"}, "in100_100/vit_small, seed 0: --data-path /nowhere/imagenet: no such folder"),
         (
-            {"SMOKE": "1", "LAUNCH": "torchrun --nproc_per_node=3"},
+            {"smoke": True, "launch": "torchrun --nproc_per_node=3"},
             "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
         ),
         (
-            {"SMOKE": "1", "LAUNCH": "submitit --nodes 3 --ngpus 1"},
+            {"smoke": True, "launch": "submitit --nodes 3 --ngpus 1"},
             "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
         ),
-        ({"LAUNCH": "submitit --partion x"}, "LAUNCH=submitit --partion x: no option --partion; did you mean --partit"),
-        ({"LAUNCH": "submitit --slurm-arg time=3"}, "LAUNCH=submitit --slurm-arg time=3: --slurm-arg time=3: say it"),
+        ({"launch": "submitit --partion x"}, "submitit --partion x': no option --partion; did you mean --partition"),
+        ({"launch": "submitit --slurm-arg time=3"}, "submitit --slurm-arg time=3': --slurm-arg time=3: say it"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_starts(environ, message, run, tmp_path, capsys):
-    assert run("table1b", **({"OUT": tmp_path / "out"} | environ)) == 2
+def test_mistakes_are_one_line_before_anything_starts(chosen, message, run, tmp_path, capsys):
+    assert run("table1b", **({"out": tmp_path / "out"} | chosen)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -355,11 +391,11 @@ def test_mistakes_are_one_line_before_anything_starts(environ, message, run, tmp
 
 
 @pytest.mark.parametrize("option", ["--seed 3", "--output-dir elsewhere", "--seed=5", "--output_dir=x"])
-def test_overrides_do_not_say_what_the_environment_says(option, run, tmp_path, capsys):
+def test_overrides_do_not_say_what_the_command_line_says(option, run, tmp_path, capsys):
     (tmp_path / "mine.args").write_text(option)
-    assert run("table1b", OVERRIDES=tmp_path / "mine.args") == 2
+    assert run("table1b", overrides=tmp_path / "mine.args") == 2
     name = option.replace("_", "-").replace("=", " ").split()[0]
-    assert f"OVERRIDES={tmp_path}/mine.args: leave {name} out" in capsys.readouterr().err
+    assert f"--overrides {tmp_path}/mine.args: leave {name} out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -367,76 +403,139 @@ def test_overrides_do_not_say_what_the_environment_says(option, run, tmp_path, c
 )
 def test_a_mistake_in_overrides_names_the_file(words, message, run, tmp_path, capsys):
     (tmp_path / "mine.args").write_text(words)
-    assert run("table1b", DRY_RUN=1, OVERRIDES=tmp_path / "mine.args") == 2
-    assert f"error: OVERRIDES={tmp_path}/mine.args: {message}" in capsys.readouterr().err
+    assert run("table1b", dry_run=True, overrides=tmp_path / "mine.args") == 2
+    assert f"error: --overrides {tmp_path}/mine.args: {message}" in capsys.readouterr().err
 
 
 def test_data_of_all_unfinished_rows_are_read_first(run, no_report, data_read, tmp_path, capsys, monkeypatch):
     """An empty folder of a data set is not one; each set is looked through once."""
-    where = {"OUT": tmp_path / "out", "DATA": data_root(tmp_path)}
-    assert run("table7", Pretend(), ROWS="no-no_cifar10 no-yes_cifar10", **where) == 0
+    where = {"out": tmp_path / "out", "data": data_root(tmp_path)}
+    assert run("table7", Pretend(), rows="no-no_cifar10 no-yes_cifar10", **where) == 0
     imagenet, cifar = f"{tmp_path}/data/imagenet", f"{tmp_path}/data"
     assert data_read == [
         *(("imagenet", split, imagenet) for split in ("train", "val")),
         *(("cifar10", split, cifar) for split in ("train", "val")),
     ]
     monkeypatch.setattr(paper_run, "read_split", datasets.read_split)
-    assert run("table7", start_nothing, ROWS="no-no_cifar100", **where) == 2
+    assert run("table7", start_nothing, rows="no-no_cifar100", **where) == 2
     assert "finetune/no-no_cifar100, seed 0: " in capsys.readouterr().err
-    assert run("table1b", start_nothing, ROWS="A", **where) == 2
+    assert run("table1b", start_nothing, rows="A", **where) == 2
     assert f"in100_100/vit_small, seed 0: {imagenet}" in capsys.readouterr().err
 
 
 def test_what_is_downloaded_need_not_be_there(run, no_report, tmp_path):
     (tmp_path / "mine.args").write_text("--data-set cifar10 --download")
-    environ = {"OUT": tmp_path / "out", "DATA": "/nowhere", "OVERRIDES": tmp_path / "mine.args"}
-    assert run("table1b", Pretend(), ROWS="A", **environ) == 0
+    chosen = {"out": tmp_path / "out", "data": "/nowhere", "overrides": tmp_path / "mine.args"}
+    assert run("table1b", Pretend(), rows="A", **chosen) == 0
 
 
-@pytest.mark.parametrize("line", ["A in100_100 --model vit_small", "A in100/vit@recipes/x.args", "../A in100/vit"])
-def test_a_line_that_is_no_row(line):
-    with pytest.raises(UserError, match=r"is no row; expected its id, its run \(protocol/name\)"):
-        plan.read_rows(line)
+@pytest.mark.parametrize("name", options.OLD_VARIABLES)
+def test_an_old_variable_is_not_silently_ignored(name, run, monkeypatch, capsys):
+    option = f"--{name.lower().replace('_', '-')}"
+    monkeypatch.setenv(name, "1")
+    assert run("table1b", dry_run=True) == 2
+    said = f"error: the environment variable {name} is not read any more: unset it, and say it with {option}\n"
+    assert capsys.readouterr() == ("", said)
+    monkeypatch.setenv(name, "")
+    assert run("table1b", dry_run=True) == 0
 
 
-def test_a_line_with_an_open_quotation():
-    with pytest.raises(UserError, match="No closing quotation"):
-        plan.read_rows("A in100/vit --finetune 'seed.pth")
+def test_every_old_variable_has_become_an_option(capsys):
+    help_text = "".join(help_of(table, capsys) for table in ("table1b", "fig1_fig4"))
+    assert all(f"  --{name.lower().replace('_', '-')}" in help_text for name in options.OLD_VARIABLES)
 
 
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def help_of(table: str, capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        paper_main.main(["run", table, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("table", SCRIPTS)
+def test_help_shows_options_and_rows(table, capsys):
+    text = help_of(table, capsys)
+    for name, row in tables.TABLES[table]["rows"].items():
+        paper = "" if row["value"] is None else f" ({row['value']} in the paper)"
+        assert re.search(rf"^  {re.escape(name)} +{re.escape(row['name'] + paper)}$", text, re.MULTILINE)
+    assert "--seeds N [N ...]" in text
+    given = table in ("table7", "table8", "table11", "fig1_fig4")
+    assert [f"{option} " in text for option in ("--ckpt-base", "--ckpt-sar", "--ckpt-options")] == 3 * [given]
+    assert [f"{option} " in text for option in ("--images", "--count")] == 2 * [table == "fig1_fig4"]
+
+
+def test_the_two_commands_and_the_tables(capsys):
+    for words, told in ((["--help"], "python -m paper run table1b"), (["run", "--help"], "  Components of SAR")):
+        with pytest.raises(SystemExit):
+            paper_main.main(words)
+        assert told in capsys.readouterr().out
+    for words, told in (
+        ([], "the following arguments are required: command"),
+        (["ru"], "invalid choice: 'ru' (choose from 'run', 'report')"),
+        (["run"], "the following arguments are required: TABLE"),
+        (["run", "table1"], "argument TABLE: no table table1; did you mean table1"),
+        (["run", "table5"], "argument TABLE: no table table5; did you mean table"),
+        (["run", "x"], "argument TABLE: no table x; there are table1a, table1b"),
+        (["run", "table1b", "--seeds"], "argument --seeds: expected at least one argument"),
+    ):
+        assert paper_main.main(words) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert len(error.splitlines()) == 1
+
+
+def test_paths_are_seen_from_the_callers_folder(run, no_report, tmp_path, monkeypatch, capsys):
+    """Everything is then done in the repository's folder; a path in that is said as it is seen from there."""
+    work = tmp_path / "work"
+    data_root(work)
+    (work / "mine.args").write_text("--data-set cifar10 --download --epochs 7")
+    monkeypatch.chdir(work)
+    launch = Pretend()
+    assert run("table1b", launch, rows="A", data="data", out="../out", overrides="mine.args") == 0
+    (args,) = launch.started
+    assert (args.output_dir, args.epochs) == (f"{tmp_path}/out/runs/in100_100/vit_small/seed0", 7)
+    assert Path.cwd() == ROOT
+    assert capsys.readouterr().out.endswith(f"report of {tmp_path}/out/table1b\n")
+
+    monkeypatch.chdir(work)
+    Path("given.pth").touch()
+    (row,) = rows_of("fig1_fig4", ckpt_base="given.pth", ckpt_sar="./given.pth", images="photos")
+    assert [word for word in row.words if word.startswith("/")] == [*2 * [f"{work}/given.pth"], f"{work}/photos"]
+    assert options.launch_words(["./launch.sh", "-x"]) == [f"{work}/launch.sh", "-x"]
+    assert options.read_settings(["table1b", "--data=~/sets"]).data == Path.home() / "sets"
+    monkeypatch.chdir(ROOT / "scripts")
+    settings = options.read_settings(["table1b", "--data", "../sets"])
+    assert (settings.data, settings.out) == (Path("sets"), Path("output")), "the default is the repository's"
+
+
 @pytest.mark.parametrize("table", ["table7", "table8", "table11", "fig1_fig4"])
-def test_any_path_is_one_word_of_a_row(table, locale, read_script, tmp_path, monkeypatch):
+def test_any_path_is_one_word_of_a_row(table, tmp_path):
     path = tmp_path / """it's "Günther's" $HOME # \\ .pth"""
     path.touch()
-    for name in ("CKPT_BASE", "CKPT_SAR", "IMAGES"):
-        monkeypatch.setenv(name, str(path))
-    monkeypatch.setenv("LC_ALL", locale)
-    rows = [row for row in plan.read_rows(read_script(table)[1]) if row.name != "-"]
-    assert all(row.words[-1] == str(path) or str(path) in row.words[:-2] for row in rows)
-    if table == "fig1_fig4":
-        assert [row.words.count(str(path)) for row in rows] == [3]
+    images = {"images": path} if table == "fig1_fig4" else {}
+    rows = rows_of(table, ckpt_base=path, ckpt_sar=path, **images)
+    assert [row.words.count(str(path)) for row in rows] == ([3] if images else [1] * len(rows))
 
 
-@pytest.mark.parametrize("variable", ["CKPT_BASE", "CKPT_SAR"])
+@pytest.mark.parametrize("option", ["ckpt_base", "ckpt_sar"])
+@pytest.mark.parametrize("words", ["--num-heads 6 --checkpoint-key ema", "--num-heads=6"])
 @pytest.mark.parametrize("table", ["table7", "table8", "table11", "fig1_fig4"])
-def test_options_of_given_weights_are_not_those_of_runs(table, variable, read_script, tmp_path, monkeypatch):
+def test_options_of_given_weights_are_not_those_of_runs(table, option, words, tmp_path):
     (tmp_path / "given.pth").touch()
-    monkeypatch.setenv(variable, str(tmp_path / "given.pth"))
-    monkeypatch.setenv("CKPT_OPTIONS", "--num-heads 6 --checkpoint-key ema")
-    for row in plan.read_rows(read_script(table)[1]):
-        behind = [row.words[i + 1 : i + 5] for i, word in enumerate(row.words) if word == str(tmp_path / "given.pth")]
-        assert all(words == ["--num-heads", "6", "--checkpoint-key", "ema"] for words in behind)
-        assert row.words.count("--num-heads") == len(behind)
-        assert behind or "_given" not in row.run
+    expected = words.split()
+    for row in rows_of(table, ckpt_options=words, **{option: tmp_path / "given.pth"}):
+        places = [at + 1 for at, word in enumerate(row.words) if word == str(tmp_path / "given.pth")]
+        assert all(row.words[at : at + len(expected)] == expected for at in places)
+        assert row.words.count(expected[0]) == len(places)
+        assert bool(places) == ("_given" in row.run)
 
 
-def test_options_of_no_weights(tmp_path):
-    environ = os.environ | {"CKPT_OPTIONS": "--num-heads 6", "DRY_RUN": "1"}
-    command = ["bash", ROOT / "scripts" / SCRIPTS["table11"]]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: CKPT_OPTIONS=--num-heads 6: there is no CKPT_BASE or CKPT_SAR that it is of\n"
+def test_options_of_no_weights(run, capsys):
+    assert run("table11", dry_run=True, ckpt_options="--num-heads 6") == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: --ckpt-options is about given weights: give --ckpt-base or --ckpt-sar, or leave it out\n",
+    )
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -457,27 +556,27 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 )
 def test_the_launcher(gpus, text, words, processes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert paper_run.launch_words(text) == words
-    assert paper_run.world_size(words) == processes
+    assert options.launch_words(shlex.split(text)) == words
+    assert options.world_size(words) == processes
 
 
 @pytest.mark.parametrize(
-    ("gpus", "environ", "words"),
+    ("gpus", "chosen", "words"),
     [
         (0, {}, [*TORCHRUN, "--nproc_per_node=8"]),
         (1, {}, [sys.executable]),
         (2, {}, [*TORCHRUN, "--nproc_per_node=2"]),
-        (0, {"LAUNCH": "python"}, [sys.executable]),
-        (0, {"SMOKE": 1}, [sys.executable]),
-        (0, {"OVERRIDES": "recipes/smoke.args"}, [sys.executable]),
+        (0, {"launch": "python"}, [sys.executable]),
+        (0, {"smoke": True}, [sys.executable]),
+        (0, {"overrides": "recipes/smoke.args"}, [sys.executable]),
     ],
 )
-def test_the_plan_names_the_launcher(gpus, environ, words, run, monkeypatch, capsys):
+def test_the_plan_names_the_launcher(gpus, chosen, words, run, monkeypatch, capsys):
     """On a machine without GPUs it is that of the hours' hardware, but not for runs that are meant for this one."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert run("table1b", DRY_RUN=1, ROWS="F", **environ) == 0
+    assert run("table1b", dry_run=True, rows="F", **chosen) == 0
     text = capsys.readouterr().out
-    assert f"\nstarted by {shlex.join(words)} (LAUNCH" in text
+    assert f"\nstarted by {shlex.join(words)} (--launch" in text
     assert f"\n{shlex.join(words)} main.py @recipes" in text
 
 
@@ -486,7 +585,7 @@ def test_the_plan_names_the_launcher(gpus, environ, words, run, monkeypatch, cap
 
 def test_every_seed_of_every_row_is_one_run_and_a_link_in_the_table(run, no_report, data_read, tmp_path, capsys):
     launch = Pretend()
-    assert run("table1b", launch, OUT=tmp_path, SEEDS="0 4", ROWS="A F", DATA=data_root(tmp_path)) == 0
+    assert run("table1b", launch, out=tmp_path, seeds="0 4", rows="A F", data=data_root(tmp_path)) == 0
     assert [(args.model, args.seed) for args in launch.started] == [
         *(("vit_small", 0), ("vit_small_sar", 0)),
         *(("vit_small", 4), ("vit_small_sar", 4)),
@@ -509,7 +608,7 @@ def data_root(folder: Path) -> Path:
 
 
 def test_finished_runs_are_not_started_again_by_any_table(run, no_report, data_read, tmp_path, capsys):
-    where = {"OUT": tmp_path, "DATA": data_root(tmp_path)}
+    where = {"out": tmp_path, "data": data_root(tmp_path)}
     assert run("table1b", Pretend(), **where) == 0
     assert run("table1b", start_nothing, **where) == 0
     assert "in100_100/vit_small_sar, seed 0: finished before" in capsys.readouterr().out
@@ -518,15 +617,15 @@ def test_finished_runs_are_not_started_again_by_any_table(run, no_report, data_r
     assert [args.sar_weight for args in launch.started] == [0.001, 0.005, 0.05, 0.1], "0 and 0.01 are C and F"
     assert "finished" in capsys.readouterr().out
     data_read.clear()
-    assert run("table1a", start_nothing, OUT=tmp_path, DATA="/nowhere") == 0
+    assert run("table1a", start_nothing, out=tmp_path, data="/nowhere") == 0
     assert data_read == [], "what is finished needs no data"
 
 
 def test_overrides_come_after_a_rows_arguments(run, no_report, data_read, tmp_path):
     (tmp_path / "mine.args").write_text("--data-set folder --epochs 7 --batch-size 32 # mine")
     launch = Pretend()
-    environ = {"OUT": tmp_path, "DATA": tmp_path, "OVERRIDES": tmp_path / "mine.args", "ROWS": "E"}
-    assert run("table1b", launch, **environ) == 0
+    chosen = {"out": tmp_path, "data": tmp_path, "overrides": tmp_path / "mine.args", "rows": "E"}
+    assert run("table1b", launch, **chosen) == 0
     (args,) = launch.started
     assert (args.data_set, args.data_path, args.epochs, args.batch_size) == ("folder", str(tmp_path), 7, 32)
     assert args.last_block == "standard"
@@ -535,9 +634,9 @@ def test_overrides_come_after_a_rows_arguments(run, no_report, data_read, tmp_pa
 
 
 def test_a_folder_of_another_run_is_refused_before_anything_starts(run, no_report, tmp_path, capsys):
-    where = {"OUT": tmp_path, "DATA": data_root(tmp_path)}
-    assert run("table1b", Pretend(), SMOKE=1, ROWS="F", **where) == 0
-    assert run("table1b", start_nothing, SMOKE="", ROWS="", **where) == 2
+    where = {"out": tmp_path, "data": data_root(tmp_path)}
+    assert run("table1b", Pretend(), smoke=True, rows="F", out=tmp_path) == 0
+    assert run("table1b", start_nothing, **where) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path}/runs/in100_100/vit_small_sar/seed0 holds a run with other arguments" in error
     assert "--epochs: 2 in the checkpoint, 100 now" in error
@@ -556,7 +655,7 @@ def test_what_would_end_the_next_run_too_ends_the_script(code, result, run, tmp_
         started.append(command)
         return code
 
-    assert run("table1b", fail, SMOKE=1, OUT=tmp_path) == result
+    assert run("table1b", fail, smoke=True, out=tmp_path) == result
     assert len(started) == 1
     error = capsys.readouterr().err
     assert f"ended at epoch 0 of 2 with exit code {code}" in error
@@ -570,8 +669,8 @@ def test_a_failed_row_leaves_the_others_theirs(run, tmp_path, capsys):
     def fail_with_sar(command):
         return 1 if "in1k/vit_small_sar/" in command[-1] else launch(command)
 
-    environ = {"SMOKE": 1, "OUT": tmp_path, "ROWS": "no-no_pets yes-no_pets no-yes_pets"}
-    assert run("table7", fail_with_sar, **environ) == 1
+    chosen = {"smoke": True, "out": tmp_path, "rows": "no-no_pets yes-no_pets no-yes_pets"}
+    assert run("table7", fail_with_sar, **chosen) == 1
     there = [args.output_dir.removeprefix(f"{tmp_path}/runs/") for args in launch.started]
     assert there == ["in1k/vit_small/seed0", "finetune/no-no_pets/seed0", "finetune/no-yes_pets/seed0"]
     text = capsys.readouterr()
@@ -581,15 +680,15 @@ def test_a_failed_row_leaves_the_others_theirs(run, tmp_path, capsys):
 
 def test_a_stop_that_comes_when_the_run_is_done_ends_the_script(run, tmp_path):
     launch = Pretend()
-    assert run("table1b", lambda command: launch(command) or 128 + signal.SIGTERM, SMOKE=1, OUT=tmp_path) == 143
+    assert run("table1b", lambda command: launch(command) or 128 + signal.SIGTERM, smoke=True, out=tmp_path) == 143
     assert len(launch.started) == 1
 
 
 def test_a_run_that_another_script_trains_is_waited_for(run, no_report, tmp_path, capsys):
     """The other script is a thread here: it holds the lock until the run is finished."""
-    environ = {"SMOKE": 1, "OUT": tmp_path, "ROWS": "F"}
+    chosen = {"smoke": True, "out": tmp_path, "rows": "F"}
     other = Pretend()
-    assert run("table1b", other, **environ) == 0
+    assert run("table1b", other, **chosen) == 0
     folder = tmp_path / "runs/in100_100/vit_small_sar/seed0"
     finished = (folder / "checkpoint.pth").rename(folder / "later.pth")
     waiting = threading.Event()
@@ -611,7 +710,7 @@ def test_a_run_that_another_script_trains_is_waited_for(run, no_report, tmp_path
         patch.setattr(fcntl, "flock", flock)
         thread = threading.Thread(target=finish, args=(file,))
         thread.start()
-        assert run("table1b", start_nothing, **environ) == 0
+        assert run("table1b", start_nothing, **chosen) == 0
         thread.join()
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("another launcher is training in100_100/vit_small_sar, seed 0; waiting for that")
@@ -627,7 +726,7 @@ def test_a_run_is_held_while_it_is_trained(run, no_report, tmp_path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return launch(command)
 
-    assert run("table1b", held, SMOKE=1, OUT=tmp_path, ROWS="A F") == 0
+    assert run("table1b", held, smoke=True, out=tmp_path, rows="A F") == 0
     assert len(launch.started) == 2
 
 
@@ -637,7 +736,7 @@ def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     launch = Pretend()
-    assert run("table1b", launch, SMOKE=1, OUT=tmp_path, ROWS="F") == 0
+    assert run("table1b", launch, smoke=True, out=tmp_path, rows="F") == 0
     assert len(launch.started) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -652,9 +751,9 @@ def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize("table", ["table8", "table11", "fig1_fig4"])
 def test_what_is_measured_is_a_command_of_finished_runs(table, run, tmp_path, capsys):
     """Every command of a dry run is understood, and reads what the runs before write."""
-    assert run(table, DRY_RUN=1, OUT=tmp_path / "out", DATA="/data", SEEDS="0 2") == 0
+    assert run(table, dry_run=True, out=tmp_path / "out", data="/data", seeds="0 2") == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if " -m analysis." in line]
-    names = paper_report.PAPER.get(table, {"rows": ["maps"]})["rows"]
+    names = tables.TABLES[table]["rows"]
     assert len(commands) == 2 * len(names)
     for python, _, module, *words in commands:
         assert python == sys.executable
@@ -685,9 +784,9 @@ def measured_data(folder: Path) -> Path:
 
 
 def test_a_measured_row_trains_what_it_needs_and_is_recorded_with_it(run, no_report, data_read, tmp_path, capsys):
-    where = {"OUT": tmp_path, "DATA": measured_data(tmp_path), "SEEDS": "0 4"}
+    where = {"out": tmp_path, "data": measured_data(tmp_path), "seeds": "0 4"}
     launch = Pretend()
-    assert run("table8", launch, ROWS="in_c_vit_small_sar", **where) == 0
+    assert run("table8", launch, rows="in_c_vit_small_sar", **where) == 0
     assert [(args.model, args.seed) for args in launch.started] == [("vit_small_sar", 0), ("vit_small_sar", 4)]
     assert len(launch.measured) == 2
     row = tmp_path / "table8/in_c_vit_small_sar"
@@ -701,21 +800,21 @@ def test_a_measured_row_trains_what_it_needs_and_is_recorded_with_it(run, no_rep
 
 def test_what_is_measured_is_not_measured_again(run, no_report, data_read, tmp_path, capsys):
     """But for another checkpoint; its data need not be there any more."""
-    where = {"OUT": tmp_path, "ROWS": "vit_small vit_small_void_excluded"}
+    where = {"out": tmp_path, "rows": "vit_small vit_small_void_excluded"}
     launch = Pretend()
-    assert run("table11", launch, DATA=measured_data(tmp_path), **where) == 0
+    assert run("table11", launch, data=measured_data(tmp_path), **where) == 0
     assert [words[words.index("--protocol") + 1] for words in launch.measured] == ["paper-code", "void-excluded"]
-    assert run("table11", start_nothing, DATA="/nowhere", **where) == 0
+    assert run("table11", start_nothing, data="/nowhere", **where) == 0
     assert "jaccard/vit_small, seed 0: measured before" in capsys.readouterr().out
     os.utime(tmp_path / "runs/in1k/vit_small/seed0/checkpoint.pth", (0, 0))
     launch = Pretend()
-    assert run("table11", launch, DATA=tmp_path / "data", **where) == 0
+    assert run("table11", launch, data=tmp_path / "data", **where) == 0
     assert (len(launch.started), len(launch.measured)) == (0, 2)
     (tmp_path / "runs/jaccard/vit_small/seed0/measured.json").write_text("{")
-    assert run("table11", launch, **where) == 0
+    assert run("table11", launch, data=tmp_path / "data", **where) == 0
     assert len(launch.measured) == 3
     (tmp_path / "runs/in1k/vit_small/seed0/checkpoint.pth").unlink()
-    assert run("table11", launch, **where) == 0
+    assert run("table11", launch, data=tmp_path / "data", **where) == 0
     assert (len(launch.started), len(launch.measured)) == (1, 5)
 
 
@@ -729,7 +828,7 @@ def test_what_was_begun_of_another_checkpoint_is_not_gone_on_with(run, no_report
         (folder / "progress.json").write_text("{}")
         return 143
 
-    where = {"OUT": tmp_path, "ROWS": "in_c_vit_small", "DATA": measured_data(tmp_path)}
+    where = {"out": tmp_path, "rows": "in_c_vit_small", "data": measured_data(tmp_path)}
     folder, there = tmp_path / "runs/imagenet_c/vit_small/seed0", []
     for _ in range(2):
         assert run("table8", stopped, **where) == 143
@@ -754,7 +853,7 @@ def test_data_to_measure_on_are_looked_for_before_training(
 ):
     data = measured_data(tmp_path)
     (data / missing).rename(data / "elsewhere")
-    assert run(table, start_nothing, OUT=tmp_path / "out", DATA=data, LAUNCH=launch) == 2
+    assert run(table, start_nothing, out=tmp_path / "out", data=data, launch=launch) == 2
     assert message.format(data) in capsys.readouterr().err
     assert slurm.submitted == []
 
@@ -766,7 +865,7 @@ def test_what_covers_less_than_the_data_set_goes_on_when_more_has_come(run, no_r
             Path(command[-1], "results.json").write_text('{"instead": "mean error"}')
         return code
 
-    launch, where = Pretend(), {"OUT": tmp_path, "DATA": measured_data(tmp_path), "ROWS": "in_c_vit_small"}
+    launch, where = Pretend(), {"out": tmp_path, "data": measured_data(tmp_path), "rows": "in_c_vit_small"}
     assert run("table8", partial, **where) == 0
     assert run("table8", launch, **where) == 0
     assert run("table8", start_nothing, **where) == 0
@@ -776,14 +875,14 @@ def test_what_covers_less_than_the_data_set_goes_on_when_more_has_come(run, no_r
 def test_given_weights_are_measured_and_nothing_is_trained(run, no_report, tmp_path):
     given = given_weights(tmp_path / "given weights.pth")
     launch = Pretend()
-    environ = {
-        "OUT": tmp_path / "out",
-        "SEEDS": "3 4",
-        "CKPT_BASE": given,
-        "CKPT_SAR": given,
-        "DATA": measured_data(tmp_path),
+    chosen = {
+        "out": tmp_path / "out",
+        "seeds": "3 4",
+        "ckpt_base": given,
+        "ckpt_sar": given,
+        "data": measured_data(tmp_path),
     }
-    assert run("table8", launch, **environ) == 0
+    assert run("table8", launch, **chosen) == 0
     assert launch.started == []
     assert [words[words.index("--checkpoint") + 1] for words in launch.measured] == 4 * [str(given)], "once"
     assert (tmp_path / "out/table8/in_a_vit_small/seed3").resolve().parent.parent.name == "imagenet_a_given"
@@ -803,42 +902,42 @@ def test_given_weights_are_not_reported_as_the_trained_ones(run, data_read, tmp_
             Path(command[-1], "results.json").write_text(json.dumps(result))
         return code
 
-    def line(**environ):
-        assert run("table11", launch, ROWS="vit_small", OUT=tmp_path, DATA=tmp_path / "data", **environ) == 0
+    def line(**chosen):
+        assert run("table11", launch, rows="vit_small", out=tmp_path, data=tmp_path / "data", **chosen) == 0
         text = (tmp_path / "table11/report.md").read_text()
         return next(line for line in text.splitlines() if line.startswith("| ViT-S/16 |"))
 
     pretend, values = Pretend(), itertools.count(20.0)
     measured_data(tmp_path)
-    assert line(SEEDS="0 1") == "| ViT-S/16 | 19.18 | 20.50 ± 0.71 (n = 2) |  |  | 0/300 | **not comparable** [1] |"
+    assert line(seeds="0 1") == "| ViT-S/16 | 19.18 | 20.50 ± 0.71 (n = 2) |  |  | 0/300 | **not comparable** [1] |"
     given, other = (given_weights(tmp_path / f"{seed}.pth", seed=seed) for seed in (1, 2))
     of_given = "| ViT-S/16 | 19.18 | {} (n = 1) |  |  |  | of weights that were given |"
-    assert line(CKPT_BASE=given, SEEDS="0") == of_given.format("22.00")
-    assert line(CKPT_BASE=other, SEEDS="0") == of_given.format("23.00")
-    assert line(CKPT_BASE=other, SEEDS="1") == of_given.format("24.00")
-    assert "| 20.00 (n = 1) |  |  | 0/300" in line(CKPT_BASE="", SEEDS="0"), "a given seed 1 is not its"
-    assert "20.50 ± 0.71 (n = 2) |  |  | 0/300" in line(CKPT_BASE="", SEEDS="1"), "its seed 0 has the same words"
+    assert line(ckpt_base=given, seeds="0") == of_given.format("22.00")
+    assert line(ckpt_base=other, seeds="0") == of_given.format("23.00")
+    assert line(ckpt_base=other, seeds="1") == of_given.format("24.00")
+    assert "| 20.00 (n = 1) |  |  | 0/300" in line(seeds="0"), "a given seed 1 is not its"
+    assert "20.50 ± 0.71 (n = 2) |  |  | 0/300" in line(seeds="1"), "its seed 0 has the same words"
 
 
 @pytest.mark.parametrize(
-    ("table", "environ", "message"),
+    ("table", "chosen", "message"),
     [
-        ("table11", {"CKPT_BASE": "README.md"}, "jaccard_given/vit_small, seed 0: README.md "),
-        ("table8", {"CKPT_SAR": "README.md"}, "imagenet_a_given/vit_small_sar, seed 0: README.md "),
-        ("fig1_fig4", {"CKPT_SAR": "README.md"}, "figures_given/vit_small, seed 0: README.md "),
-        ("table8", {"CKPT_BASE": "other.pth"}, "imagenet-a: no class folder is a class of the model"),
-        ("table11", {"CKPT_BASE": "other.pth", "CKPT_OPTIONS": "--checkpoint-key ema"}, "other.pth: "),
-        ("table11", {"CKPT_BASE": "other.pth", "CKPT_OPTIONS": "--num-haeds 6"}, "no option --num-haeds"),
-        ("table11", {"CKPT_BASE": "other.pth", "CKPT_OPTIONS": "--num-heads 'six"}, "No closing quotation"),
-        ("fig1_fig4", {"COUNT": "abc"}, "figures/vit_small, seed 0: argument --count: "),
-        ("fig1_fig4", {"COUNT": "1 2"}, "figures/vit_small, seed 0: argument --count: "),
-        ("fig1_fig4", {"IMAGES": "nowhere"}, "figures/vit_small, seed 0: nowhere: no such folder"),
+        ("table11", {"ckpt_base": "README.md"}, "jaccard_given/vit_small, seed 0: README.md "),
+        ("table8", {"ckpt_sar": "README.md"}, "imagenet_a_given/vit_small_sar, seed 0: README.md "),
+        ("fig1_fig4", {"ckpt_sar": "README.md"}, "figures_given/vit_small, seed 0: README.md "),
+        ("table8", {"ckpt_base": "other.pth"}, "imagenet-a: no class folder is a class of the model"),
+        ("table11", {"ckpt_base": "other.pth", "ckpt_options": "--checkpoint-key ema"}, "other.pth: "),
+        ("table11", {"ckpt_base": "other.pth", "ckpt_options": "--num-haeds 6"}, "no option --num-haeds"),
+        ("table11", {"ckpt_base": "other.pth", "ckpt_options": "--num-heads 'six"}, "No closing quotation"),
+        ("fig1_fig4", {"count": "abc"}, "argument --count: "),
+        ("fig1_fig4", {"count": "1 2"}, "argument --count: "),
+        ("fig1_fig4", {"images": "nowhere"}, "figures/vit_small, seed 0: nowhere: no such folder"),
     ],
 )
-def test_what_cannot_be_measured_is_known_before_training(table, environ, message, run, data_read, tmp_path, capsys):
+def test_what_cannot_be_measured_is_known_before_training(table, chosen, message, run, data_read, tmp_path, capsys):
     given_weights(tmp_path / "other.pth", ["cat", "dog"])
-    environ = {name: str(value).replace("other.pth", str(tmp_path / "other.pth")) for name, value in environ.items()}
-    assert run(table, start_nothing, OUT=tmp_path / "out", DATA=measured_data(tmp_path), **environ) == 2
+    chosen = {name: str(value).replace("other.pth", str(tmp_path / "other.pth")) for name, value in chosen.items()}
+    assert run(table, start_nothing, out=tmp_path / "out", data=measured_data(tmp_path), **chosen) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -848,12 +947,12 @@ def test_options_of_given_weights_reach_what_measures_them(run, no_report, data_
     """A ViT of another program whose heads its file does not tell."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
-    environ = {"OUT": tmp_path / "out", "DATA": measured_data(tmp_path), "ROWS": "vit_small"}
-    environ |= {"CKPT_BASE": tmp_path / "vit.pth"}
-    assert run("table11", start_nothing, **environ) == 2
+    chosen = {"out": tmp_path / "out", "data": measured_data(tmp_path), "rows": "vit_small"}
+    chosen |= {"ckpt_base": tmp_path / "vit.pth"}
+    assert run("table11", start_nothing, **chosen) == 2
     assert "say it with --num-heads" in capsys.readouterr().err
     launch = Pretend()
-    assert run("table11", launch, CKPT_OPTIONS="--num-heads 2", **environ) == 0
+    assert run("table11", launch, ckpt_options="--num-heads 2", **chosen) == 0
     (words,) = launch.measured
     assert ("--num-heads", "2") in itertools.pairwise(words)
 
@@ -869,11 +968,11 @@ def test_a_measurement_that_fails(code, result, tried, run, no_report, tmp_path,
         commands.append(command)
         return code
 
-    assert run("table11", fail, SMOKE=1, OUT=tmp_path) == result
+    assert run("table11", fail, smoke=True, out=tmp_path) == result
     assert len(commands) == tried
     assert f"jaccard/vit_small, seed 0: ended with exit code {code}" in capsys.readouterr().err
     launch = Pretend()
-    assert run("table11", launch, SMOKE=1, OUT=tmp_path) == 0
+    assert run("table11", launch, smoke=True, out=tmp_path) == 0
     assert len(launch.measured) == 4
 
 
@@ -883,7 +982,7 @@ def test_what_a_failed_run_was_to_be_measured_for_is_left_out(run, no_report, tm
     def fail_with_sar(command):
         return 1 if "main.py" in command and "in1k/vit_small_sar/" in command[-1] else launch(command)
 
-    assert run("table8", fail_with_sar, SMOKE=1, OUT=tmp_path) == 1
+    assert run("table8", fail_with_sar, smoke=True, out=tmp_path) == 1
     assert len(launch.measured) == 2
     assert "imagenet_a/vit_small_sar, seed 0: left out; in1k/vit_small_sar failed" in capsys.readouterr().err
 
@@ -900,21 +999,21 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
     return fake
 
 
-def finished(out: Path, table: str, read_script, **environ) -> None:
+def finished(out: Path, table: str, **chosen) -> None:
     """Leave what the table's runs would leave at their end."""
-    for job in jobs_of(table, read_script, OUT=str(out), **environ):
+    for job in jobs_of(table, out=str(out), **chosen):
         Pretend()(["main.py", *job.words])
 
 
-def test_a_table_is_one_job_array(run, read_script, no_report, slurm, tmp_path, capsys):
+def test_a_table_is_one_job_array(run, no_report, slurm, tmp_path, capsys):
     """Recorded as usual; the same command leaves what is queued or finished alone, and in the end reports."""
     launch = "submitit --partition gpu --ngpus 2 --slurm-arg account=lab"
-    environ = {"SMOKE": 1, "OUT": tmp_path / "out", "ROWS": "A F", "SEEDS": "0 1", "LAUNCH": launch}
-    assert run("table1b", **environ) == 0
+    chosen = {"smoke": True, "out": tmp_path / "out", "rows": "A F", "seeds": "0 1", "launch": launch}
+    assert run("table1b", **chosen) == 0
     (text,) = slurm.submitted
-    options = sbatch_options(text)
-    assert (options["array"], options["partition"], options["account"]) == ("0-3%4", "gpu", "lab")
-    assert options["output"] == f"{tmp_path}/out/submitit/%A_%a_0_log.out"
+    asked = sbatch_options(text)
+    assert (asked["array"], asked["partition"], asked["account"]) == ("0-3%4", "gpu", "lab")
+    assert asked["output"] == f"{tmp_path}/out/submitit/%A_%a_0_log.out"
     told = capsys.readouterr().out
     assert re.search(r"^in100_100/vit_small_sar, seed 1 +70_3 +submitted$", told, re.MULTILINE)
     assert "when all are finished, the same command prints the report" in told
@@ -923,34 +1022,35 @@ def test_a_table_is_one_job_array(run, read_script, no_report, slurm, tmp_path, 
     assert os.readlink(tmp_path / "out/table1b/F/seed1") == "../../runs/in100_100/vit_small_sar/seed1"
     assert (tmp_path / "out/table1b/A/protocol.json").exists()
 
-    finished(tmp_path / "out", "table1b", read_script, SMOKE="1", ROWS="A", SEEDS="0 1")
+    finished(tmp_path / "out", "table1b", smoke=True, rows="A", seeds="0 1")
     slurm.queue("70_3 RUNNING None")
-    assert run("table1b", **environ) == 0
+    assert run("table1b", **chosen) == 0
     assert "array" not in sbatch_options(slurm.submitted[1]), "the other seed of F is queued"
-    finished(tmp_path / "out", "table1b", read_script, SMOKE="1", ROWS="F", SEEDS="0 1")
-    assert run("table1b", **environ) == 0
+    finished(tmp_path / "out", "table1b", smoke=True, rows="F", seeds="0 1")
+    assert run("table1b", **chosen) == 0
     assert len(slurm.submitted) == 2
     assert capsys.readouterr().out.endswith(f"report of {tmp_path}/out/table1b\n")
 
 
-def test_fine_tuning_waits_for_the_weights_that_it_needs(run, read_script, slurm, tmp_path, capsys):
+def test_fine_tuning_waits_for_the_weights_that_it_needs(run, slurm, tmp_path, capsys):
     """Those from one run wait for no other, and are taken away if it fails; a queued run is waited for as well."""
-    environ = {"SMOKE": 1, "OUT": tmp_path / "out", "ROWS": "no-no_pets yes-no_pets no-yes_pets", "LAUNCH": "submitit"}
-    assert run("table7", **environ) == 0
+    chosen = {"smoke": True, "out": tmp_path / "out", "rows": "no-no_pets yes-no_pets no-yes_pets"}
+    chosen["launch"] = "submitit"
+    assert run("table7", **chosen) == 0
     first, *others = map(sbatch_options, slurm.submitted)
     assert first["array"] == "0-1%2"
     assert "dependency" not in first
-    assert [(options.get("array"), options["dependency"]) for options in others] == [
+    assert [(asked.get("array"), asked["dependency"]) for asked in others] == [
         ("0-1%2", "afterok:70_0"),
         (None, "afterok:70_1"),
     ]
-    assert {options["kill-on-invalid-dep"] for options in others} == {"yes"}
+    assert {asked["kill-on-invalid-dep"] for asked in others} == {"yes"}
     assert "submitted, after in1k/vit_small_sar, seed 0" in capsys.readouterr().out
 
-    finished(tmp_path / "out", "table7", read_script, SMOKE="1", ROWS="no-no_pets")
+    finished(tmp_path / "out", "table7", smoke=True, rows="no-no_pets")
     slurm.queue("70_1 RUNNING None")
-    environ["LAUNCH"] = "submitit --slurm-arg dependency=singleton"
-    assert run("table7", **environ) == 0
+    chosen["launch"] = "submitit --slurm-arg dependency=singleton"
+    assert run("table7", **chosen) == 0
     assert [sbatch_options(text)["dependency"] for text in slurm.submitted[3:]] == [
         "singleton,afterok:70_1",
         "singleton",
@@ -958,11 +1058,11 @@ def test_fine_tuning_waits_for_the_weights_that_it_needs(run, read_script, slurm
 
 
 def test_a_dry_run_prints_what_slurm_would_get(run, slurm, tmp_path, capsys):
-    environ = {"SMOKE": 1, "OUT": tmp_path / "out", "LAUNCH": "submitit --ngpus 4 --max-parallel 2"}
-    assert run("table1a", DRY_RUN=1, **environ) == 0
+    chosen = {"smoke": True, "out": tmp_path / "out", "launch": "submitit --ngpus 4 --max-parallel 2"}
+    assert run("table1a", dry_run=True, **chosen) == 0
     assert not (tmp_path / "out").exists()
     text = capsys.readouterr().out
-    assert run("table1a", DRY_RUN=0, **environ) == 0
+    assert run("table1a", dry_run=False, **chosen) == 0
     (submitted,) = slurm.submitted
     assert submitted in text
     folder = tmp_path / "out/runs/in100_100/vit_small_sar_lambda0.1/seed0"
@@ -971,27 +1071,25 @@ def test_a_dry_run_prints_what_slurm_would_get(run, slurm, tmp_path, capsys):
 
 
 def test_a_run_that_a_job_has_is_not_trained_here_too(run, slurm, tmp_path, capsys):
-    environ = {"SMOKE": 1, "OUT": tmp_path, "ROWS": "F"}
-    assert run("table1b", LAUNCH="submitit", **environ) == 0
+    chosen = {"smoke": True, "out": tmp_path, "rows": "F"}
+    assert run("table1b", launch="submitit", **chosen) == 0
     slurm.queue("70 RUNNING None")
-    assert run("table1b", LAUNCH="", **environ) == 2
+    assert run("table1b", **chosen) == 2
     assert "in100_100/vit_small_sar, seed 0: job 70 has this run (running)" in capsys.readouterr().err
 
 
-def test_what_is_measured_waits_for_the_jobs_and_is_measured_here(
-    run, read_script, no_report, slurm, data_read, tmp_path, capsys
-):
-    environ = {"SMOKE": 1, "OUT": tmp_path / "out", "ROWS": "vit_small_sar", "LAUNCH": "submitit"}
-    assert run("table11", start_nothing, **environ) == 0
+def test_what_is_measured_waits_for_the_jobs_and_is_measured_here(run, no_report, slurm, data_read, tmp_path, capsys):
+    chosen = {"smoke": True, "out": tmp_path / "out", "rows": "vit_small_sar", "launch": "submitit"}
+    assert run("table11", start_nothing, **chosen) == 0
     assert len(slurm.submitted) == 1
     assert "when all are finished, the same command measures, on this machine, and prints the report" in (
         capsys.readouterr().out
     )
-    finished(tmp_path / "out", "table11", read_script, SMOKE="1", ROWS="vit_small_sar")
+    finished(tmp_path / "out", "table11", smoke=True, rows="vit_small_sar")
     launch = Pretend()
-    assert run("table11", launch, **environ) == 0
+    assert run("table11", launch, **chosen) == 0
     assert (len(launch.started), len(launch.measured), len(slurm.submitted)) == (0, 1, 1)
-    assert run("table11", start_nothing, DRY_RUN=1, **environ) == 0
+    assert run("table11", start_nothing, dry_run=True, **chosen) == 0
     assert " -m analysis.jaccard " in capsys.readouterr().out
 
 
@@ -1031,16 +1129,16 @@ def smoke_out(tmp_path_factory):
 )
 def test_a_row_of_each_script(table, row, run, fewer_digits, smoke_out, capsys):
     """Row, recipe and main.py as they are, to the report; only no new process is started."""
-    assert run(table, in_this_process, SMOKE=1, ROWS=row, OUT=smoke_out) == 0
+    assert run(table, in_this_process, smoke=True, rows=row, out=smoke_out) == 0
     log = [json.loads(line) for line in (smoke_out / table / row / "seed0/log.txt").read_text().splitlines()]
     assert len(log) == 2
     report = (smoke_out / table / "report.md").read_text()
-    name = paper_report.PAPER[table]["rows"][row]["name"]
+    name = tables.TABLES[table]["rows"][row]["name"]
     (line,) = [line for line in report.splitlines() if line.startswith(f"| {name} |")]
     assert f"{log[-1]['test_acc1']:.2f} (n = 1)" in line
     assert "not comparable" in line
     assert report in capsys.readouterr().out
-    assert run(table, start_nothing, SMOKE=1, ROWS=row, OUT=smoke_out) == 0
+    assert run(table, start_nothing, smoke=True, rows=row, out=smoke_out) == 0
 
 
 def test_the_four_ways_of_fine_tuning(run, fewer_digits, smoke_out):
@@ -1052,7 +1150,7 @@ def test_the_four_ways_of_fine_tuning(run, fewer_digits, smoke_out):
         "yes-yes": ("sar", 0.01),
     }
     rows = " ".join(f"{way}_pets" for way in ways)
-    assert run("table7", in_this_process, SMOKE=1, ROWS=rows, OUT=smoke_out) == 0
+    assert run("table7", in_this_process, smoke=True, rows=rows, out=smoke_out) == 0
     for way, expected in ways.items():
         folder = smoke_out / f"table7/{way}_pets/seed0"
         checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
@@ -1069,25 +1167,25 @@ def test_the_four_ways_of_fine_tuning(run, fewer_digits, smoke_out):
     ]
 
 
-def test_fine_tuning_from_given_weights_is_another_run(run, read_script, no_report, tmp_path, capsys):
-    def first_run(**environ):
+def test_fine_tuning_from_given_weights_is_another_run(run, no_report, tmp_path, capsys):
+    def first_run(**chosen):
         launch = Pretend()
-        assert run("table7", launch, OUT=tmp_path, SMOKE=1, **environ) == 0
+        assert run("table7", launch, out=tmp_path, smoke=True, **chosen) == 0
         return launch.started
 
     given = tmp_path / "given weights.pth"
     torch.save({"model": {"blocks.0.norm2.weight": torch.ones(1)}}, given)
-    own = first_run(ROWS="no-no_pets")
+    own = first_run(rows="no-no_pets")
     assert [args.output_dir.removeprefix(f"{tmp_path}/runs/") for args in own] == [
         "in1k/vit_small/seed0",
         "finetune/no-no_pets/seed0",
     ]
-    (args,) = first_run(ROWS="no-no_pets", CKPT_BASE=given)
+    (args,) = first_run(rows="no-no_pets", ckpt_base=given)
     assert args.output_dir == f"{tmp_path}/runs/finetune_given/no-no_pets/seed0"
     assert args.finetune == str(given)
     assert os.readlink(tmp_path / "table7/no-no_pets/seed0") == "../../runs/finetune_given/no-no_pets/seed0"
     other = given.rename(tmp_path / "other.pth")
-    assert run("table7", start_nothing, CKPT_BASE=other) == 2
+    assert run("table7", start_nothing, out=tmp_path, smoke=True, rows="no-no_pets", ckpt_base=other) == 2
     assert f"--finetune: {given} in the checkpoint, {other} now" in capsys.readouterr().err
 
 
@@ -1101,18 +1199,18 @@ def test_fine_tuning_from_given_weights_is_another_run(run, read_script, no_repo
 )
 def test_a_measured_row_of_each_script(table, row, told, run, fewer_digits, smoke_out, capsys):
     """Scripts, runs and measurements as they are, to the report; none of it passes for the paper's."""
-    assert run(table, in_this_process, SMOKE=1, ROWS=row, OUT=smoke_out) == 0
+    assert run(table, in_this_process, smoke=True, rows=row, out=smoke_out) == 0
     report = (smoke_out / table / "report.md").read_text()
     assert report in capsys.readouterr().out
     result = json.loads((smoke_out / table / row / "seed0/results.json").read_text())
     ours = f"{result['jaccard']:.2f} (n = 1)" if "jaccard" in result else "–"
-    paper = paper_report.PAPER[table]["rows"][row]
+    paper = tables.TABLES[table]["rows"][row]
     assert f"| {paper['name']} | {paper['value']} | {ours} |  |  | 2/2 | **not comparable**" in report
     assert re.search(rf"Not comparable with the paper: .*{told}.*data set digits, not imagenet", report)
 
 
 def test_a_table_tells_its_models_apart(run, fewer_digits, smoke_out, capsys):
-    assert run("table11", in_this_process, SMOKE=1, OUT=smoke_out) == 0
+    assert run("table11", in_this_process, smoke=True, out=smoke_out) == 0
     text = capsys.readouterr().out + (smoke_out / "table11/vit_small_sar/seed0/results.json").read_text()
     assert '"model": "ViT-S/16 + SAR"' in text
     assert "| seed0 |" not in text
@@ -1120,18 +1218,18 @@ def test_a_table_tells_its_models_apart(run, fewer_digits, smoke_out, capsys):
 
 def test_a_checkpoint_that_changes_is_measured_anew(run, fewer_digits, smoke_out, tmp_path):
     """Also where the measurement itself would refuse to go on, with another one's severities."""
-    environ = {"SMOKE": 1, "ROWS": "in_c_vit_small", "OUT": tmp_path, "CKPT_BASE": tmp_path / "given.pth"}
+    chosen = {"smoke": True, "rows": "in_c_vit_small", "out": tmp_path, "ckpt_base": tmp_path / "given.pth"}
     results = []
     for seed in (0, 1):
         given_weights(tmp_path / "given.pth", seed=seed)
-        assert run("table8", in_this_process, **environ) == 0
+        assert run("table8", in_this_process, **chosen) == 0
         results.append(json.loads((tmp_path / "table8/in_c_vit_small/seed0/results.json").read_text()))
     first, second = (result["checkpoint_sha256"] for result in results)
     assert first != second
 
 
 def test_figures_of_both_models(run, fewer_digits, smoke_out, capsys):
-    assert run("fig1_fig4", in_this_process, SMOKE=1, OUT=smoke_out, COUNT=2) == 0
+    assert run("fig1_fig4", in_this_process, smoke=True, out=smoke_out, count=2) == 0
     assert capsys.readouterr().out.endswith(f"in {smoke_out}/fig1_fig4\n")
     assert "ViT-S/16 + SAR" in (smoke_out / "fig1_fig4/maps/seed0/index.html").read_text()
 
@@ -1149,24 +1247,24 @@ def terminated_after(number: int, function):
 
 
 def test_an_interrupted_row_goes_on(run, fewer_digits, tmp_path, capsys, monkeypatch):
-    environ = {"SMOKE": 1, "ROWS": "E", "OUT": tmp_path}
+    chosen = {"smoke": True, "rows": "E", "out": tmp_path}
     with monkeypatch.context() as patch:
         patch.setattr(engine, "update_weights", terminated_after(6, engine.update_weights))
-        assert run("table1b", in_this_process, **environ) == 143
+        assert run("table1b", in_this_process, **chosen) == 143
     assert "ended at epoch 1 of 2 with exit code 0; the same command goes on from there" in capsys.readouterr().err
-    assert run("table1b", in_this_process, **environ) == 0
+    assert run("table1b", in_this_process, **chosen) == 0
     text = capsys.readouterr().out
     assert "epoch 1 of 2" in text
     assert "epoch 1, step 2" in text
 
 
 def test_a_row_through_bash_and_processes_of_its_own(tmp_path):
-    """Nothing replaced."""
-    environ = {"SMOKE": "1", "ROWS": "softmax", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    done = subprocess.run(
-        ["bash", "scripts/appendix_b_alternatives.sh"], env=os.environ | environ, capture_output=True, text=True
-    )
+    """Nothing replaced, and typed in another folder, which has a module of a name that is used here."""
+    (tmp_path / "utils.py").write_text("raise RuntimeError")
+    command = [ROOT / "scripts/appendix_b_alternatives.sh", "--smoke", "--rows", "softmax", "--out", "out"]
+    environ = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(["bash", *command], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    report = (tmp_path / "appendix_b/report.md").read_text()
+    report = (tmp_path / "out/appendix_b/report.md").read_text()
     assert done.stdout.endswith(report + "\n")
     assert "2/2" in report
