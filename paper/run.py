@@ -106,7 +106,7 @@ def check_measurement(module: str, *words: str, given: list[str]) -> None:
 
 def print_plan(settings: Settings, jobs: list[Job], measurements: list[Measurement]) -> None:
     """A line a run: what is done of it, and what the rest costs; and one for each that is measured then."""
-    print(f"{settings.table}, {len(jobs)} runs in {settings.out}")
+    print(f"{settings.table}, {len(jobs)} runs in {settings.out.absolute()}")
     print(f"started by {shlex.join(settings.launch)} (--launch names another launcher)")
     rows = [planned.row for planned in [*jobs, *measurements]]
     names, runs = (max(len(getattr(row, name)) for row in rows) for name in ("name", "run"))
@@ -259,7 +259,7 @@ def run_table(settings: Settings) -> int:
     if code > 1:
         return code
     folder = settings.out / settings.table
-    print(report.report(folder) if "metric" in TABLES[settings.table] else f"in {folder}")
+    print(report.report(folder) if "metric" in TABLES[settings.table] else f"in {folder.absolute()}")
     return code
 
 

@@ -84,12 +84,9 @@ def words_of(**chosen) -> list[str]:
     """Options as words: ``True`` for one without a value; what is empty or ``False`` is left out."""
     words = []
     for name, value in chosen.items():
-        if value is True:
-            value = ""
-        elif not value:
-            continue
-        values = str(value).split() if name in ("seeds", "rows") else [str(value)] if value else []
-        words += [f"--{name.replace('_', '-')}", *values]
+        if value:
+            values = [] if value is True else str(value).split() if name in ("seeds", "rows") else [str(value)]
+            words += [f"--{name.replace('_', '-')}", *values]
     return words
 
 
@@ -208,6 +205,22 @@ def test_the_commands_in_a_scripts_head_are_understood(table, tmp_path, monkeypa
     assert len(commands) >= 2
     for command in commands:
         options.read_settings([table, *shlex.split(command, comments=True)])
+
+
+def test_the_table_commands_of_the_other_texts_are_understood():
+    texts = [(ROOT / name).read_text() for name in ("README.md", "benchmarks/tiny20.args")]
+    text = "\n".join(texts).replace("\\\n#", " ")
+    tables_by_script = {script: table for table, script in SCRIPTS.items()}
+    commands = re.findall(r"bash scripts/(\w+\.sh)( --.*)", text)
+    commands = [(script, words) for script, words in commands if script in tables_by_script and "--help" not in words]
+    assert len(commands) >= 5
+    for script, words in commands:
+        options.read_settings([tables_by_script[script], *shlex.split(words, comments=True)])
+
+
+def test_analysis_knows_nothing_of_tables_and_launchers():
+    imports = re.compile(r"^ *(?:from|import) (?:paper|launch|submitit|run_with_submitit)\b", re.MULTILINE)
+    assert not [path.name for path in (ROOT / "analysis").glob("*.py") if imports.search(path.read_text())]
 
 
 def test_ids_and_runs_are_names_of_folders():
@@ -1098,7 +1111,7 @@ def test_what_is_measured_waits_for_the_jobs_and_is_measured_here(run, no_report
 
 @pytest.fixture(scope="module")
 def fewer_digits():
-    """SMOKE's data, cut to save the suite's time: 280 training images instead of 1,437."""
+    """--smoke's data, cut to save the suite's time: 280 training images instead of 1,437."""
     digits = sklearn.datasets.load_digits()
     digits.images, digits.target = digits.images[:350], digits.target[:350]
     with pytest.MonkeyPatch.context() as patch:
