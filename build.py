@@ -38,7 +38,6 @@ def build_plan(args, processes: Processes, train_set) -> Plan:
     return Plan(
         output_dir=Path(args.output_dir),
         seed=args.seed,
-        batch_size=args.batch_size,
         total_batch=args.total_batch,
         accumulation=accumulation(args, processes.world_size),
         updates_per_epoch=num_images // args.total_batch,
@@ -131,7 +130,7 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
     task = load_task(args.task)(args, train_set, device)
     sampler = TrainSampler(
         plan.num_images,
-        plan.batch_size,
+        args.batch_size,
         plan.accumulation,
         processes.rank,
         processes.world_size,
@@ -146,7 +145,7 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
         network=wrap(task, plan, processes, args.compile),
         optimizer=build_optimizer(args, task),
         scaler=torch.amp.GradScaler(device.type, enabled=plan.amp_dtype == torch.float16),
-        loader=build_loader(train_set, sampler, plan.batch_size, args.num_workers, device.type == "cuda"),
+        loader=build_loader(train_set, sampler, args.batch_size, args.num_workers, device.type == "cuda"),
         stop=stop,
     )
 

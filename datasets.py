@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -238,7 +239,7 @@ class SplitSettings:
 
     Attributes:
         name, path: see :func:`read_split`.
-        seed, skip_unreadable: see :class:`AugmentedDataset`.
+        seed, skip_unreadable, pairs: see :class:`AugmentedDataset`; pairs are drawn in the training split alone.
         download: fetch the set before it is read, see :func:`download`.
         sampling_ratio, sampling_seed: the training split is a :func:`samplers.class_subset` of that share.
     """
@@ -250,6 +251,7 @@ class SplitSettings:
     download: bool = False
     sampling_ratio: float = 1.0
     sampling_seed: int = 0
+    pairs: int = 0
 
 
 def build_split(
@@ -274,7 +276,8 @@ def build_split(
     if split == "train" and ratio < 1:
         whole, images = images, SubsetOf(images, class_subset(images.targets, ratio, settings.sampling_seed))
         logger.info(f"--sampling-ratio {ratio:g}: {len(images):,} of {len(whole):,} training images")
-    return AugmentedDataset(images, transform, settings.seed, settings.skip_unreadable)
+    pairs = settings.pairs if split == "train" else 0
+    return AugmentedDataset(images, transform, settings.seed, settings.skip_unreadable, pairs)
 
 
 def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None:
@@ -375,13 +378,15 @@ class AugmentedDataset(Dataset):
     """Draws of a sampler to dicts of ``images``, ``targets`` and ``replaced``, which a loader stacks under these names.
 
     ``images`` is ``transform``'s tensor ``(3, h, w)`` (without one, the RGB image itself), ``targets`` its
-    label and ``replaced`` 1 if this image stands in for an unreadable one, else 0. The transform's random
+    label and ``replaced`` 1 if this image stands in for an unreadable one, else 0. ``pairs`` are DRLoc's, if any are
+    asked for: float32 ``(pairs, 2, 2)`` in [0, 1), row and column of each pair's first and second place. All random
     numbers depend on ``(seed, draw.epoch, draw.position)`` only; the process's own generators do not notice.
 
     Args:
         base: the images, without a transform.
         seed: not negative.
         skip_unreadable: let the next readable image of ``base`` stand in for an unreadable one.
+        pairs: how many to draw.
 
     Raises:
         UnreadableImage: on access, without ``skip_unreadable`` or when :data:`MAX_REPLACEMENTS` fail too.
@@ -393,12 +398,14 @@ class AugmentedDataset(Dataset):
         transform: Callable[[Image.Image], Any] | None = None,
         seed: int = 0,
         skip_unreadable: bool = False,
+        pairs: int = 0,
     ):
         self.base = base
         self.classes = base.classes
         self.transform = transform
         self.seed = seed
         self.skip_unreadable = skip_unreadable
+        self.pairs = pairs
 
     def __len__(self) -> int:
         return len(self.base)
@@ -408,7 +415,11 @@ class AugmentedDataset(Dataset):
         if self.transform is not None:
             with isolated_rng(seed_sequence("augmentation", self.seed, draw.epoch, draw.position)):
                 image = self.transform(image)
-        return {"images": image, "targets": target, "replaced": replaced}
+        item = {"images": image, "targets": target, "replaced": replaced}
+        if self.pairs:
+            generator = np.random.default_rng(seed_sequence("drloc", self.seed, draw.epoch, draw.position))
+            item["pairs"] = generator.random((self.pairs, 2, 2), dtype=np.float32)
+        return item
 
     def _read(self, index: int) -> tuple[Image.Image, int, int]:
         last_try = MAX_REPLACEMENTS if self.skip_unreadable else 0

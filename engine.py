@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from losses import PAIRS, SpatialEntropyLoss, TotalVariationLoss, localisation_loss
-from randomness import seed_sequence, seed_step
+from losses import SpatialEntropyLoss, TotalVariationLoss, localisation_loss
+from randomness import seed_step
 from schedules import Position
 from tasks import Evaluator, Task
 from utils import Processes, RunError, StopSignal, progress, to_device
@@ -36,7 +35,6 @@ class Plan:
 
     output_dir: Path
     seed: int
-    batch_size: int
     total_batch: int
     accumulation: int
     updates_per_epoch: int
@@ -154,15 +152,13 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
         # 1. everything that is scheduled
         schedule = set_schedule(run)
         task.begin_update(schedule)
-        for micro, draws in enumerate(_pair_draws(run)):
+        for micro in range(plan.accumulation):
             # 2. a micro-batch, and the random numbers of this step
             waiting = time.perf_counter()
             batch = next(batches)
             window.data_time += time.perf_counter() - waiting
             window.unreadable += int(batch["replaced"].sum())
             batch = to_device(batch, device)
-            if draws is not None:
-                batch["pairs"] = draws
             seed_step(plan.seed, run.processes.rank, run.position.update * plan.accumulation + micro)
             batch = task.prepare(batch)
             # 3. forward and backward; processes exchange gradients in the last micro-batch
@@ -220,22 +216,6 @@ def weight_of(term: str, schedule: dict[str, float]) -> float:
     if term in ("spatial_entropy", "total_variation"):
         return schedule["sar_weight"]
     return schedule.get(f"{term}_weight", 1.0)
-
-
-def _pair_draws(run: Run) -> list[Tensor | None]:
-    """Which pairs of patches DRLoc compares, for each micro-step; Nones where it is off.
-
-    They go with an image's place in the total batch, so they do not depend on how that is split into processes
-    and micro-steps.
-    """
-    if run.task.localiser is None:
-        return [None] * run.plan.accumulation
-    generator = np.random.default_rng(seed_sequence("drloc", run.plan.seed, run.position.update))
-    parts = (run.plan.accumulation, run.plan.batch_size, run.processes.world_size)
-    draws = torch.from_numpy(generator.random((*parts, PAIRS, 2, 2), dtype=np.float32))[:, :, run.processes.rank]
-    if run.processes.device.type == "cuda":
-        draws = draws.pin_memory()  # a copy from other memory would wait
-    return list(draws.to(run.processes.device, non_blocking=True))
 
 
 def update_weights(run: Run, schedule: dict[str, float]) -> None:

@@ -108,7 +108,7 @@ def read_slurm_arg(word: str) -> tuple[str, str | bool]:
 
 
 def cluster_of(words: list[str]) -> Cluster:
-    """The cluster that `add_cluster_options` describe, where nothing else is said (``--launch`` of a table script)."""
+    """The cluster that these `add_cluster_options` describe (``--launch "submitit ..."`` of a table script)."""
     parser = Parser(prog="submitit", add_help=False, allow_abbrev=False)
     add_cluster_options(parser)
     return read_cluster(parser.parse_args(expand_arguments(words)))

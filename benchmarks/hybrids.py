@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.step import TYPES, in_turn, make_step, start
 from losses import SpatialEntropyLoss
-from models import MODELS
+from models import MODELS, register
 
 ARCHITECTURES = ("vit_small", "t2t_vit_14", "t2t_vit_t_14", "pvt_small", "cvt_13", "swin_tiny")
 
@@ -26,6 +26,7 @@ class Registered(nn.Module):
 
     def __init__(self, name: str, similarity: bool):
         super().__init__()
+        register(name)
         self.model, self.similarity = timm.create_model(name, drop_path_rate=0.1), similarity
 
     def forward(self, images):

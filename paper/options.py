@@ -28,10 +28,9 @@ OF_SOME_TABLES = {
     "--count": "--count",
 }
 
-# The options were environment variables once: --ckpt-base was CKPT_BASE.
-OLD_VARIABLES = (
-    "DATA OUT SEEDS ROWS LAUNCH OVERRIDES DRY_RUN SMOKE CKPT_BASE CKPT_SAR CKPT_OPTIONS IMAGES COUNT".split()
-)
+# The options were environment variables once: --ckpt-base was CKPT_BASE. (DATA, OUT, IMAGES and COUNT may well be set
+# for other programs.)
+OLD_VARIABLES = "SEEDS ROWS LAUNCH OVERRIDES DRY_RUN SMOKE CKPT_BASE CKPT_SAR CKPT_OPTIONS".split()
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,6 @@ class Task(nn.Module):
 
     Attributes:
         model: what is exported, and evaluated.
-        averaged: its exponential moving average, teacher or momentum encoder; None without one.
         localiser: DRLoc's MLP; None where its weight is 0.
         views: how many times in a row the loader hands out each image (repeated augmentation).
         reported: which of `weight_names` picks best.pth.
@@ -89,7 +88,6 @@ class Task(nn.Module):
     def __init__(self, args: argparse.Namespace, model: nn.Module, device: torch.device):
         super().__init__()
         self.model = model
-        self.averaged: nn.Module | None = None
         self.localiser = Localiser(model.num_features).to(device) if args.drloc_weight > 0 else None
         self.views, self.reported = 1, self.weight_names[0]
         self.clip_grad = args.clip_grad
@@ -104,6 +102,15 @@ class Task(nn.Module):
             on_updates=args.sched_on_updates,
         )
         self.sar_schedule, self.sar_weight, self.drloc_weight = args.sar_schedule, args.sar_weight, args.drloc_weight
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The model's exponential moving average, teacher or momentum encoder; None without one.
+
+        A class keeps it in a tuple, so that it is no submodule: the optimiser, ``train()`` and DistributedDataParallel
+        have nothing to do with it.
+        """
+        return None
 
     # ------------------------------------------------------------------------------------------ command line
 

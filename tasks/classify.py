@@ -36,8 +36,7 @@ class Classification(Task):
         self.mixup = build_mixup(args, num_classes)
         # Mixup's soft targets are smoothed already
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
-        self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay) if args.model_ema else None
-        self.averaged = None if self.ema is None else self.ema.module.requires_grad_(False)
+        self.ema = (ModelEmaV3(self.model, decay=args.model_ema_decay),) if args.model_ema else ()
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -111,6 +110,10 @@ class Classification(Task):
             )
         return build_split(split_settings(args), split, transform, processes)
 
+    @property
+    def averaged(self) -> nn.Module | None:
+        return self.ema[0].module if self.ema else None
+
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.mixup is None:
             return batch
@@ -124,8 +127,8 @@ class Classification(Task):
         return {"cross_entropy": self.criterion(outputs["logits"], batch["targets"])}
 
     def end_update(self, schedule: Mapping[str, float]) -> None:
-        if self.ema is not None:
-            self.ema.update(self.model)
+        for ema in self.ema:
+            ema.update(self.model)
 
     def evaluator(self) -> "Accuracy":
         return Accuracy()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from datasets import SplitSettings
-from losses import max_components
+from losses import PAIRS
 from models import ModelSettings, build_model
 from utils import UserError
 
@@ -37,6 +37,7 @@ def split_settings(args: argparse.Namespace) -> SplitSettings:
         download=args.download,
         sampling_ratio=args.sampling_ratio,
         sampling_seed=args.sampling_seed,
+        pairs=PAIRS if args.drloc_weight > 0 else 0,
     )
 
 
@@ -44,14 +45,14 @@ def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.d
     """The model that the arguments describe, on ``device``.
 
     Raises:
-        UserError: see `models.build_model`; or maps whose entropy is always 0, though it is to be minimised.
+        UserError: see `models.build_model`; or maps of one patch, whose entropy is to be minimised.
     """
     settings = model_settings(args, num_classes)
     model, grid = build_model(settings, device, args.seed)
-    if args.sar_weight > 0 and max_components(*grid) == 1:
+    if args.sar_weight > 0 and grid == (1, 1):
         raise UserError(
-            f"{settings}: S has {grid[0]} x {grid[1]} patches, so its entropy is always 0; give a larger --input-size, "
-            "a smaller --patch-size, or --sar-weight 0"
+            f"{settings}: S is a single patch and has no entropy; give a larger --input-size, a smaller --patch-size, "
+            "or --sar-weight 0"
         )
     if args.grad_checkpointing:
         model.set_grad_checkpointing()

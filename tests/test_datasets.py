@@ -579,6 +579,17 @@ def test_augmentation_changes_with_seed_epoch_and_position_and_with_nothing_else
     assert not any(torch.equal(first, other) for other in others)
 
 
+def test_pairs_of_places_are_drawn_with_the_image_in_training_alone(folder):
+    train, val = (split_of("folder", folder, split, seed=3, pairs=5) for split in ("train", "val"))
+    first = train[Draw(0, 1, 2)]["pairs"]
+    assert (first.shape, first.dtype) == ((5, 2, 2), np.float32)
+    assert ((first >= 0) & (first < 1)).all()
+    assert np.array_equal(first, train[Draw(4, 1, 2)]["pairs"]), "whatever image stands there"
+    others = [train[Draw(0, 1, 3)], train[Draw(0, 2, 2)], split_of("folder", folder, seed=4, pairs=5)[Draw(0, 1, 2)]]
+    assert not any(np.array_equal(first, other["pairs"]) for other in others)
+    assert "pairs" not in val[Draw(0, 1, 2)]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loading_leaves_the_global_generators_alone(folder, num_workers):
     before = rng_states()
