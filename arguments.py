@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -329,10 +330,16 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} {path}: no such file")
 
 
+@cache
+def default_arguments(task: str) -> Mapping[str, Any]:
+    """Every option of a task at its default, data sets' and models' own ones aside."""
+    return vars(build_parser(task).parse_args([]))
+
+
 def differences(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What differs in anything mathematical between these arguments and a checkpoint's, a line each."""
     # an option younger than the checkpoint was at its default; one that is gone had no effect at its own
-    saved = vars(build_parser(saved.get("task", "classify")).parse_args([])) | saved
+    saved = default_arguments(saved.get("task", "classify")) | saved
     names = sorted((arguments.keys() | saved.keys()) - NOT_MATHEMATICAL - GONE)
     if os.path.realpath(saved["finetune"]) == os.path.realpath(arguments["finetune"]):
         names.remove("finetune")  # the same file, in other words

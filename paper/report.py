@@ -29,7 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from arguments import NOT_MATHEMATICAL, build_parser
+from arguments import NOT_MATHEMATICAL, default_arguments
 from cli import Parser, exit_code
 from datasets import DATASETS, canonical_name
 from paper.tables import TABLES
@@ -148,11 +148,10 @@ def read_table(folder: Path) -> tuple[dict, dict[str, Row]]:
     if unknown or not there:
         problem = f"no row {unknown[0]} in this table" if unknown else "no row in it has a protocol.json"
         raise UserError(f"{folder}: {problem}; its rows are {', '.join(table['rows'])}")
-    defaults = vars(build_parser().parse_args([]))  # of options younger than a run
-    return table, {row: read_row(folder / row, paper, defaults) for row, paper in table["rows"].items()}
+    return table, {row: read_row(folder / row, paper) for row, paper in table["rows"].items()}
 
 
-def read_row(folder: Path, paper: dict, defaults: dict) -> Row:
+def read_row(folder: Path, paper: dict) -> Row:
     """The row of a table whose runs lie in ``folder``, if there is one.
 
     Raises:
@@ -160,15 +159,15 @@ def read_row(folder: Path, paper: dict, defaults: dict) -> Row:
     """
     if "measured" in paper:
         trained = min(folder.glob("trained/*"), default=folder / "trained")
-        row = read_row(trained, {}, defaults)
+        row = read_row(trained, {})
         return Row(
             paper, row.protocol, row.runs, [read_result(path) for path in sorted(folder.glob("seed*/results.json"))]
         )
     seeds = sorted(
         path for path in folder.glob("seed*") if (path / "log.txt").exists() or (path / "args.json").exists()
     )
-    runs = [TrainingRun(defaults | read_arguments(seed / "args.json"), read_log(seed / "log.txt")) for seed in seeds]
-    return Row(paper, defaults | read_arguments(folder / "protocol.json") if runs else {}, runs)
+    runs = [TrainingRun(read_arguments(seed / "args.json"), read_log(seed / "log.txt")) for seed in seeds]
+    return Row(paper, read_arguments(folder / "protocol.json") if runs else {}, runs)
 
 
 def read_text(path: Path) -> str:
@@ -195,7 +194,7 @@ def read_arguments(path: Path) -> dict:
         raise UserError(f"{path}: {error}; run the row again") from None
     if not isinstance(content, dict) or "data_set" not in content:
         raise UserError(f"{path}: not the arguments of main.py; run the row again")
-    return content
+    return default_arguments(content.get("task", "classify")) | content  # some options are younger than the run
 
 
 def read_result(path: Path) -> dict:
@@ -230,8 +229,9 @@ def read_log(path: Path) -> list[Epoch]:
 
 def read_epoch(record: dict) -> Epoch:
     """A record of main.py's log; raises ValueError, KeyError or TypeError where it is none."""
-    weights = {"model": "test", "ema": "test_ema"}[record["reported"]]
     done, metric = int(record["epoch"]) + 1, record.get("metric", ACCURACY)  # older logs name none
+    averaged = f"test_{record['reported']}"  # the model's own results have no name of weights in theirs
+    weights = averaged if f"{averaged}_{metric}" in record else "test"
     if f"{weights}_{metric}" not in record:
         return Epoch(done, metric, None, None, None)
     value, test_images = float(record[f"{weights}_{metric}"]), int(record[f"{weights}_images"])

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,12 @@ def build(words: str, device: str = "cpu") -> engine.Run:
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
     """``main.py``'s arguments for the small run."""
-    return [*SMALL, "--data-path", str(data), "--output-dir", str(output), *more]
+    return folders(SMALL, data, output, *more)
+
+
+def folders(words: Sequence[str], data: Path, output: Path, *more: str) -> list[str]:
+    """These arguments with their folders."""
+    return [*words, "--data-path", str(data), "--output-dir", str(output), *more]
 
 
 class Child:
@@ -67,7 +73,7 @@ class Child:
     context = multiprocessing.get_context("forkserver")
 
     def __init__(self, data: Path, log: Path):
-        self.data, self.log = data, log
+        self.data, self.log, self.words = data, log, SMALL
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         self.context.set_forkserver_preload(["runs"])
 
@@ -79,7 +85,7 @@ class Child:
         Returns:
             Rank 0's exit code; -9 if it was killed.
         """
-        argv, environment = command(self.data, output, *more), {}
+        argv, environment = folders(self.words, self.data, output, *more), {}
         if ranks > 1:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]

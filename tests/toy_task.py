@@ -1,0 +1,59 @@
+"""A task as a stranger would add it: by how many quarter turns was the image rotated? ``--task toy_task:Rotation``."""
+
+import torch
+from torch import nn
+
+from cli import at_least
+from datasets import AugmentedDataset, eval_transform, read_split
+from tasks import Evaluator, Task
+from tasks.settings import build_task_model
+
+
+class RotatedImages(AugmentedDataset):
+    """Every image of a set, turned as often as its position in the epoch says."""
+
+    def __getitem__(self, draw):
+        item, turns = super().__getitem__(draw), draw.position % len(self.classes)
+        return item | {"images": item["images"].rot90(turns, (1, 2)), "targets": turns}
+
+
+class Rotation(Task):
+    metric = "right"
+
+    def __init__(self, args, dataset, device):
+        super().__init__(args, build_task_model(args, len(dataset.classes), device), device)
+
+    @classmethod
+    def add_options(cls, parser):
+        parser.add_argument("--directions", type=at_least(int, 2, 4), default=4, help="how many are told apart")
+
+    @classmethod
+    def data(cls, args, split, processes):
+        images = read_split(args.data_set, split, args.data_path)
+        rotated = RotatedImages(images, eval_transform(args.input_size), args.seed)
+        rotated.classes = [f"{90 * turns} degrees" for turns in range(args.directions)]
+        return rotated
+
+    def forward(self, batch):
+        return self.run_model(batch["images"])
+
+    def losses(self, outputs, batch):
+        return {"rotation": nn.functional.cross_entropy(outputs["logits"], batch["targets"])}
+
+    def evaluator(self):
+        return Right()
+
+
+class Right(Evaluator):
+    """The share of directions that are told right, in percent."""
+
+    def __init__(self):
+        self.right = []
+
+    def update(self, model, batch):
+        self.right.append(model(batch["images"]).argmax(1) == batch["targets"])
+
+    def compute(self, processes):
+        right = torch.cat(self.right)
+        total, count = processes.gather(torch.stack([right.sum(), torch.tensor(len(right))])).sum(dim=0).tolist()
+        return {"right": 100 * total / count, "images": count}
