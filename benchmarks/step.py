@@ -3,6 +3,9 @@
     python -m benchmarks.step                                  # this CPU, both sizes, float32 and bf16
     python -m benchmarks.step --device cuda --batch-size 128   # a GPU
 
+    python -m benchmarks.step --device cuda --compile --ways plain ours
+    python -m benchmarks.step --evaluate --ways plain ours             # forward passes of an evaluation, maps included
+
 A step is forward, loss, backward and AdamW at 224 px. (b) keeps the last block's attention scores, computes the
 attention from them, and runs OpenCV map by map. Expected: (c) faster than (a), for its last block computes the one
 query that the classifier reads. The three run in turn in every repeat; the table holds medians of images a second.
@@ -19,7 +22,7 @@ from torch import nn
 
 import models_sar
 from benchmarks.loss import map_by_map_loss, milliseconds
-from losses import SpatialEntropyLoss
+from losses import SpatialEntropyLoss, spatial_entropy
 
 TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,6 +75,19 @@ class Ours(nn.Module):
         return self.model(images, return_similarity=True)
 
 
+def make_evaluation(network: nn.Module, images, dtype):
+    """A function that computes what an evaluation does for one batch: logits, and of S the entropy and components."""
+    network = network.to(images.device).eval()
+
+    @torch.inference_mode()
+    def step():
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            logits, similarity = network(images)
+        return logits.float(), None if similarity is None else spatial_entropy(similarity)
+
+    return step
+
+
 def make_step(network: nn.Module, regulariser, images, targets, dtype):
     """A function that does one whole training step."""
     network = network.to(images.device).train()
@@ -92,12 +108,21 @@ def make_step(network: nn.Module, regulariser, images, targets, dtype):
     return step
 
 
+WAYS = {"plain": (Plain, None), "naive": (Naive, map_by_map_loss), "ours": (Ours, SpatialEntropyLoss())}
+
+
 def time_case(size: str, dtype, args) -> dict[str, float]:
-    """Median images a second of each of the three, run in turn."""
+    """Median images a second of each way, run in turn."""
     images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
     targets = torch.randint(1000, (args.batch_size,), device=args.device)
-    kinds = {"plain": (Plain, None), "naive": (Naive, map_by_map_loss), "ours": (Ours, SpatialEntropyLoss())}
-    steps = {name: make_step(kind(size), loss, images, targets, dtype) for name, (kind, loss) in kinds.items()}
+    steps = {}
+    for name in args.ways:
+        kind, loss = WAYS[name]
+        network = torch.compile(kind(size)) if args.compile else kind(size)
+        if args.evaluate:
+            steps[name] = make_evaluation(network, images, dtype)
+        else:
+            steps[name] = make_step(network, loss, images, targets, dtype)
     return in_turn(steps, args)
 
 
@@ -132,6 +157,9 @@ def start(description: str, argv, add_cases) -> argparse.Namespace:
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="default: all three")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each network")
+    parser.add_argument("--evaluate", action="store_true", help="time evaluation, not training")
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=list(models_sar.SIZES))
     parser.add_argument("--types", nargs="+", default=["float32", "bf16"], choices=list(TYPES))
 
@@ -140,14 +168,16 @@ def main(argv=None) -> None:
     args = start(__doc__, argv, add_sizes)
     print("| model | type | (a) plain timm | (b) naive SAR | (c) ours | c / a | c / b |")
     print("|---|---|---|---|---|---|---|")
+
+    def ratio(one: str, other: str) -> str:
+        return f"{rate[one] / rate[other]:.3f}" if {one, other} <= rate.keys() else "-"
+
     for size in args.sizes:
         for name in args.types:
             rate = time_case(size, TYPES[name], args)
-            print(
-                f"| vit_{size} | {name} | {rate['plain']:.1f} | {rate['naive']:.1f} | {rate['ours']:.1f} "
-                f"| {rate['ours'] / rate['plain']:.3f} | {rate['ours'] / rate['naive']:.2f} |",
-                flush=True,
-            )
+            rates = " | ".join(f"{rate[way]:.1f}" if way in rate else "-" for way in WAYS)
+            ratios = f"{ratio('ours', 'plain')} | {ratio('ours', 'naive')}"
+            print(f"| vit_{size} | {name} | {rates} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

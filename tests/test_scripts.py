@@ -55,18 +55,24 @@ def test_quickstart(tmp_path):
     assert (tmp_path / "out/figures/components-1.png").exists()
 
 
-def test_the_step_benchmark_prints_its_table():
-    command = "-m benchmarks.step --sizes tiny --types float32 --batch-size 1 --repeats 1 --warmup 0 --threads 1"
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\| vit_tiny \| float32( \| [\d.]+){5} \|", done.stdout.splitlines()[-1])
+QUICK = "--batch-size 1 --repeats 1 --warmup 0 --threads 1".split()
 
 
-def test_the_benchmark_of_architectures_prints_its_table():
-    command = "-m benchmarks.hybrids --models swin_tiny --batch-size 1 --repeats 1 --warmup 0 --threads 1"
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\| swin_tiny( \| [\d.]+){3} \|", done.stdout.splitlines()[-1])
+@pytest.mark.parametrize(
+    ("more", "row"),
+    [
+        ("", r"( \| [\d.]+){5}"),
+        ("--evaluate --ways plain ours", r" \| [\d.]+ \| - \| [\d.]+ \| [\d.]+ \| -"),
+    ],
+)
+def test_the_step_benchmark_prints_its_table(more, row, capsys):
+    step.main(["--sizes", "tiny", "--types", "float32", *QUICK, *more.split()])
+    assert re.fullmatch(rf"\| vit_tiny \| float32{row} \|", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_benchmark_of_architectures_prints_its_table(capsys):
+    hybrids.main(["--models", "swin_tiny", *QUICK])
+    assert re.fullmatch(r"\| swin_tiny( \| [\d.]+){3} \|", capsys.readouterr().out.splitlines()[-1])
 
 
 def readme_blocks(language: str) -> list[str]:
