@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from arguments import parse_arguments
+from benchmarks import hybrids, step
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
