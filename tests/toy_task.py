@@ -55,5 +55,6 @@ class Right(Evaluator):
 
     def compute(self, processes):
         right = torch.cat(self.right)
-        total, count = processes.gather(torch.stack([right.sum(), torch.tensor(len(right))])).sum(dim=0).tolist()
+        counts = torch.stack([right.sum(), right.new_tensor(len(right), dtype=torch.int64)])
+        total, count = processes.gather(counts).sum(dim=0).tolist()
         return {"right": 100 * total / count, "images": count}
