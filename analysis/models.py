@@ -1,4 +1,4 @@
-"""A trained model to be looked at, from a checkpoint of any format (the table in ``checkpoints.py``)."""
+"""A trained model to be looked at, from a checkpoint of any format (the table in ``weights.py``)."""
 
 import math
 import os
