@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
-from utils import RunError, UserError, processes_here
+from utils import Processes, RunError, UserError, processes_here
 
 EXPECTED = (UserError, RunError, OSError)
 """Errors whose message is all that a user needs."""
@@ -123,21 +123,43 @@ def _with_hyphens(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
-def exit_code(work: Callable[[], int]) -> int:
-    """What ``work`` returns, or the exit code of the error that ended it, which is told in one line.
+class Exit:
+    """The way from an error to one line and an exit code; for a whole program: ``with Exit() as end: end.code = ...``.
 
     130 after Ctrl-C, 2 where the user's input cannot be used, 1 for what else can happen to a run. An error that nobody
-    foresaw is raised again, with its traceback.
+    foresaw goes on, with its traceback; among several processes it is told here and ends this one.
+
+    Attributes:
+        code: the exit code.
+        processes: this process among several, once it has joined them; they are told why it ends.
     """
-    try:
-        return work()
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they hold a loader, whose processes would never end
-        if not isinstance(error, EXPECTED) and not torch.distributed.is_initialized():
-            raise
-        return report_error(error)
+
+    def __init__(self):
+        self.code = 0
+        self.processes: Processes | None = None
+
+    def __enter__(self) -> "Exit":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> bool:
+        if isinstance(error, KeyboardInterrupt):
+            self.code = 130
+            return True
+        if not isinstance(error, Exception):
+            return False
+        traceback.clear_frames(trace)  # they hold a loader, whose processes would never end
+        told = self.processes.explain(error) if self.processes is not None else error
+        if not isinstance(told, EXPECTED) and not torch.distributed.is_initialized():
+            return False
+        self.code = report_error(told)
+        return True
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """What ``work`` returns, or the exit code of the error that ended it; see `Exit`."""
+    with Exit() as end:
+        end.code = work()
+    return end.code
 
 
 def report_error(error: Exception) -> int:

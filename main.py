@@ -13,6 +13,8 @@ Where a run begins (``checkpoints.start_or_resume``), the first that applies:
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from analysis.images import choose_samples
 from arguments import parse_arguments
 from build import banner, build_eval_loader, build_plan, build_run, choose_amp
 from checkpoints import save, start_or_resume
-from cli import exit_code
+from cli import Exit
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, epoch_record
@@ -51,61 +53,60 @@ def main(argv: list[str] | None = None) -> int:
     be carried out as it stands. 75: ended by SIGUSR2 with everything saved, to be started again. 130: ended by
     Ctrl-C (training has saved everything).
     """
-    code = exit_code(lambda: run_command_line(argv))
+    with Exit() as end:
+        args = parse_arguments(argv)
+        end.processes = processes = start_processes(args.device)
+        start_logging(processes.rank)
+        end.code = evaluate_only(argv, args, processes) if args.eval else train(args, processes)
     end_processes()
-    return code
-
-
-def run_command_line(argv: list[str] | None) -> int:
-    """Train or evaluate; returns the exit code."""
-    args = parse_arguments(argv)
-    processes = start_processes(args.device)
-    start_logging(processes.rank)
-    try:
-        return evaluate_only(argv, args, processes) if args.eval else train(args, processes)
-    except Exception as error:
-        raise processes.explain(error) from error.__cause__
+    return end.code
 
 
 def train(args, processes: Processes) -> int:
-    """Train to the end, or to a signal; returns the exit code."""
+    """Train from where the run stands to the end, or to a signal; returns the exit code."""
+    # 1. data and plan: what is wrong with them is known before anything is built
     task = load_task(args.task)
     train_set, val_set = (task.data(args, split, processes) for split in ("train", "val"))
     plan = build_plan(args, processes, train_set)
     if processes.is_main:
         prepare_output_dir(plan.output_dir)
     with StopSignal(processes) as stop, logging_redirect_tqdm([logger]):
+        # 2. the parts of the run, set to where it begins
         run = build_run(args, plan, processes, stop, train_set)
         banner(args, run)
         start_or_resume(run, args.resume, args.finetune, args.checkpoint_key)
+        if run.epoch == plan.epochs:
+            logger.info(f"already trained for {plan.epochs} epochs; {best_so_far(run)}")
+            return 0
         if processes.is_main:
             save_subset(train_set, args.sampling_ratio, args.sampling_seed, plan.output_dir / "subset.json")
-        if args.cache_images and run.epoch < plan.epochs:
+        if args.cache_images:
             cache_splits([train_set, val_set], processes)
-        code = train_epochs(run, build_eval_loader(args, processes, val_set))
-        processes.leave_together()
-        return code
-
-
-def train_epochs(run: Run, val_loader) -> int:
-    """Train from where the run stands to the end, or to a signal; returns the exit code."""
-    plan = run.plan
-    if run.epoch == plan.epochs:
-        logger.info(f"already trained for {plan.epochs} epochs; {best_so_far(run)}")
-        return 0
-    with Records(run) as records:
-        while run.epoch < plan.epochs:
-            try:
-                finished = one_epoch(run, val_loader, records)
-            except Exception as error:
-                error.add_note(f"at epoch {run.epoch}, step {run.step}")
-                raise
+        val_loader = build_eval_loader(args, processes, val_set)
+        # 3. epoch after epoch
+        finished = True
+        with Records(run) as records, place_in_errors(run):
+            while finished and run.epoch < plan.epochs:
+                finished = train_one_epoch(run, records.step) and finish_epoch(run, val_loader, records)
             if not finished:
                 save(run, "checkpoint.pth")
-                logger.info(f"saved at epoch {run.epoch}, step {run.step}; the same command goes on from there")
-                return run.stop.exit_code
-    logger.info(f"done; {best_so_far(run)}")
-    return 0
+        # 4. the end, for all processes together
+        if finished:
+            logger.info(f"done; {best_so_far(run)}")
+        else:
+            logger.info(f"saved at epoch {run.epoch}, step {run.step}; the same command goes on from there")
+        processes.leave_together()
+        return 0 if finished else stop.exit_code
+
+
+@contextmanager
+def place_in_errors(run: Run) -> Iterator[None]:
+    """Add to an error the epoch and the step at which it came."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"at epoch {run.epoch}, step {run.step}")
+        raise
 
 
 def best_so_far(run: Run) -> str:
@@ -117,14 +118,12 @@ def best_so_far(run: Run) -> str:
     return f"best {metric} {run.best[metric]:.3f} ({place}) in {run.plan.output_dir / 'best.pth'}"
 
 
-def one_epoch(run: Run, val_loader, records: Records) -> bool:
-    """Train what is left of the epoch, evaluate, and save; False where a signal ended it before that.
+def finish_epoch(run: Run, val_loader, records: Records) -> bool:
+    """Evaluate after the epoch's last update, and save; False where a signal ended the evaluation.
 
     Files are written in the order best.pth, log.txt, checkpoint.pth: a run killed between two of them does
     the epoch again from the older checkpoint and writes the same once more.
     """
-    if not train_one_epoch(run, records.step):
-        return False
     plan, done = run.plan, run.epoch + 1
     last = done == plan.epochs
     results = {}
