@@ -1,7 +1,7 @@
-"""What a SLURM job runs: main.py's ``main``, and then what Slurm has to be told.
+"""The function that a SLURM job executes: main.py's ``main``, then the requeueing of an unfinished run.
 
-This module imports next to nothing: until submitit has loaded the job a signal would end the process, so everything
-heavy waits until submitit's handlers are in place.
+Module-level imports stay light on purpose. Before submitit has unpickled the job, its signal handlers are not
+installed and a signal would kill the process; slow imports therefore happen inside the functions.
 """
 
 import os
@@ -15,33 +15,34 @@ from pathlib import Path
 from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
-CLIENT_SECONDS = 30  # the longest that a Slurm client may take to answer
+CLIENT_SECONDS = 30  # timeout of a Slurm client command
 
 
-def ask_slurm(*command: str) -> str:
-    """What a Slurm client prints.
+def run_slurm_client(*command: str) -> str:
+    """The standard output of a Slurm client command (``squeue``, ``scontrol``, ...).
 
     Raises:
-        OSError, subprocess.SubprocessError: it is not there, fails (``stderr`` says why), or does not answer.
+        OSError: the program is not installed.
+        subprocess.SubprocessError: it fails (``stderr`` holds its message) or exceeds CLIENT_SECONDS.
     """
     return subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_SECONDS, check=True).stdout
 
 
-def reason_of(error: Exception) -> str:
-    """What went wrong in `ask_slurm`: the last line that the client said, or what became of it."""
-    said = getattr(error, "stderr", None)
-    return (said if isinstance(said, str) and said else str(error)).strip().rpartition("\n")[2]
+def failure_reason(error: Exception) -> str:
+    """Why `run_slurm_client` failed: the last line of the client's stderr, or the exception's own message."""
+    stderr = getattr(error, "stderr", None)
+    return (stderr if isinstance(stderr, str) and stderr else str(error)).strip().rpartition("\n")[2]
 
 
 @dataclass(frozen=True)
-class Job:
-    """Train on the cluster; one call is one task of one life of a job.
+class SlurmJob:
+    """One training run on the cluster. submitit pickles it; every task of the job calls it after each (re)start.
 
     Attributes:
-        words: main.py's command line.
-        folder: its output folder.
-        epochs: at the end of the run.
-        commit: of the files when the job was submitted; None outside a git repository.
+        words: main.py's command line, argument files expanded.
+        folder: main.py's output folder.
+        epochs: number of epochs of the finished run.
+        commit: git commit at submission; None outside a git repository.
     """
 
     words: list[str]
@@ -50,81 +51,87 @@ class Job:
     commit: str | None
 
     def __call__(self) -> None:
-        """Train, tell Slurm if the job has to come back, and end with an exit code, 0 if all is well."""
+        """Train, requeue the job if the run is unfinished, and exit; exit code 0 means success."""
         environment = JobEnvironment()
-        signal.signal(signal.SIGTERM, _end)
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)
         try:
             code = self._train(environment.global_rank)
         except SystemExit as end:
             code = end.code
         if environment.global_rank == 0 and code in (0, os.EX_TEMPFAIL):
-            code = self._come_back(code == os.EX_TEMPFAIL, environment.job_id)
+            code = self._requeue_if_unfinished(code == os.EX_TEMPFAIL, environment.job_id)
         sys.exit(0 if code == os.EX_TEMPFAIL and environment.global_rank else code)
 
     def _train(self, rank: int) -> int:
         from main import main
 
         if rank == 0:
-            self._compare_commit()
+            self._report_code_changes()
         return main(self.words)
 
     def checkpoint(self) -> DelayedSubmission:
-        """For a signal that comes before training: begin once more. (In training, main.py's own handlers save.)"""
+        """submitit's hook for a signal before training: submit this job again. main.py handles later signals."""
         return DelayedSubmission(self)
 
-    def _come_back(self, told_to: bool, job_id: str) -> int:
-        """Requeue the job if its time was up or if it is being preempted; returns the exit code."""
+    def _requeue_if_unfinished(self, interrupted: bool, job_id: str) -> int:
+        """Requeue the job after its time limit or a preemption; returns the exit code.
+
+        Args:
+            interrupted: main.py stopped because of a signal (exit code EX_TEMPFAIL).
+            job_id: Slurm's id of the job.
+        """
         from checkpoints import epochs_saved
 
         done = epochs_saved(Path(self.folder))
-        if done == self.epochs and not told_to:
+        if done == self.epochs and not interrupted:
             return 0
-        if _is_wanted_back(job_id, told_to):
+        if _should_requeue(job_id, interrupted):
             return _requeue(job_id)
-        _say(f"stopped after {done} of {self.epochs} epochs; the same command submits what is left")
-        return os.EX_TEMPFAIL  # not 0: a job that waits for this run's weights must not start
+        _log(f"stopped after {done} of {self.epochs} epochs; run the same command to submit the remaining epochs")
+        return os.EX_TEMPFAIL  # not 0: a job that depends on this run's weights must not start
 
-    def _compare_commit(self) -> None:
+    def _report_code_changes(self) -> None:
         from utils import environment
 
         now = environment()
         if now["commit"] != self.commit:
-            _say(f"submitted at commit {self.commit}, started at {now['commit']}: the files have changed since")
+            _log(f"warning: submitted at commit {self.commit}, started at {now['commit']}: the code has changed")
         if now["uncommitted_changes"]:
-            _say(f"the files have uncommitted changes beside commit {now['commit']}")
+            _log(f"warning: the code has uncommitted changes on top of commit {now['commit']}")
 
 
-def _is_wanted_back(job_id: str, told_to: bool) -> bool:
-    """Whether to requeue the job: its time was up, or another job needs the place.
+def _should_requeue(job_id: str, interrupted: bool) -> bool:
+    """Whether the job ended because of its time limit or a preemption, and not because it was cancelled.
 
-    Slurm does not requeue one that ends before it is killed for that. A job that is no longer RUNNING is being
-    cancelled (or requeued by Slurm itself), and would rise again.
+    Slurm does not requeue a preempted job that exits within its grace time. A job that is no longer RUNNING is being
+    cancelled, or Slurm requeues it itself; ``scontrol requeue`` would restart a cancelled one.
     """
     try:
-        answer = ask_slurm("scontrol", "-o", "show", "job", job_id)
+        answer = run_slurm_client("scontrol", "-o", "show", "job", job_id)
     except (OSError, subprocess.SubprocessError) as error:
-        _say(f"cannot ask what Slurm does with the job: {reason_of(error)}")
-        return told_to
-    facts = dict(re.findall(r"(\w+)=(\S*)", answer))
-    preempted = facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
-    return facts.get("JobState") == "RUNNING" and (told_to or preempted)
+        _log(f"warning: cannot query the state of job {job_id}: {failure_reason(error)}")
+        return interrupted
+    fields = dict(re.findall(r"(\w+)=(\S*)", answer))
+    preempted = fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
+    return fields.get("JobState") == "RUNNING" and (interrupted or preempted)
 
 
 def _requeue(job_id: str) -> int:
-    """Put the job back into the queue; the exit code of this task, 0 if that worked."""
+    """Requeue the job; returns this task's exit code, 0 on success."""
     try:
-        ask_slurm("scontrol", "requeue", job_id)
+        run_slurm_client("scontrol", "requeue", job_id)
     except (OSError, subprocess.SubprocessError) as error:
-        _say(f"error: job {job_id} cannot be requeued ({reason_of(error)}); the same command submits what is left")
+        reason = failure_reason(error)
+        _log(f"error: cannot requeue job {job_id} ({reason}); run the same command to submit the remaining epochs")
         return os.EX_TEMPFAIL
-    _say(f"requeued job {job_id}; everything is saved")
+    _log(f"requeued job {job_id}; the checkpoint is saved")
     return 0
 
 
-def _end(number: int, frame) -> None:
-    """For SIGTERM outside of training, which submitit would ignore: there is nothing to save, so end."""
+def _exit_on_sigterm(number: int, frame) -> None:
+    """Handler for SIGTERM outside training, when there is nothing to save; submitit would ignore the signal."""
     sys.exit(0)
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
+def _log(message: str) -> None:
+    print(message, flush=True)

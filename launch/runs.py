@@ -1,4 +1,4 @@
-"""A run of main.py, and taking it to its end on this machine."""
+"""The specification of a run of main.py, and its execution in the foreground on this machine."""
 
 import argparse
 import contextlib
@@ -19,8 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class Point:
-    """A run: its name in tables, main.py's words, and what they come to."""
+class RunSpec:
+    """A run of main.py to be started.
+
+    Attributes:
+        name: of the run, in tables and messages.
+        words: main.py's command line.
+        args: the parsed command line.
+    """
 
     name: str
     words: list[str]
@@ -28,6 +34,7 @@ class Point:
 
     @property
     def folder(self) -> Path:
+        """main.py's output folder."""
         return Path(self.args.output_dir)
 
     @property
@@ -36,103 +43,122 @@ class Point:
 
     @property
     def epochs(self) -> int:
+        """Number of epochs of the finished run."""
         return self.args.epochs + self.args.cooldown_epochs
 
     @property
     def lock(self) -> Path:
-        """Held by the launcher that trains the run here."""
+        """Lock file; a launcher holds it while it trains the run on this machine."""
         return self.folder / "launcher.lock"
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the runs whose files it reads."""
+    def dependencies(self) -> tuple[str, ...]:
+        """Names of the runs that must finish first, because this run reads their files."""
         return ()
 
     def __str__(self) -> str:
         return self.name
 
 
-def epochs_done(point: Point) -> int:
-    """Finished epochs of the run.
+def epochs_done(spec: RunSpec) -> int:
+    """Number of finished epochs, read from the run's checkpoint; 0 without one.
 
     Raises:
-        UserError: its folder holds another run, or a damaged file.
+        UserError: the checkpoint belongs to a run with other arguments, or is damaged.
     """
-    if not point.checkpoint.exists():
+    if not spec.checkpoint.exists():
         return 0
     try:
-        checkpoint = read_checkpoint(point.checkpoint, lazily=True)
+        checkpoint = read_checkpoint(spec.checkpoint, lazily=True)
         saved, epoch = checkpoint["args"], checkpoint["epoch"]
     except (UserError, KeyError) as error:
-        raise UserError(f"{point.checkpoint} cannot be read; remove it to begin {point} again") from error
-    different = differences(vars(point.args), saved)
+        raise UserError(f"{spec.checkpoint} cannot be read; remove it to start {spec} from scratch") from error
+    different = differences(vars(spec.args), saved)
     if different:
         raise UserError(
-            f"{point.folder} holds a run with other arguments; name another folder ({'; '.join(different)})"
+            f"{spec.folder} holds a run with other arguments; choose another folder ({'; '.join(different)})"
         )
     return epoch
 
 
-def launch(command: list[str]) -> int:
-    """Run the command; its exit code, or 128 + the signal that ended it or that asked this program to stop.
+def run_command(command: list[str]) -> int:
+    """Run a command in the foreground and forward stop signals to it.
 
-    SIGTERM, SIGUSR1 and SIGUSR2 reach the run as SIGTERM, which main.py and torchrun take for: save and end. Ctrl-C
-    comes to the run from the terminal. The run has the time that it needs.
+    SIGTERM, SIGUSR1 and SIGUSR2 are forwarded as SIGTERM, on which main.py and torchrun save and exit. The terminal
+    itself sends Ctrl-C (SIGINT) to the child. There is no time limit for the child to exit.
+
+    Returns:
+        the command's exit code, or 128 + the number of the signal that ended it or that this process received.
     """
     received, child = [], None
 
-    def stop(number: int, frame) -> None:
+    def forward(number: int, frame) -> None:
         received.append(number)
         if child is not None and number != signal.SIGINT:
             child.terminate()
 
+    # 1. install the handlers before the child exists, so that no signal is lost
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    previous_handlers = {number: signal.signal(number, forward) for number in numbers}
     try:
+        # 2. start the child; forward a signal that arrived before it existed
         child = subprocess.Popen(command)
-        if received:  # before there was a child to tell
+        if received:
             child.terminate()
         code = child.wait()
     finally:
-        for number, handler in before.items():
+        # 3. restore the previous handlers
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
     if received:
         return 128 + received[0]
     return code if code >= 0 else 128 - code
 
 
-def finish(point: Point, command: list[str]) -> int:
-    """Take the run to its end; 0, or the exit code: 1, it failed by itself; above 1, the next would end so, too."""
-    if epochs_done(point) == point.epochs:
-        print(f"{point}: finished before", flush=True)
+def complete_run(spec: RunSpec, command: list[str]) -> int:
+    """Run ``command`` unless the run is finished.
+
+    Returns:
+        0: finished. 1: this run failed. Above 1: a reason that would also end the next run (a signal, bad usage).
+    """
+    if epochs_done(spec) == spec.epochs:
+        print(f"{spec}: already finished", flush=True)
         return 0
-    print(f"{point}: {shlex.join(command)}", flush=True)
-    code = launch(command)
-    done = epochs_done(point)
-    if done == point.epochs and code < 128:
+    print(f"{spec}: {shlex.join(command)}", flush=True)
+    code = run_command(command)
+    done = epochs_done(spec)
+    if done == spec.epochs and code < 128:
         return 0
-    again = "" if code == 2 else "; the same command goes on from there"
-    print(f"{point}: ended at epoch {done} of {point.epochs} with exit code {code}{again}", file=sys.stderr)
-    return code or 128 + signal.SIGTERM  # which someone sent to main.py: it saved, and ended with 0
+    hint = "" if code == 2 else "; run the same command to resume it"
+    print(f"{spec}: stopped after {done} of {spec.epochs} epochs with exit code {code}{hint}", file=sys.stderr)
+    return code or 128 + signal.SIGTERM  # main.py itself received SIGTERM, saved, and exited with 0
 
 
 @contextlib.contextmanager
-def locked(path: Path, doing: str) -> Iterator[None]:
-    """Hold the file, so that no other launcher is ``doing`` the same; where one is, wait for that."""
+def hold_lock(path: Path, activity: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file; wait while another launcher holds it.
+
+    Args:
+        path: the lock file; created if missing.
+        activity: what the lock protects ("training <run>"), for the messages.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another launcher is {doing}; waiting for that", flush=True)
+            print(f"another launcher is {activity}; waiting until it has ended", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"warning: {path}: {error.strerror}; let no other launcher be {doing} now", file=sys.stderr)
+            print(
+                f"warning: cannot lock {path} ({error.strerror}); make sure that no other launcher is {activity}",
+                file=sys.stderr,
+            )
         yield
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a launcher holds the file."""
+    """Whether another process holds the lock on the file."""
     if not path.exists():
         return False
     with path.open() as file:
@@ -143,10 +169,10 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def warn_of_data_elsewhere(points: Sequence[Point]) -> set[str]:
-    """Say which data folders this machine does not have; the nodes may. Returns them."""
-    paths = {point.args.data_path for point in points} - {None}
+def warn_missing_data(specs: Sequence[RunSpec]) -> set[str]:
+    """Warn about every ``--data-path`` that does not exist on this machine, and return them; the nodes may have it."""
+    paths = {spec.args.data_path for spec in specs} - {None}
     missing = {path for path in paths if not Path(path).exists()}
     for path in sorted(missing):
-        print(f"warning: --data-path {path} is not on this machine; the nodes must have it", file=sys.stderr)
+        print(f"warning: --data-path {path} does not exist on this machine; the nodes must have it", file=sys.stderr)
     return missing

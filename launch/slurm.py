@@ -1,8 +1,7 @@
-"""Start runs of main.py, here or on a SLURM cluster, and tell how far they are.
+"""Submit runs of main.py to a SLURM cluster as job arrays.
 
-A `Point` is one run. Here: `finish` takes it to its end in the foreground. There: `submit_all` makes job arrays of
-many, each run as `Cluster` asks for it, and leaves ``job.json`` in the output folders; from that and Slurm's queue
-`status` tells what became of them.
+`submit_all` groups the unfinished runs into job arrays, requests for each run what a `Cluster` describes, and writes
+``job.json`` into every output folder. `launch.status` reads these files and Slurm's queue to report the runs' state.
 """
 
 import contextlib
@@ -25,27 +24,28 @@ from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string
 
 from cli import expand_arguments
-from launch.job import Job, ask_slurm
-from launch.runs import ROOT, Point, epochs_done, is_locked, locked
-from launch.status import jobs_in_queue, queued_job, table
+from launch.job import SlurmJob, run_slurm_client
+from launch.runs import ROOT, RunSpec, epochs_done, hold_lock, is_locked
+from launch.status import format_table, jobs_in_queue, queued_job_id
 from utils import UserError, environment, write_json
 
 CPUS_PER_TASK = 10  # the paper's nodes: 80 cores for 8 GPUs
-SIGNAL_DELAY_S = 120  # so long before a job's time is up it is told to save
-SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint")  # a user's environment may set them
+SIGNAL_DELAY_S = 120  # seconds before the time limit at which Slurm signals the job to save a checkpoint
+# sbatch options that a user may set by SBATCH_* environment variables
+SITE_OPTIONS = ("partition", "account", "qos", "reservation", "constraint")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is asked of Slurm for each run; one task a GPU.
+    """The resources requested from Slurm for each run, with one task per GPU.
 
     Attributes:
-        nodes: of a run.
-        ngpus: of a node; 0 asks for one task a node and no GPU.
-        timeout: minutes until a job is requeued.
-        partition: None leaves it to the cluster.
-        slurm_args: more options of sbatch, by name with underscores; True for one without a value.
-        max_parallel: how many runs at once; None for all.
+        nodes: number of nodes.
+        ngpus: GPUs per node; 0 requests one task per node and no GPU.
+        timeout: time limit in minutes, after which the job is requeued.
+        partition: None for the cluster's default.
+        slurm_args: further sbatch options, by name with underscores; True for an option without a value.
+        max_parallel: number of runs of an array that may run at once; None for all.
     """
 
     nodes: int = 1
@@ -57,21 +57,28 @@ class Cluster:
 
     @property
     def processes(self) -> int:
-        """Of a run."""
+        """Number of training processes of a run."""
         return self.nodes * max(1, self.ngpus)
 
-    def parameters(self, after: Sequence[str] = ()) -> dict:
-        """submitit's parameters of jobs that begin when the jobs ``after`` have ended well."""
-        asked = {"cpus_per_task": str(CPUS_PER_TASK), "signal_delay_s": str(SIGNAL_DELAY_S), "job_name": "sar"}
-        asked |= self.slurm_args
+    def submitit_parameters(self, after: Sequence[str] = ()) -> dict:
+        """Parameters for ``SlurmExecutor.update_parameters``.
+
+        Args:
+            after: ids of jobs that must succeed before these jobs start (sbatch's ``afterok``).
+        """
+        # 1. defaults, overridden by the user's sbatch options
+        requested = {"cpus_per_task": str(CPUS_PER_TASK), "signal_delay_s": str(SIGNAL_DELAY_S), "job_name": "sar"}
+        requested |= self.slurm_args
+        # 2. the dependencies; a job whose dependency failed is cancelled, not left pending forever
         if after:
-            conditions = [asked.get("dependency"), f"afterok:{':'.join(after)}"]
-            asked["dependency"] = ",".join(filter(None, conditions))
-            asked["kill_on_invalid_dep"] = "yes"
+            conditions = [requested.get("dependency"), f"afterok:{':'.join(after)}"]
+            requested["dependency"] = ",".join(filter(None, conditions))
+            requested["kill_on_invalid_dep"] = "yes"
+        # 3. submitit's own parameters by name, all other sbatch options as additional_parameters
         known = SlurmExecutor._valid_parameters()
         optional = {
             "partition": self.partition,
-            "gpus_per_node": self.ngpus if self.ngpus and "gres" not in asked else None,
+            "gpus_per_node": self.ngpus if self.ngpus and "gres" not in requested else None,
             "array_parallelism": self.max_parallel,
         }
         return {
@@ -79,161 +86,176 @@ class Cluster:
             "ntasks_per_node": max(1, self.ngpus),
             "time": self.timeout,
             **{name: value for name, value in optional.items() if value is not None},
-            **{name: value for name, value in asked.items() if name in known},
+            **{name: value for name, value in requested.items() if name in known},
             "additional_parameters": {"requeue": True}
-            | {name: value for name, value in asked.items() if name not in known},
+            | {name: value for name, value in requested.items() if name not in known},
             "stderr_to_stdout": True,
-            # srun no longer takes sbatch's CPUs for its own, and lets the other ranks wait for one that is gone
-            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked['cpus_per_task']}"],
-            # the job finds this repository wherever it starts, and no module of a folder that it happens to start in
+            # srun ignores sbatch's --cpus-per-task, and by default keeps the other ranks alive when one has died
+            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={requested['cpus_per_task']}"],
+            # the job imports this repository from any working directory, and no module from that directory
             "setup": [
                 f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
             ],
         }
 
 
-def sbatch_file(cluster: Cluster, folder: Path, number: int, after: Sequence[str] = ()) -> str:
-    """The file that `submit` gives sbatch for so many runs; ``folder`` is for submitit's files."""
+def sbatch_script(cluster: Cluster, folder: Path, number: int, after: Sequence[str] = ()) -> str:
+    """The sbatch script that `submit` would write for ``number`` runs; ``folder`` and ``after`` as for `submit`."""
     return _make_sbatch_string(
         command=shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(folder.absolute())]),
         folder=folder.absolute(),
         map_count=number if number > 1 else None,
-        **cluster.parameters(after),
+        **cluster.submitit_parameters(after),
     )
 
 
-def submit(cluster: Cluster, points: Sequence[Point], folder: Path, after: Sequence[str] = ()) -> list[str]:
-    """Submit the runs as one job array (a single one as a job); returns their job ids.
+def submit(cluster: Cluster, specs: Sequence[RunSpec], folder: Path, after: Sequence[str] = ()) -> list[str]:
+    """Submit the runs as one job array (a single run as a plain job); returns their job ids.
 
-    Each output folder gets ``job.json``: job id, log, arguments, and what they were submitted with.
+    Writes ``job.json`` into each output folder: job id, log, arguments, and the submitting environment.
 
     Args:
-        folder: for submitit's files and the logs; the nodes must see it.
-        after: ids of jobs that must have ended well before these begin.
+        folder: for submitit's files and the logs; on a file system that the nodes share.
+        after: ids of jobs that must succeed before these jobs start.
     Raises:
-        UserError: Slurm refuses.
+        UserError: sbatch refuses the request.
     """
+    # 1. pickle and submit the runs; on a refusal, remove the files that submitit has written
     submitter = environment()
     executor = SlurmExecutor(folder=folder)
-    executor.update_parameters(**cluster.parameters(after))
+    executor.update_parameters(**cluster.submitit_parameters(after))
     commit = submitter["commit"]
-    tasks = [Job(expand_arguments(point.words), str(point.folder), point.epochs, commit) for point in points]
-    before = set(folder.iterdir())
+    tasks = [SlurmJob(expand_arguments(spec.words), str(spec.folder), spec.epochs, commit) for spec in specs]
+    existing = set(folder.iterdir())
     try:
-        # submitit prints what its error says, too
-        with _outside_of_jobs(cluster), contextlib.redirect_stderr(io.StringIO()):
+        # submitit also prints the message that its exception carries
+        with _submission_environment(cluster), contextlib.redirect_stderr(io.StringIO()):
             jobs = executor.submit_array(tasks)
     except FailedJobError as error:
-        for path in set(folder.iterdir()) - before:
+        for path in set(folder.iterdir()) - existing:
             path.unlink()
-        raise UserError(_explain_refusal(str(error))) from None
-    for point, job in zip(points, jobs, strict=True):
+        raise UserError(_format_refusal(str(error))) from None
+    # 2. record each submission beside its run
+    for spec, job in zip(specs, jobs, strict=True):
         record = {
             "job_id": job.job_id,
             "log": str(job.paths.stdout),
-            "words": point.words,
-            "args": vars(point.args),
-            "epochs": point.epochs,
+            "words": spec.words,
+            "args": vars(spec.args),
+            "epochs": spec.epochs,
             "commit": commit,
             "uncommitted_changes": submitter["uncommitted_changes"],
             "python": sys.executable,
             "working_directory": os.getcwd(),
             "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        point.folder.mkdir(parents=True, exist_ok=True)
-        write_json(point.folder / "job.json", record)
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        write_json(spec.folder / "job.json", record)
     return [job.job_id for job in jobs]
 
 
-def submit_all(cluster: Cluster, points: Sequence[Point], folder: Path) -> None:
-    """Submit the runs that are neither finished nor queued, and print the table of all job ids.
+def submit_all(cluster: Cluster, specs: Sequence[RunSpec], folder: Path) -> None:
+    """Submit the runs that are neither finished nor queued, and print a table of all job ids.
 
-    One job array for those that need no other run, and one for those that wait for the same runs.
+    Runs without unfinished dependencies form one job array; runs with the same dependencies form one each.
 
     Args:
         folder: see `submit`.
     Raises:
-        UserError: see `sort_out`, `submit`; no Slurm on this machine; a folder that cannot be written.
+        UserError: see `split_unfinished` and `submit`; no Slurm on this machine; a folder that cannot be written.
     """
     _prepare_folder(folder)
-    with locked(folder / "lock", f"submitting with {folder}"):
+    with hold_lock(folder / "lock", f"submitting with {folder}"):
+        # 1. find out which runs to submit
         queue = jobs_in_queue()
-        waiting, ids = sort_out(points, queue)
-        for point in waiting:
-            if is_locked(point.lock):
-                raise UserError(f"{point}: another launcher is training it without Slurm; end that, or wait for it")
-        states = {name: f"in the queue before, {queue[job_id]}" for name, job_id in ids.items()}
-        for needs, group in arrays(waiting, ids).items():
-            new = submit(cluster, group, folder, [ids[name] for name in needs])
-            ids |= {point.name: job_id for point, job_id in zip(group, new, strict=True)}
-            states |= {point.name: f"submitted, after {', '.join(needs)}" if needs else "submitted" for point in group}
-    if waiting and environment()["uncommitted_changes"]:
-        print("warning: uncommitted changes; a job runs the files as they are when it starts", file=sys.stderr)
-    rows = [[point.name, ids.get(point.name, "-"), states.get(point.name, "finished before")] for point in points]
-    print(table(["run", "job", ""], rows))
+        to_submit, ids = split_unfinished(specs, queue)
+        for spec in to_submit:
+            if is_locked(spec.lock):
+                raise UserError(f"{spec}: another launcher is training it on a machine without Slurm; stop it or wait")
+        # 2. submit group after group; the ids of earlier groups are the dependencies of later ones
+        states = {name: f"already queued, {queue[job_id]}" for name, job_id in ids.items()}
+        for dependencies, group in group_by_dependencies(to_submit, ids).items():
+            new = submit(cluster, group, folder, [ids[name] for name in dependencies])
+            ids |= {spec.name: job_id for spec, job_id in zip(group, new, strict=True)}
+            state = f"submitted, after {', '.join(dependencies)}" if dependencies else "submitted"
+            states |= {spec.name: state for spec in group}
+    # 3. report
+    if to_submit and environment()["uncommitted_changes"]:
+        print("warning: uncommitted changes; a job runs the code as it is when the job starts", file=sys.stderr)
+    rows = [[spec.name, ids.get(spec.name, "-"), states.get(spec.name, "already finished")] for spec in specs]
+    print(format_table(["run", "job", ""], rows))
 
 
-def sort_out(points: Sequence[Point], queue: dict[str, str]) -> tuple[list[Point], dict[str, str]]:
-    """The runs to be submitted, and the job ids of those that are in the queue, by name; others are finished.
+def split_unfinished(specs: Sequence[RunSpec], queue: dict[str, str]) -> tuple[list[RunSpec], dict[str, str]]:
+    """Split the unfinished runs into those to submit, and the job ids (by run name) of those in the queue.
 
     Raises:
         UserError: a folder or a job in the queue has other arguments.
     """
-    unfinished = [point for point in points if epochs_done(point) < point.epochs]
-    ids = {point.name: queued_job(point, queue) for point in unfinished}
+    unfinished = [spec for spec in specs if epochs_done(spec) < spec.epochs]
+    ids = {spec.name: queued_job_id(spec, queue) for spec in unfinished}
     queued = {name: job_id for name, job_id in ids.items() if job_id}
-    return [point for point in unfinished if point.name not in queued], queued
+    return [spec for spec in unfinished if spec.name not in queued], queued
 
 
-def arrays(waiting: Sequence[Point], queued: Iterable[str]) -> dict[tuple[str, ...], list[Point]]:
-    """The job arrays by the names of the runs that they wait for; what is waited for stands before."""
-    unfinished = {point.name for point in waiting} | set(queued)
-    groups: dict[tuple[str, ...], list[Point]] = {}
-    for point in waiting:
-        groups.setdefault(tuple(name for name in point.needs if name in unfinished), []).append(point)
+def group_by_dependencies(specs: Sequence[RunSpec], queued: Iterable[str]) -> dict[tuple[str, ...], list[RunSpec]]:
+    """Group the runs to submit into job arrays; the key is the names of the unfinished runs they depend on.
+
+    Groups keep the order of ``specs``, in which a run follows its dependencies.
+
+    Args:
+        specs: the runs to submit.
+        queued: names of the runs in the queue.
+    """
+    unfinished = {spec.name for spec in specs} | set(queued)
+    groups: dict[tuple[str, ...], list[RunSpec]] = {}
+    for spec in specs:
+        groups.setdefault(tuple(name for name in spec.dependencies if name in unfinished), []).append(spec)
     return groups
 
 
-def print_submission(cluster: Cluster, points: Sequence[Point], folder: Path) -> None:
-    """What `submit_all` would do: the files that sbatch would get, and the command of each run."""
+def print_submission(cluster: Cluster, specs: Sequence[RunSpec], folder: Path) -> None:
+    """Print what `submit_all` would submit: each sbatch script, and the command of each run."""
     try:
         queue = jobs_in_queue()
     except UserError as error:
-        print(f"# as if nothing were in the queue: {error}")
+        print(f"# assuming an empty queue: {error}")
         queue = {}
-    waiting, queued = sort_out(points, queue)
-    for point in points:
-        if point not in waiting:
-            print(f"# {point}: " + (f"job {queued[point.name]} has it" if point.name in queued else "finished before"))
-    for needs, group in arrays(waiting, queued).items():
-        after = [queued.get(name, f"<job of {name}>") for name in needs]
-        print(f"\n# {len(group)} {'runs, one job array' if len(group) > 1 else 'run, one job'}; sbatch gets:")
-        print(f"{sbatch_file(cluster, folder, len(group), after)}")
-        for index, point in enumerate(group):
-            print(f"# {index}: {point}\nmain.py {shlex.join(point.words)}")
+    to_submit, queued = split_unfinished(specs, queue)
+    for spec in specs:
+        if spec not in to_submit:
+            state = f"already queued, job {queued[spec.name]}" if spec.name in queued else "already finished"
+            print(f"# {spec}: {state}")
+    for dependencies, group in group_by_dependencies(to_submit, queued).items():
+        after = [queued.get(name, f"<job of {name}>") for name in dependencies]
+        print(f"\n# {len(group)} {'runs, one job array' if len(group) > 1 else 'run, one job'}; sbatch script:")
+        print(f"{sbatch_script(cluster, folder, len(group), after)}")
+        for index, spec in enumerate(group):
+            print(f"# {index}: {spec}\nmain.py {shlex.join(spec.words)}")
 
 
 @contextlib.contextmanager
-def _outside_of_jobs(cluster: Cluster) -> Iterator[None]:
-    """Hide the variables that sbatch would hand on from a job that this program itself runs in, or take for options.
+def _submission_environment(cluster: Cluster) -> Iterator[None]:
+    """Remove Slurm's and submitit's environment variables while sbatch is called.
 
-    What the user's environment says on place and account stays, where ``cluster`` says nothing: to sbatch a variable
-    counts more than what its file says.
+    sbatch would pass on those of a job in which this program itself runs, and read SBATCH_* variables as options. The
+    user's SBATCH_* defaults for SITE_OPTIONS stay where ``cluster`` does not set the option: for sbatch, a variable
+    takes precedence over the script.
     """
-    said = cluster.slurm_args.keys() | ({"partition"} if cluster.partition else set())
-    stay = {"SLURM_CONF", "SLURM_CLUSTERS"}
-    stay |= {f"SBATCH_{name.upper()}" for name in SITE_OPTIONS if name not in said}
-    of_the_user = {name: value for name, value in os.environ.items() if name in stay}
+    given = cluster.slurm_args.keys() | ({"partition"} if cluster.partition else set())
+    kept_names = {"SLURM_CONF", "SLURM_CLUSTERS"}
+    kept_names |= {f"SBATCH_{name.upper()}" for name in SITE_OPTIONS if name not in given}
+    kept = {name: value for name, value in os.environ.items() if name in kept_names}
     with clean_env():
-        os.environ.update(of_the_user)
+        os.environ.update(kept)
         yield
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Make the folder for submitit's files.
+    """Create the folder for submitit's files.
 
     Raises:
-        UserError: no sbatch here, or a folder that cannot be written.
+        UserError: no sbatch on this machine, or a folder that cannot be written.
     """
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("no sbatch on this machine; submit on a login node of the cluster (--local runs without Slurm)")
@@ -242,30 +264,30 @@ def _prepare_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; name one that can be written and that the nodes see") from None
+        raise UserError(f"{folder}: {error.strerror}; choose a writable folder that the nodes share") from None
 
 
-def _explain_refusal(error: str) -> str:
-    """What sbatch said, in one line with the mend."""
-    said = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in error.splitlines() if line)
-    mends = {
-        "account": "--slurm-arg account=NAME says whose time it is",
-        "partition": f"--partition: this cluster has {_partitions()}",
-        "qos": "--slurm-arg qos=NAME",
-        "time limit": "--timeout, in minutes",
-        "memory": "--slurm-arg mem=...",
-        "feature": "--slurm-arg constraint=...",
+def _format_refusal(error: str) -> str:
+    """sbatch's error message in one line, with the option that may solve the problem."""
+    message = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in error.splitlines() if line)
+    hints = {
+        "account": "give the account with --slurm-arg account=NAME",
+        "partition": f"choose --partition from {_list_partitions()}",
+        "qos": "give another one with --slurm-arg qos=NAME",
+        "time limit": "change --timeout, in minutes",
+        "memory": "change it with --slurm-arg mem=...",
+        "feature": "change it with --slurm-arg constraint=...",
         "array": "sweep over fewer values in one command",
-        "node|cpu|gres|gpu": "ask for less with --nodes, --ngpus or --slurm-arg cpus_per_task=N",
+        "node|cpu|gres|gpu": "request less with --nodes, --ngpus or --slurm-arg cpus_per_task=N",
     }
-    for pattern, mend in mends.items():
-        if re.search(pattern, said, re.IGNORECASE):
-            return f"Slurm refuses: {said} ({mend})"
-    return f"Slurm refuses: {said}"
+    for pattern, hint in hints.items():
+        if re.search(pattern, message, re.IGNORECASE):
+            return f"sbatch refuses the job: {message} ({hint})"
+    return f"sbatch refuses the job: {message}"
 
 
-def _partitions() -> str:
+def _list_partitions() -> str:
     try:
-        return ", ".join(ask_slurm("sinfo", "-h", "-o", "%R").split()) or "none"
+        return ", ".join(run_slurm_client("sinfo", "-h", "-o", "%R").split()) or "none"
     except (OSError, subprocess.SubprocessError):
-        return "those that sinfo lists"
+        return "the output of sinfo"

@@ -1,10 +1,10 @@
-"""The paper's tables: run their rows, and put the paper's numbers beside one's own.
+"""Reproduce the paper's tables: run their rows, and compare the results with the paper's numbers.
 
-    python -m paper run table1b --data /data        # what scripts/table1b_components.sh does
-    python -m paper run --help                      # all tables
-    python -m paper report output/table1b           # paper against own runs, any time
+    python -m paper run table1b --data /data        # the command that scripts/table1b_components.sh executes
+    python -m paper run --help                      # list all tables
+    python -m paper report output/table1b           # compare the paper with the runs so far
 
-Each of the two has a --help of its own.
+Both commands have their own --help.
 """
 
 import argparse
@@ -17,7 +17,7 @@ COMMANDS = {"run": run.main, "report": report.main}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit code: see the two commands."""
+    """Execute the command line; returns the exit code of the command that it names."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=COMMANDS)
-    return exit_code(lambda: parser.parse_args(argv))  # help, or an error
+    return exit_code(lambda: parser.parse_args(argv))  # prints help, or reports an unknown command
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line of ``python -m paper run``, which the table scripts call, and what it comes to."""
+"""The command line of ``python -m paper run``, which the table scripts call, parsed into `Settings`."""
 
 import argparse
 import math
@@ -15,12 +15,12 @@ import torch
 from cli import HelpFormatter, Parser, at_least, expand_arguments, nearest
 from launch.runs import ROOT
 from launch.slurm import Cluster
-from paper.tables import RUNNABLE, TABLES, rows_of
-from run_with_submitit import cluster_of
+from paper.tables import RUNNABLE, TABLES, table_rows
+from run_with_submitit import parse_cluster
 from utils import UserError
 
-# Options of some tables alone, and the word of a row that each of them is about.
-OF_SOME_TABLES = {
+# Options that only some tables have -> the word in the rows that the option changes.
+TABLE_SPECIFIC_OPTIONS = {
     "--ckpt-base": "weights:base",
     "--ckpt-sar": "weights:sar",
     "--ckpt-options": "weights:base",
@@ -28,23 +28,27 @@ OF_SOME_TABLES = {
     "--count": "--count",
 }
 
-# The options were environment variables once: --ckpt-base was CKPT_BASE. (DATA, OUT, IMAGES and COUNT may well be set
-# for other programs.)
-OLD_VARIABLES = "SEEDS ROWS LAUNCH OVERRIDES DRY_RUN SMOKE CKPT_BASE CKPT_SAR CKPT_OPTIONS".split()
+# Environment variables of earlier versions, replaced by options (CKPT_BASE by --ckpt-base). DATA, OUT, IMAGES and COUNT
+# are not in the list, as other programs may use them.
+REMOVED_VARIABLES = "SEEDS ROWS LAUNCH OVERRIDES DRY_RUN SMOKE CKPT_BASE CKPT_SAR CKPT_OPTIONS".split()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says.
+    """The parsed command line.
 
     Attributes:
-        data, out: folders of the data sets and of the results; relative paths are seen from the repository.
+        table: name of the table.
+        data, out: folders of the data sets and of the results; relative paths are relative to the repository.
+        seeds: one run of each row per seed.
         rows: ids of the rows to run; empty for all.
-        launch: the words before main.py.
-        cluster: what is asked of Slurm; None where ``launch`` starts the runs here.
-        overrides: arguments behind every row's; ``overrides_path`` names their file.
+        launch: the command before ``main.py``.
+        cluster: resources to request from Slurm; None if ``launch`` starts the runs on this machine.
+        overrides: main.py arguments appended to every row's; ``overrides_path`` is their file.
         weights: name in ``tables.WEIGHTS`` -> the user's file and its options, as words.
-        measuring: words behind those of every row that measures.
+        measurement_words: words appended to the command line of every measuring row.
+        dry_run: print the plan and the commands only.
+        smoke: tiny runs on toy data.
     """
 
     table: str
@@ -57,7 +61,7 @@ class Settings:
     overrides: list[str]
     overrides_path: str
     weights: dict[str, list[str]]
-    measuring: list[str]
+    measurement_words: list[str]
     dry_run: bool
     smoke: bool
 
@@ -66,65 +70,78 @@ class Settings:
 
 
 class _Help(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown, and the lines of an epilog stay as they are."""
+    """Show defaults, and keep the line breaks of description and epilog."""
 
 
 def build_parser(table: str) -> Parser:
-    """The options of a table; what it has no use for is known, but not shown."""
+    """The parser of a table's options; options of other tables are parsed too, but not shown in --help."""
     title, source = TABLES[table]["title"], TABLES[table]["source"]
     parser = Parser(
         prog=f"python -m paper run {table}",
         usage="%(prog)s [options]",
         description=f"{title}; {source}.",
-        epilog=_rows_in_words(table),
+        epilog=_format_rows(table),
         formatter_class=_Help,
         allow_abbrev=False,
     )
     _add_options(parser.add_argument)
-    _add_options_of_some_tables(parser, table)
+    _add_table_specific_options(parser, table)
     return parser
 
 
 def _add_options(add) -> None:
-    sets = "imagenet/, domainnet/, imagenet-a/, imagenet-c/, VOCdevkit/ and torchvision's own folders"
-    add("--data", type=from_here, metavar="DIR", help=f"holds {sets} (default: the repository's data/)")
-    place = "where everything is written (default: the repository's output/, with --smoke output/smoke/)"
-    add("--out", type=from_here, metavar="DIR", help=place)
-    runs = "a run of each row for each (default: 0); what is measured of given weights alone, for the first"
-    add("--seeds", nargs="+", type=at_least(int, 0), help=runs)
-    add("--rows", nargs="+", metavar="ROW", help="only these, and what they need (default: all)")
+    sets = "imagenet/, domainnet/, imagenet-a/, imagenet-c/, VOCdevkit/ and torchvision's folders"
+    add(
+        "--data",
+        type=path_from_here,
+        metavar="DIR",
+        help=f"folder with {sets} (default: data/ in the repository)",
+    )
+    add(
+        "--out",
+        type=path_from_here,
+        metavar="DIR",
+        help="output folder (default: output/ in the repository, with --smoke output/smoke/)",
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        type=at_least(int, 0),
+        help="one run of each row per seed (default: 0); measurements of given weights run for the first seed only",
+    )
+    add("--rows", nargs="+", metavar="ROW", help="run only these rows and the runs they depend on (default: all)")
     add(
         "--launch",
-        type=words_in,
+        type=split_words,
         metavar='"COMMAND"',
-        help="the words before main.py (default: torchrun with all GPUs of this machine, python where there is one or "
-        'none; a dry run on a machine without a GPU assumes 8), or "submitit" with run_with_submitit.py\'s options, '
-        'for job arrays on a SLURM cluster: "submitit --partition gpu"',
+        help='command before main.py, or "submitit" with the options of run_with_submitit.py for job arrays on a SLURM '
+        'cluster: "submitit --partition gpu" (default: torchrun on all GPUs of this machine, or python with at most '
+        "one GPU; a dry run on a machine without a GPU assumes 8)",
     )
-    add("--overrides", metavar="FILE", help="an argument file whose options come after every row's")
+    add("--overrides", metavar="FILE", help="argument file with options of main.py, appended to every row's")
     add("--dry-run", action="store_true", help="print the plan and the commands; start and write nothing")
-    add("--smoke", action="store_true", help="everything as it is, but tiny and on scanned digits: seconds a row")
+    add("--smoke", action="store_true", help="test the pipeline with tiny runs on scanned digits; seconds per row")
 
 
-def _add_options_of_some_tables(parser: Parser, table: str) -> None:
+def _add_table_specific_options(parser: Parser, table: str) -> None:
     def add(name: str, text: str, **how) -> None:
-        parser.add_argument(name, help=text if has_use(table, name) else argparse.SUPPRESS, **how)
+        parser.add_argument(name, help=text if uses_option(table, name) else argparse.SUPPRESS, **how)
 
-    weights = {"type": file_here, "metavar": "FILE"}
-    add("--ckpt-base", "weights that you have, in place of Table 4's ViT-S/16", **weights)
-    add("--ckpt-sar", "weights that you have, in place of Table 4's ViT-S/16 + SAR", **weights)
-    example = 'what these files do not tell: "--num-heads 6 --checkpoint-key ema"'
-    add("--ckpt-options", example, type=words_in, metavar='"OPTIONS"')
-    add("--images", "a folder of images (default: imagenet/val in --data)", type=from_here, metavar="DIR")
-    add("--count", "how many of these images", type=at_least(int, 1))
-
-
-def has_use(table: str, option: str) -> bool:
-    """Whether a row of the table has to do with this one of OF_SOME_TABLES."""
-    return any(OF_SOME_TABLES[option] in row.words for row in rows_of(table))
+    weights = {"type": existing_file, "metavar": "FILE"}
+    add("--ckpt-base", "checkpoint to use instead of Table 4's ViT-S/16", **weights)
+    add("--ckpt-sar", "checkpoint to use instead of Table 4's ViT-S/16 + SAR", **weights)
+    example = 'options for reading the given checkpoints: "--num-heads 6 --checkpoint-key ema"'
+    add("--ckpt-options", example, type=split_words, metavar='"OPTIONS"')
+    add("--images", "folder of images (default: imagenet/val in --data)", type=path_from_here, metavar="DIR")
+    add("--count", "number of these images to draw", type=at_least(int, 1))
 
 
-def _rows_in_words(table: str) -> str:
+def uses_option(table: str, option: str) -> bool:
+    """Whether one of TABLE_SPECIFIC_OPTIONS changes a row of the table."""
+    return any(TABLE_SPECIFIC_OPTIONS[option] in row.words for row in table_rows(table))
+
+
+def _format_rows(table: str) -> str:
     rows = TABLES[table]["rows"]
     width = max(map(len, rows))
     values = {name: "" if row["value"] is None else f" ({row['value']} in the paper)" for name, row in rows.items()}
@@ -134,32 +151,32 @@ def _rows_in_words(table: str) -> str:
 # -------------------------------------------------------------------------------------------- types of values
 
 
-def from_here(text: str) -> Path:
-    """A path as typed in the current folder, as the repository's folder sees it: relative in it, absolute elsewhere."""
+def path_from_here(text: str) -> Path:
+    """A path given relative to the current folder: relative to the repository if inside it, else absolute."""
     path = Path(os.path.abspath(Path(text).expanduser()))
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def file_here(text: str) -> Path:
-    """`from_here` for a file that must be there."""
+def existing_file(text: str) -> Path:
+    """`path_from_here` for a file that must exist."""
     if not Path(text).expanduser().is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such file")
-    return from_here(text)
+    return path_from_here(text)
 
 
-def words_in(text: str) -> list[str]:
-    """A command line in one word of the shell's."""
+def split_words(text: str) -> list[str]:
+    """Split a quoted command line into words, as a shell does."""
     try:
         return shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
-def a_table(text: str) -> str:
-    """The name of one of the RUNNABLE tables."""
+def table_name(text: str) -> str:
+    """Check the name of one of the RUNNABLE tables; suggest the nearest one."""
     if text not in RUNNABLE:
-        meant = nearest(text, RUNNABLE) or f"; there are {', '.join(RUNNABLE)}"
-        raise argparse.ArgumentTypeError(f"no table {text}{meant}")
+        suggestion = nearest(text, RUNNABLE) or f"; there are {', '.join(RUNNABLE)}"
+        raise argparse.ArgumentTypeError(f"no table {text}{suggestion}")
     return text
 
 
@@ -167,16 +184,16 @@ def a_table(text: str) -> str:
 
 
 def read_settings(argv: list[str]) -> Settings:
-    """What ``TABLE [options]`` says; paths in it are seen from the current folder.
+    """Parse ``TABLE [options]``; paths are relative to the current folder.
 
     Raises:
-        UserError: a word that is not understood, options that exclude each other or that the table has no use for.
+        UserError: an unknown option, options that exclude each other, or one that the table does not use.
     """
-    table = read_table(argv[:1])
-    args = build_parser(table).parse_args(_with_equals_sign(argv[1:]))
-    refuse_useless(table, args)
+    table = parse_table_name(argv[:1])
+    args = build_parser(table).parse_args(_join_ckpt_options(argv[1:]))
+    check_options(table, args)
     overrides = read_overrides(args.overrides) if args.overrides else []
-    launch = launch_words(args.launch, elsewhere=args.dry_run and not (overrides or args.smoke))
+    launch = launch_words(args.launch, paper_hardware=args.dry_run and not (overrides or args.smoke))
     out = args.out or Path("output/smoke" if args.smoke else "output")
     given = {"base": args.ckpt_base, "sar": args.ckpt_sar}
     return Settings(
@@ -186,33 +203,33 @@ def read_settings(argv: list[str]) -> Settings:
         seeds=list(dict.fromkeys(args.seeds or [0])),
         rows=args.rows or [],
         launch=launch,
-        cluster=read_cluster(launch),
+        cluster=cluster_from_launch(launch),
         overrides=overrides,
         overrides_path=args.overrides,
         weights={name: [str(path), *(args.ckpt_options or [])] for name, path in given.items() if path},
-        measuring=measuring_words(table, args),
+        measurement_words=measurement_words(table, args),
         dry_run=args.dry_run,
         smoke=args.smoke,
     )
 
 
-def read_table(words: list[str]) -> str:
-    """The table that the first word names."""
+def parse_table_name(words: list[str]) -> str:
+    """Parse the first word, the name of a table."""
     parser = Parser(
         prog="python -m paper run",
         usage="%(prog)s TABLE [options]",
-        description="Run the rows of a table: plan, check, start what is not finished, print the report. "
+        description="Run the rows of a table: plan, check, execute what is not finished, print the report. "
         "TABLE --help lists its options and rows.",
         epilog="tables:\n" + "\n".join(f"  {name:<10}  {TABLES[name]['title']}" for name in RUNNABLE),
         formatter_class=_Help,
         allow_abbrev=False,
     )
-    parser.add_argument("table", type=a_table, metavar="TABLE", help="one of those below; it comes first")
+    parser.add_argument("table", type=table_name, metavar="TABLE", help="one of the tables below; it comes first")
     return parser.parse_args(words).table
 
 
-def measuring_words(table: str, args: argparse.Namespace) -> list[str]:
-    """Words behind those of every row of the table that measures."""
+def measurement_words(table: str, args: argparse.Namespace) -> list[str]:
+    """The words to append to the command line of every measuring row of the table."""
     words = shlex.split(TABLES[table].get("smoke", "")) if args.smoke else []
     for name in ("images", "count"):
         if (value := getattr(args, name)) is not None:
@@ -220,8 +237,8 @@ def measuring_words(table: str, args: argparse.Namespace) -> list[str]:
     return words
 
 
-def _with_equals_sign(argv: list[str]) -> list[str]:
-    """``--ckpt-options=WORDS`` for ``--ckpt-options WORDS``: argparse would take ``--num-heads=6`` for an option."""
+def _join_ckpt_options(argv: list[str]) -> list[str]:
+    """Join ``--ckpt-options`` and its value by "="; argparse would read the value ``--num-heads=6`` as an option."""
     words = []
     for word in argv:
         if words and words[-1] == "--ckpt-options":
@@ -231,72 +248,74 @@ def _with_equals_sign(argv: list[str]) -> list[str]:
     return words
 
 
-def refuse_useless(table: str, args: argparse.Namespace) -> None:
-    """Raises UserError for an option that would change nothing."""
-    for option in OF_SOME_TABLES:
-        if getattr(args, option.removeprefix("--").replace("-", "_")) is not None and not has_use(table, option):
-            users = ", ".join(name for name in RUNNABLE if has_use(name, option))
-            raise UserError(
-                f"leave {option} out: {table} has no use for it ({users} {'have' if ',' in users else 'has'})"
-            )
+def check_options(table: str, args: argparse.Namespace) -> None:
+    """Raise UserError for options that the table does not use or that exclude each other."""
+    for option in TABLE_SPECIFIC_OPTIONS:
+        if getattr(args, option.removeprefix("--").replace("-", "_")) is not None and not uses_option(table, option):
+            users = ", ".join(name for name in RUNNABLE if uses_option(name, option))
+            raise UserError(f"leave {option} out: {table} does not use it ({users} {'do' if ',' in users else 'does'})")
     if args.ckpt_options is not None and not (args.ckpt_base or args.ckpt_sar):
-        raise UserError("--ckpt-options is about given weights: give --ckpt-base or --ckpt-sar, or leave it out")
+        raise UserError("--ckpt-options needs --ckpt-base or --ckpt-sar; give one of them, or leave it out")
     if args.smoke and args.overrides:
-        raise UserError("--smoke is --overrides recipes/smoke.args; leave one of the two out")
+        raise UserError("--smoke already sets --overrides recipes/smoke.args; leave one of the two out")
     if args.smoke and args.data:
-        raise UserError("--smoke makes its own data; leave --data out")
+        raise UserError("--smoke generates its own data; leave --data out")
 
 
-def refuse_old_variables(environ: Mapping[str, str]) -> None:
-    """Raises UserError for a variable that an option has taken the place of: nothing that is said goes unheard."""
-    for name in OLD_VARIABLES:
+def check_removed_variables(environ: Mapping[str, str]) -> None:
+    """Raise UserError for an environment variable that an option has replaced, so that it is not silently ignored."""
+    for name in REMOVED_VARIABLES:
         if environ.get(name):
             option = f"--{name.lower().replace('_', '-')}"
-            raise UserError(f"the environment variable {name} is not read any more: unset it, and say it with {option}")
+            raise UserError(f"the environment variable {name} is no longer read; unset it and use {option}")
 
 
 # ---------------------------------------------------------------------------------- launcher and overrides
 
 
-def launch_words(words: list[str] | None, elsewhere: bool = False) -> list[str]:
-    """The words before main.py. ``python`` and ``torchrun`` are those of the environment that runs this.
+def launch_words(words: list[str] | None, paper_hardware: bool = False) -> list[str]:
+    """The command before main.py, with ``python`` and ``torchrun`` of the running Python environment.
 
     Args:
-        words: as given; None for what suits this machine.
-        elsewhere: the runs are meant for the hardware that the hours are told for, if there is no GPU here.
+        words: from --launch; None for torchrun on all GPUs of this machine, or python with at most one.
+        paper_hardware: assume the paper's 8 GPUs if this machine has none (dry runs).
     """
-    gpus = torch.cuda.device_count() or (8 if elsewhere else 0)
+    gpus = torch.cuda.device_count() or (8 if paper_hardware else 0)
     first, *others = words or (["torchrun", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"])
     own = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     return own.get(first, [os.path.abspath(first) if os.sep in first else first]) + others
 
 
-def read_cluster(launch: list[str]) -> Cluster | None:
-    """What is asked of Slurm; None where these words start the runs here."""
+def cluster_from_launch(launch: list[str]) -> Cluster | None:
+    """The resources to request from Slurm; None if the words of --launch start the runs on this machine."""
     if launch[0] != "submitit":
         return None
     try:
-        return cluster_of(launch[1:])
+        return parse_cluster(launch[1:])
     except UserError as error:
         raise UserError(f"--launch {shlex.quote(shlex.join(launch))}: {error}") from None
 
 
 def world_size(launch: list[str]) -> int | None:
-    """How many processes these words start; None where they do not say it as plain numbers."""
+    """Number of processes that a launch command starts; None if it does not give it in plain numbers."""
     if launch[0] == sys.executable and "-m" not in launch:
         return 1
-    said = dict(re.findall(r"--(nproc|nnodes)(?:[-_]per[-_]node)?[= ](\S+)", " ".join(launch)))
-    numbers = (said.get("nproc", ""), said.get("nnodes", "1"))
+    counts = dict(re.findall(r"--(nproc|nnodes)(?:[-_]per[-_]node)?[= ](\S+)", " ".join(launch)))
+    numbers = (counts.get("nproc", ""), counts.get("nnodes", "1"))
     return math.prod(map(int, numbers)) if all(number.isdecimal() for number in numbers) else None
 
 
 def read_overrides(path: str) -> list[str]:
-    """The words of an argument file, which leaves to this command line what that says."""
+    """The words of an argument file for main.py.
+
+    Raises:
+        UserError: no such file, or it sets the seed or the output folder.
+    """
     try:
         words = expand_arguments([f"@{path}"])
     except UserError as error:
         raise UserError(f"--overrides {path}: {error}") from None
-    for option, mine in (("--seed", "--seeds"), ("--output-dir", "--out")):
+    for option, replacement in (("--seed", "--seeds"), ("--output-dir", "--out")):
         if option in [word.partition("=")[0] for word in words]:
-            raise UserError(f"--overrides {path}: leave {option} out and say it with {mine}")
+            raise UserError(f"--overrides {path}: leave {option} out and use {replacement}")
     return words

@@ -1,4 +1,4 @@
-"""What the rows of a table come to: their runs, how far each is, and what the rest costs at the paper's hardware."""
+"""Turns the rows of a table into runs and measurements, and estimates what the runs cost on the paper's hardware."""
 
 import argparse
 import itertools
@@ -10,155 +10,179 @@ from pathlib import Path
 from arguments import parse_arguments
 from cli import expand_arguments
 from datasets import DATASETS
-from launch.runs import Point
+from launch.runs import RunSpec
 from models import MODELS
 from paper.options import Settings
-from paper.tables import RUNS, WEIGHTS, Row, rows_of
+from paper.tables import RUNS, WEIGHTS, TableRow, table_rows
 from utils import UserError
 
-# What a run costs at the paper's hardware is an estimate: DeiT's paper has (from memory) 53 hours for ViT-B, 300
-# epochs of 1,281,167 images, on a node of 8 V100; other sizes and architectures are scaled by their GFLOPs an image at
-# 224 px (T2T-ViT's from memory; the paper has that of the variant with transformers).
+# The costs are estimates. Reference: 53 hours for ViT-B, 300 epochs of 1,281,167 images, on 8 V100 (DeiT's paper, cited
+# from memory). Other models are scaled by their GFLOPs per image at 224 px (T2T-ViT's from memory; the paper gives that
+# of the variant with transformers).
 GFLOPS = {"vit_tiny": 1.3, "vit_small": 4.6, "vit_base": 17.6, "t2t_vit_14": 4.8, "pvt_small": 3.8, "cvt_13": 4.5}
-VIT_BASE_IMAGES_AN_HOUR = 300 * 1_281_167 / 53
+VIT_BASE_IMAGES_PER_HOUR = 300 * 1_281_167 / 53
 
 
 @dataclass(frozen=True)
-class Job(Point):
-    """One seed of a row; ``protocol`` is what its words come to without --overrides and --smoke."""
+class TableRun(RunSpec):
+    """The run of a row with one seed.
 
-    row: Row
+    Attributes:
+        row: the row it belongs to.
+        seed: the run's random seed.
+        protocol: the arguments without --overrides and --smoke, as in the paper.
+    """
+
+    row: TableRow
     seed: int
     protocol: argparse.Namespace
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return tuple(name_of(run, self.seed) for run in sorted(set(self.row.needs())))
+    def dependencies(self) -> tuple[str, ...]:
+        return tuple(run_title(run, self.seed) for run in sorted(set(self.row.dependencies())))
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One seed of a row that measures; ``words`` follow ``python -m``, and ``folder`` gets what comes of it."""
+    """The measuring command of a row with one seed.
 
-    row: Row
+    Attributes:
+        row: the row it belongs to.
+        seed: of the runs that are measured.
+        words: the command line after ``python -m``.
+        folder: where the command writes its results.
+    """
+
+    row: TableRow
     seed: int
     words: list[str]
     folder: Path
 
     @property
     def lock(self) -> Path:
-        """Held by the script that measures."""
+        """Lock file; the script that measures holds it."""
         return self.folder / "launcher.lock"
 
     @property
-    def measured(self) -> bool:
-        """Whether it was done, of the files that are there now."""
-        return self.noted("measured.json")
+    def is_measured(self) -> bool:
+        """Whether it was completed for the present command line and checkpoints."""
+        return self.matches_state("measured.json")
 
-    def noted(self, name: str) -> bool:
-        """Whether the file ``name`` in its folder has the state of now."""
+    def matches_state(self, name: str) -> bool:
+        """Whether the state saved in the file ``name`` of its folder equals the present `state`."""
         try:
-            return saved(self.folder / name) == self.state()
-        except OSError:  # a checkpoint is not there yet, or not any more
+            return read_json_if_valid(self.folder / name) == self.state()
+        except OSError:  # a checkpoint does not exist yet, or was deleted
             return False
 
     @property
-    def partial(self) -> bool:
-        """Whether its results are over less than the data set (``instead``), so that more of it may come."""
-        return "instead" in (saved(self.folder / "results.json") or {})
+    def is_partial(self) -> bool:
+        """Whether the results cover only a part of the data set (key ``instead``), so that it must run again."""
+        return "instead" in (read_json_if_valid(self.folder / "results.json") or {})
 
     def state(self) -> dict:
-        """What it measures: the row's words, wherever data and runs lie, and the size and time of each checkpoint."""
+        """What the results depend on: the row's command line, and size and modification time of each checkpoint.
+
+        Raises:
+            OSError: a checkpoint does not exist.
+        """
         stats = [os.stat(path) for path in self.checkpoints()]
         return {"words": self.row.words, "checkpoints": [[stat.st_size, stat.st_mtime_ns] for stat in stats]}
 
     def checkpoints(self) -> list[str]:
+        """Paths of the checkpoints that the command reads."""
         return [path for option, path in itertools.pairwise(self.words) if option == "--checkpoint"]
 
-    def given(self) -> list[str]:
-        """Those of its checkpoints that no run of ours writes."""
+    def given_checkpoints(self) -> list[str]:
+        """Those of its checkpoints that the user gave (--ckpt-base, --ckpt-sar), and that no run writes."""
         return [path for path in self.checkpoints() if path in self.row.words]
 
     def __str__(self) -> str:
-        return name_of(self.row.run, self.seed)
+        return run_title(self.row.run, self.seed)
 
 
-def name_of(run: str, seed: int) -> str:
-    """One seed of a run, for people."""
+def run_title(run: str, seed: int) -> str:
+    """The name of a run with one seed in tables and messages."""
     return f"{run}, seed {seed}"
 
 
-def saved(path: Path) -> dict | None:
-    """The content of a JSON file; None where none can be read."""
+def read_json_if_valid(path: Path) -> dict | None:
+    """The content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
 
 
-def choose(settings: Settings) -> list[Row]:
-    """The rows that are asked for, after the runs that they need.
+def select_rows(settings: Settings) -> list[TableRow]:
+    """The rows that --rows names (default: all), preceded by the runs that they depend on.
 
     Raises:
         UserError: the table has no such row.
     """
-    rows = rows_of(settings.table)
+    rows = table_rows(settings.table)
     known = [row.name for row in rows]
     unknown = [name for name in settings.rows if name not in known]
     if unknown:
         raise UserError(f"--rows: no row {', '.join(unknown)}; this table has {' '.join(known)}")
-    chosen = [with_weights(row, settings) for row in rows if row.name in (settings.rows or known)]
-    needed = dict.fromkeys(run for row in chosen for run in row.needs())
-    return [*(Row("-", run, RUNS[run]) for run in needed), *chosen]
+    selected = [resolve_weights(row, settings) for row in rows if row.name in (settings.rows or known)]
+    dependencies = dict.fromkeys(run for row in selected for run in row.dependencies())
+    return [*(TableRow("-", run, RUNS[run]) for run in dependencies), *selected]
 
 
-def with_weights(row: Row, settings: Settings) -> Row:
-    """The row with a path for ``weights:<name>``, and behind its words what is said of all that is measured.
+def resolve_weights(row: TableRow, settings: Settings) -> TableRow:
+    """The row with ``weights:<name>`` replaced by a path, and with the measurement options appended.
 
-    What goes on from given weights is another run than what goes on from those of our runs.
+    A run that uses given weights has another key (``<protocol>_given/<name>``) than one that uses this program's.
     """
-    words, given = [], ""
+    words, suffix = [], ""
     for word in row.words:
         kind, _, name = word.partition(":")
         if kind != "weights":
             words.append(word)
         elif name in settings.weights:
-            words, given = words + settings.weights[name], "_given"
+            words, suffix = words + settings.weights[name], "_given"
         else:
             words.append(WEIGHTS[name])
     protocol, _, name = row.run.partition("/")
-    return Row(row.name, f"{protocol}{given}/{name}", words + settings.measuring * row.measures)
+    measurement_words = settings.measurement_words if row.is_measurement else []
+    return TableRow(row.name, f"{protocol}{suffix}/{name}", words + measurement_words)
 
 
-def plan_measurements(settings: Settings, rows: list[Row]) -> list[Measurement]:
-    """What the rows measure, a whole table of one seed after the other; of given weights alone, once."""
+def plan_measurements(settings: Settings, rows: list[TableRow]) -> list[Measurement]:
+    """The measurements of the rows, seed by seed; those of given weights alone for the first seed only."""
     measurements = []
     for seed in settings.seeds:
-        for row in filter(lambda row: row.measures and (row.needs() or seed == settings.seeds[0]), rows):
+        for row in rows:
+            if not row.is_measurement or not (row.dependencies() or seed == settings.seeds[0]):
+                continue
             folder = settings.out / "runs" / row.run / f"seed{seed}"
-            words = [locate(word, settings, seed) for word in row.words]
+            words = [resolve_path(word, settings, seed) for word in row.words]
             measurements.append(Measurement(row, seed, [*words, "--out", str(folder)], folder))
     return measurements
 
 
-def plan(settings: Settings, rows: list[Row]) -> list[Job]:
-    """All runs of the rows, parsed as main.py will; a whole table of one seed after the other.
+def plan_runs(settings: Settings, rows: list[TableRow]) -> list[TableRun]:
+    """The training runs of the rows, seed by seed, with their command lines parsed as main.py will parse them.
 
     Raises:
         UserError: see ``parse_arguments``.
     """
-    jobs, weights = [], {}
+    runs, last_blocks = [], {}
     for seed in settings.seeds:
-        for row in itertools.filterfalse(lambda row: row.measures, rows):
+        for row in itertools.filterfalse(lambda row: row.is_measurement, rows):
             folder = settings.out / "runs" / row.run / f"seed{seed}"
-            words = [locate(word, settings, seed) for word in row.words]
-            protocol = args = resolve(words, weights)
-            if more := smoke_of(args.model) if settings.smoke else settings.overrides:
+            # 1. the row's own arguments: the paper's protocol
+            words = [resolve_path(word, settings, seed) for word in row.words]
+            protocol = args = resolve_arguments(words, last_blocks)
+            # 2. the arguments of --smoke or --overrides, which take precedence
+            if more := smoke_words(args.model) if settings.smoke else settings.overrides:
                 words += more
                 try:
-                    args = resolve(words, weights)
+                    args = resolve_arguments(words, last_blocks)
                 except UserError as error:
                     raise UserError(f"--overrides {settings.overrides_path}: {error}") from None
+            # 3. seed and folders; parsing them again would read the weights to fine-tune again
             last = {"seed": seed, "output_dir": str(folder)}
             data_set = DATASETS[args.data_set]
             if data_set.layout and args.data_path is None:
@@ -166,19 +190,19 @@ def plan(settings: Settings, rows: list[Row]) -> list[Job]:
             for name, value in last.items():
                 words += [f"--{name.replace('_', '-')}", str(value)]
             args = argparse.Namespace(**vars(args) | last)
-            weights[str(folder / "checkpoint.pth")] = args.last_block
-            jobs.append(Job(name_of(row.run, seed), words, args, row, seed, protocol))
-    return jobs
+            last_blocks[str(folder / "checkpoint.pth")] = args.last_block
+            runs.append(TableRun(run_title(row.run, seed), words, args, row, seed, protocol))
+    return runs
 
 
-def smoke_of(model: str) -> list[str]:
-    """--smoke's arguments for a model: those of its family, if it has its own."""
-    own = Path(f"recipes/smoke_{model.split('_')[0]}.args")
-    return expand_arguments([f"@{own if own.exists() else 'recipes/smoke.args'}"])
+def smoke_words(model: str) -> list[str]:
+    """The arguments of --smoke for a model: recipes/smoke_<family>.args if it exists, or recipes/smoke.args."""
+    family = Path(f"recipes/smoke_{model.split('_')[0]}.args")
+    return expand_arguments([f"@{family if family.exists() else 'recipes/smoke.args'}"])
 
 
-def locate(word: str, settings: Settings, seed: int) -> str:
-    """``run:<run>/<file>`` and ``data:<path below --data>`` as paths; any other word as it is."""
+def resolve_path(word: str, settings: Settings, seed: int) -> str:
+    """``run:<run>/<file>`` and ``data:<path below --data>`` as paths; any other word unchanged."""
     kind, _, place = word.partition(":")
     if kind == "data":
         return str(settings.data / place)
@@ -188,41 +212,45 @@ def locate(word: str, settings: Settings, seed: int) -> str:
     return word
 
 
-def resolve(words: list[str], weights: dict[str, str]) -> argparse.Namespace:
-    """What main.py will make of ``words``, although a run before may still have to write the weights they name.
+def resolve_arguments(words: list[str], last_blocks: dict[str, str]) -> argparse.Namespace:
+    """Parse ``words`` as main.py will, even if the weights that --finetune names do not exist yet.
 
     Args:
-        words: an argument list.
-        weights: the last block of each file that a run before writes; fine-tuning follows it (appendix E.4).
+        words: main.py's command line.
+        last_blocks: path of each checkpoint that an earlier run writes -> its last block. Fine-tuning uses the last
+            block of its weights (appendix E.4).
     """
     at = words.index("--finetune") if "--finetune" in words else None
-    if at is None or words[at + 1] not in weights:
+    if at is None or words[at + 1] not in last_blocks:
         return parse_arguments(words)
     args = parse_arguments(words[:at] + words[at + 2 :])
     args.finetune = words[at + 1]
     if "--last-block" not in words:
-        args.last_block = weights[args.finetune]
+        args.last_block = last_blocks[args.finetune]
     return args
 
 
-def images(args: argparse.Namespace) -> int | None:
-    """Training images of an epoch; None for a data set of unknown size."""
+def images_per_epoch(args: argparse.Namespace) -> int | None:
+    """Number of training images of an epoch; None for a data set of unknown size."""
     known = DATASETS[args.data_set].images.get("train")
     return None if known is None else round(known * args.sampling_ratio)
 
 
-def hours(args: argparse.Namespace, epochs: int) -> float | None:
-    """Hours on 8 x V100 32 GB; None but for the paper's models at 224 px and data of known size."""
-    plain = args.model.removesuffix("_sar")
-    own = (args.input_size, args.patch_size) == (224, MODELS[args.model].patch_size)
-    if images(args) is None or args.model_kwargs or not own or plain not in GFLOPS:
+def estimate_hours(args: argparse.Namespace, epochs: int) -> float | None:
+    """Hours for ``epochs`` epochs on 8 x V100 32 GB.
+
+    None if there is no estimate: a model without a GFLOPS entry, other than 224 px, or data of unknown size.
+    """
+    base_model = args.model.removesuffix("_sar")
+    is_standard = (args.input_size, args.patch_size) == (224, MODELS[args.model].patch_size)
+    if images_per_epoch(args) is None or args.model_kwargs or not is_standard or base_model not in GFLOPS:
         return None
-    scale = GFLOPS[plain] / GFLOPS["vit_base"]
-    return epochs * images(args) * scale / VIT_BASE_IMAGES_AN_HOUR
+    scale = GFLOPS[base_model] / GFLOPS["vit_base"]
+    return epochs * images_per_epoch(args) * scale / VIT_BASE_IMAGES_PER_HOUR
 
 
-def in_words(number: float | None) -> str:
-    """Hours as they deserve to be read."""
+def format_hours(number: float | None) -> str:
+    """Hours with one decimal below 10, without decimals from 10 on; "" for None."""
     if number is None:
         return ""
     return "under 0.1 hours" if number < 0.1 else f"about {number:.{1 if number < 10 else 0}f} hours"

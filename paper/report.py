@@ -1,20 +1,20 @@
-"""A table of the paper beside one's own runs of it, read from their logs.
+"""Compare a table of the paper with this program's runs of it, read from their logs.
 
     python -m paper report OUT/table1b
     python -m paper report OUT/table1b --figure curves.png
 
-OUT/table1b is what the table's script leaves: a folder a row, in it protocol.json (the arguments of the paper's
-protocol) and seed0, seed1, ... (output folders of main.py). The report is printed, and kept there as report.md
-and report.csv; fig3 also gets its picture, fig3.png.
+OUT/table1b is the output of the table's script: one folder per row, with protocol.json (the arguments of the paper's
+protocol) and seed0, seed1, ... (output folders of main.py). The report is printed, and written there as report.md and
+report.csv; fig3 also gets its picture, fig3.png.
 
-"Ours" is the accuracy of the weights that --report names: mean and sample deviation over the seeds, after the
-last evaluated epoch and at each seed's best one. (Logs that name another metric give that one's values, under its
-name.) A row is not comparable with the paper where an argument that changes the mathematics differs from the
-protocol, the metric is another one, epochs are missing, or the data set has other numbers of images.
+"Ours" is the accuracy of the weights that --report selects: mean and sample standard deviation over the seeds, after
+the last evaluated epoch and at each seed's best epoch. If the logs name another metric, the report gives that metric
+under its name. A row is not comparable with the paper if an argument that changes the mathematics differs from the
+protocol, the metric differs, epochs are missing, or the data set has another number of images.
 
-In some rows (Table 8, Table 11) "ours" was measured of the weights after the last epoch: their seed0, seed1, ... are
-what analysis.robustness or analysis.jaccard left, and the runs that trained the weights lie in trained/<run>, as a row
-of their own. Both must be the paper's for the row to be comparable.
+In measuring rows (Table 8, Table 11), "ours" was measured on the weights after the last epoch. Their seed0, seed1, ...
+are results of analysis.robustness or analysis.jaccard, and trained/<run> holds the training runs in the format of a
+row. Both the measurement and the training must follow the paper's protocol for the row to be comparable.
 """
 
 import argparse
@@ -39,20 +39,20 @@ PAPER = {name: table for name, table in TABLES.items() if "metric" in table}
 """The tables that have numbers to report; the head of ``tables.toml`` describes them."""
 
 ACCURACY = "acc1"
-"""What log.txt calls the metric of the paper's tables that are trained: top-1 accuracy (percent)."""
+"""The name in log.txt of the metric of the training rows: top-1 accuracy (percent)."""
 
-# What may differ between a row's runs and the protocol, or among its seeds. (Which weights --finetune takes is the
-# table's own doing.)
+# Arguments that may differ between a row's runs and the protocol, or among its seeds. (The table itself sets the path
+# of --finetune.)
 MAY_DIFFER = NOT_MATHEMATICAL | {"seed", "finetune"}
 
-# Told first where a row has many departures from the protocol; no more than REASONS of them are told.
-FOREMOST = ("data_set", "sampling_ratio", "epochs", "model", "model_kwargs", "input_size", "total_batch")
-REASONS = 5
+# Differences from the protocol are listed in this order, then all others; at most MAX_REASONS of them.
+REPORTED_FIRST = ("data_set", "sampling_ratio", "epochs", "model", "model_kwargs", "input_size", "total_batch")
+MAX_REASONS = 5
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of log.txt; ``value`` of its metric is the reported weights', None where nothing was evaluated."""
+    """One line of log.txt; ``value`` is the metric of the reported weights, None if the epoch was not evaluated."""
 
     done: int
     metric: str
@@ -62,8 +62,8 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """One seed of a row: what main.py was told, and how its epochs ended."""
+class LoggedRun:
+    """One seed of a row: main.py's arguments (args.json) and its log (log.txt)."""
 
     arguments: dict
     log: list[Epoch]
@@ -77,50 +77,54 @@ class TrainingRun:
         return self.arguments["epochs"] + self.arguments["cooldown_epochs"]
 
     def values(self) -> dict[int, float]:
-        """The metric's value by epochs done, where it was evaluated."""
+        """Number of epochs done -> the metric's value, for the evaluated epochs."""
         return {epoch.done: epoch.value for epoch in self.log if epoch.value is not None}
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table: the paper's entry, the protocol's arguments, and the runs there are (none: not run).
+class ReportRow:
+    """A row of a report.
 
-    Where something is measured of the runs, ``results`` is what came of it, a seed each; None where it is not.
+    Attributes:
+        paper: the row's entry in ``tables.toml``.
+        protocol: the arguments of the paper's protocol.
+        runs: the training runs, one per seed; empty if the row was not run.
+        results: of a measuring row, the contents of results.json, one per seed; None for a training row.
     """
 
     paper: dict
     protocol: dict
-    runs: list[TrainingRun]
+    runs: list[LoggedRun]
     results: list[dict] | None = None
 
-    def last(self) -> list[float]:
-        """Each evaluated run's value after its last evaluated epoch, or what was measured of it then."""
+    def last_values(self) -> list[float]:
+        """Each evaluated run's value after its last evaluated epoch, or its measured value."""
         if self.results is not None:
             name = self.paper["measured"]
             return [result[name] for result in self.results if name in result]
         return [values[max(values)] for run in self.runs if (values := run.values())]
 
-    def best(self) -> list[float]:
-        """Each evaluated run's best value; none where something is measured of the last epoch."""
+    def best_values(self) -> list[float]:
+        """Each evaluated run's best value; empty for a measuring row."""
         if self.results is not None:
             return []
         return [max(values.values()) for run in self.runs if (values := run.values())]
 
     def other_metrics(self) -> list[str]:
-        """The metrics of its runs' logs that are not the paper's accuracy."""
+        """The metrics in the runs' logs other than the paper's accuracy."""
         if self.results is not None:
             return []
         return distinct(e.metric for run in self.runs for e in run.log if e.value is not None and e.metric != ACCURACY)
 
-    def departures(self) -> dict[str, list]:
-        """Arguments that are not the protocol's: name -> the runs' values, each once."""
+    def changed_arguments(self) -> dict[str, list]:
+        """Arguments that differ from the protocol: name -> the distinct values of the runs."""
         compared = [name for name in self.protocol if name not in MAY_DIFFER]
         values = {name: distinct(run.arguments.get(name) for run in self.runs) for name in compared}
         return {name: found for name, found in values.items() if found not in ([], [self.protocol[name]])}
 
 
 def distinct(values) -> list:
-    """The values in their order, each once (they may be lists and dicts)."""
+    """The distinct values in their order; unlike for ``dict.fromkeys``, they may be lists and dicts."""
     found = []
     for value in values:
         if value not in found:
@@ -131,28 +135,32 @@ def distinct(values) -> list:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def read_table(folder: Path) -> tuple[dict, dict[str, Row]]:
-    """The paper's table that ``folder`` is named after, and all its rows by name, run or not.
+def read_table(folder: Path) -> tuple[dict, dict[str, ReportRow]]:
+    """The paper's table that ``folder`` is named after, and all its rows by id, including rows that were not run.
 
     Raises:
-        UserError: no table of the paper, no row in it or an unknown one, or a file that cannot be read.
+        UserError: not a table of the paper, no row in it or an unknown one, or a file that cannot be read.
     """
     name = folder.absolute().name
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one that a table's script wrote, e.g. output/table1b")
+        raise UserError(f"{folder}: no such folder; give one that a table's script wrote, e.g. output/table1b")
     if name not in PAPER:
-        raise UserError(f"{folder}: {name} is no table of the paper; known are {', '.join(PAPER)}")
+        raise UserError(f"{folder}: {name} is not a table of the paper; known are {', '.join(PAPER)}")
     table = PAPER[name]
-    there = sorted(path.parent.name for path in folder.glob("*/protocol.json"))
-    unknown = [row for row in there if row not in table["rows"]]
-    if unknown or not there:
+    found = sorted(path.parent.name for path in folder.glob("*/protocol.json"))
+    unknown = [row for row in found if row not in table["rows"]]
+    if unknown or not found:
         problem = f"no row {unknown[0]} in this table" if unknown else "no row in it has a protocol.json"
         raise UserError(f"{folder}: {problem}; its rows are {', '.join(table['rows'])}")
     return table, {row: read_row(folder / row, paper) for row, paper in table["rows"].items()}
 
 
-def read_row(folder: Path, paper: dict) -> Row:
-    """The row of a table whose runs lie in ``folder``, if there is one.
+def read_row(folder: Path, paper: dict) -> ReportRow:
+    """The row of a table whose runs are in ``folder``; without runs if the folder does not exist.
+
+    Args:
+        folder: ``OUT/<table>/<row>``.
+        paper: the row's entry in ``tables.toml``.
 
     Raises:
         UserError: a file that cannot be read.
@@ -160,14 +168,14 @@ def read_row(folder: Path, paper: dict) -> Row:
     if "measured" in paper:
         trained = min(folder.glob("trained/*"), default=folder / "trained")
         row = read_row(trained, {})
-        return Row(
+        return ReportRow(
             paper, row.protocol, row.runs, [read_result(path) for path in sorted(folder.glob("seed*/results.json"))]
         )
     seeds = sorted(
         path for path in folder.glob("seed*") if (path / "log.txt").exists() or (path / "args.json").exists()
     )
-    runs = [TrainingRun(read_arguments(seed / "args.json"), read_log(seed / "log.txt")) for seed in seeds]
-    return Row(paper, read_arguments(folder / "protocol.json") if runs else {}, runs)
+    runs = [LoggedRun(read_arguments(seed / "args.json"), read_log(seed / "log.txt")) for seed in seeds]
+    return ReportRow(paper, read_arguments(folder / "protocol.json") if runs else {}, runs)
 
 
 def read_text(path: Path) -> str:
@@ -183,10 +191,10 @@ def read_text(path: Path) -> str:
 
 
 def read_arguments(path: Path) -> dict:
-    """The arguments of main.py in a JSON file.
+    """main.py's arguments in a JSON file, with defaults for options that are younger than the run.
 
     Raises:
-        UserError: they are not in it.
+        UserError: the file cannot be read or holds something else.
     """
     try:
         content = json.loads(read_text(path))
@@ -194,7 +202,7 @@ def read_arguments(path: Path) -> dict:
         raise UserError(f"{path}: {error}; run the row again") from None
     if not isinstance(content, dict) or "data_set" not in content:
         raise UserError(f"{path}: not the arguments of main.py; run the row again")
-    return default_arguments(content.get("task", "classify")) | content  # some options are younger than the run
+    return default_arguments(content.get("task", "classify")) | content
 
 
 def read_result(path: Path) -> dict:
@@ -213,7 +221,7 @@ def read_result(path: Path) -> dict:
 
 
 def read_log(path: Path) -> list[Epoch]:
-    """The lines of a log.txt; none where the first epoch is not over yet.
+    """The epochs of a log.txt; empty before the end of the first epoch.
 
     Raises:
         UserError: a line that main.py did not write.
@@ -223,14 +231,16 @@ def read_log(path: Path) -> list[Epoch]:
         try:
             epochs.append(read_epoch(json.loads(line)))
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: not from main.py; delete this run and do it again") from None
+            raise UserError(
+                f"{path}, line {number}: not written by main.py; delete this run and run the row again"
+            ) from None
     return epochs
 
 
 def read_epoch(record: dict) -> Epoch:
-    """A record of main.py's log; raises ValueError, KeyError or TypeError where it is none."""
-    done, metric = int(record["epoch"]) + 1, record.get("metric", ACCURACY)  # older logs name none
-    averaged = f"test_{record['reported']}"  # the model's own results have no name of weights in theirs
+    """Convert a record of main.py's log; raises ValueError, KeyError or TypeError for anything else."""
+    done, metric = int(record["epoch"]) + 1, record.get("metric", ACCURACY)  # older logs do not name the metric
+    averaged = f"test_{record['reported']}"  # averaged weights add their name; the model's own do not
     weights = averaged if f"{averaged}_{metric}" in record else "test"
     if f"{weights}_{metric}" not in record:
         return Epoch(done, metric, None, None, None)
@@ -241,20 +251,26 @@ def read_epoch(record: dict) -> Epoch:
 # --------------------------------------------------------------------------------------------- comparing
 
 
-def summarise(rows: dict[str, Row]) -> list[dict]:
-    """The report's numbers and words, a row each; the keys are report.csv's columns (None: there is nothing)."""
+def summarise(rows: dict[str, ReportRow]) -> list[dict]:
+    """The contents of the report, one dict per row; the keys are the columns of report.csv, None for an empty field."""
     return [summarise_row(name, row, rows.get(row.paper.get("baseline"))) for name, row in rows.items()]
 
 
-def summarise_row(name: str, row: Row, baseline: Row | None) -> dict:
-    """One row of :func:`summarise`; differences are to ``baseline``, ours between means of the last epoch."""
-    last_mean, last_deviation = mean_and_deviation(row.last())
-    best_mean, best_deviation = mean_and_deviation(row.best())
+def summarise_row(name: str, row: ReportRow, baseline: ReportRow | None) -> dict:
+    """One row of :func:`summarise`.
+
+    The differences are relative to ``baseline``; ``difference`` is between the means of the last epoch.
+    """
+    # 1. means and deviations over the seeds
+    last_mean, last_deviation = mean_and_deviation(row.last_values())
+    best_mean, best_deviation = mean_and_deviation(row.best_values())
+    # 2. differences from the baseline row
     paper = row.paper["value"]
     paper_difference = difference = None
     if baseline:
         paper_difference = subtract(paper, baseline.paper["value"])
-        difference = subtract(last_mean, mean_and_deviation(baseline.last())[0])
+        difference = subtract(last_mean, mean_and_deviation(baseline.last_values())[0])
+    # 3. numbers first, then what limits their comparison with the paper
     return {
         "row": name,
         "name": row.paper["name"],
@@ -267,18 +283,19 @@ def summarise_row(name: str, row: Row, baseline: Row | None) -> dict:
         "last_deviation": last_deviation,
         "best_mean": best_mean,
         "best_deviation": best_deviation,
-        "seeds": len(row.last()),
+        "seeds": len(row.last_values()),
         "paper_difference": paper_difference,
         "difference": difference,
-        "epochs_done": span(run.epochs_done for run in row.runs),
-        "epochs_planned": span(run.epochs_planned for run in row.runs),
-        "not_comparable": "; ".join(measured_otherwise(row) + otherwise(row) + unfinished(row)) or None,
-        "remarks": "; ".join(remarks(row, baseline if difference is not None else None)) or None,
+        "epochs_done": format_range(run.epochs_done for run in row.runs),
+        "epochs_planned": format_range(run.epochs_planned for run in row.runs),
+        "not_comparable": "; ".join(measurement_differences(row) + protocol_differences(row) + missing_epochs(row))
+        or None,
+        "remarks": "; ".join(list_remarks(row, baseline if difference is not None else None)) or None,
     }
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation (n - 1); None where there are too few values."""
+    """Mean and sample standard deviation (n - 1); None for too few values."""
     return (
         statistics.mean(values) if values else None,
         statistics.stdev(values) if len(values) > 1 else None,
@@ -286,32 +303,34 @@ def mean_and_deviation(values: list[float]) -> tuple[float | None, float | None]
 
 
 def subtract(one: float | None, other: float | None) -> float | None:
-    """Their difference, without the noise of binary fractions; None where one is missing."""
+    """Their difference, rounded to remove floating-point noise; None if one is missing."""
     return None if one is None or other is None else round(one - other, 6)
 
 
-def span(values) -> str:
-    """``3``, or ``2-5`` where they differ."""
+def format_range(values) -> str:
+    """Integers as a range: ``3`` if all are equal, ``2-5`` from least to greatest, "" for none."""
     values = set(values)
     return "-".join(str(value) for value in sorted({min(values), max(values)})) if values else ""
 
 
-def otherwise(row: Row) -> list[str]:
-    """How the runs were not the protocol's, in words."""
-    departures = row.departures()
-    names = sorted(departures, key=lambda name: FOREMOST.index(name) if name in FOREMOST else len(FOREMOST))
+def protocol_differences(row: ReportRow) -> list[str]:
+    """How the runs differ from the protocol: metric, arguments and numbers of images."""
+    changed = row.changed_arguments()
+    names = sorted(
+        changed, key=lambda name: REPORTED_FIRST.index(name) if name in REPORTED_FIRST else len(REPORTED_FIRST)
+    )
     reasons = [
-        f"{words(name)} {' and '.join(map(readable, departures[name]))}, not {readable(row.protocol[name])}"
-        for name in names[:REASONS]
+        f"{format_name(name)} {' and '.join(map(format_value, changed[name]))}, not {format_value(row.protocol[name])}"
+        for name in names[:MAX_REASONS]
     ]
-    if len(names) > REASONS:
-        reasons.append(f"{len(names) - REASONS} more arguments")
+    if len(names) > MAX_REASONS:
+        reasons.append(f"{len(names) - MAX_REASONS} more arguments")
     metrics = [f"metric {name}, not {ACCURACY}" for name in row.other_metrics()]
-    return metrics + reasons + distinct(reason for run in row.runs for reason in other_counts(run))
+    return metrics + reasons + distinct(reason for run in row.runs for reason in image_count_differences(run))
 
 
-def other_counts(run: TrainingRun) -> list[str]:
-    """Where the images of the last evaluated epoch are not as many as the data set is known to have."""
+def image_count_differences(run: LoggedRun) -> list[str]:
+    """Splits whose number of images in the last evaluated epoch differs from the published number."""
     known = DATASETS[canonical_name(run.arguments["data_set"])].images
     evaluated = [epoch for epoch in run.log if epoch.value is not None]
     if not known or not evaluated:
@@ -322,51 +341,52 @@ def other_counts(run: TrainingRun) -> list[str]:
     return [f"{here:,} {which} images, not {there:,}" for which, (here, there) in counts.items() if here != there]
 
 
-def measured_otherwise(row: Row) -> list[str]:
-    """How the measurements were not the paper's, in words, beginning with what is no value of the table at all."""
+def measurement_differences(row: ReportRow) -> list[str]:
+    """How the measurements differ from the paper's: partial results (``instead``) first, then other conditions."""
     reasons = [result["instead"] for result in row.results or [] if "instead" in result]
     for name, value in row.paper["conditions"].items():
         others = [found for found in distinct(result.get(name) for result in row.results or []) if found != value]
         if others:
-            reasons.append(f"{words(name)} {' and '.join(map(readable, others))}, not {readable(value)}")
+            reasons.append(f"{format_name(name)} {' and '.join(map(format_value, others))}, not {format_value(value)}")
     return reasons
 
 
-def unfinished(row: Row) -> list[str]:
-    """That some of the row's epochs are still to come, if they are."""
+def missing_epochs(row: ReportRow) -> list[str]:
+    """A message if some of the row's epochs are not done yet; empty if all are."""
     runs = [run for run in row.runs if run.epochs_done < run.epochs_planned]
-    done, planned = span(run.epochs_done for run in runs), span(run.epochs_planned for run in runs)
+    done, planned = format_range(run.epochs_done for run in runs), format_range(run.epochs_planned for run in runs)
     return [f"unfinished, {done} of {planned} epochs"] if runs else []
 
 
-def remarks(row: Row, baseline: Row | None) -> list[str]:
-    """What else there is to say of a row; ``baseline`` is what ours was compared with, if it was."""
-    said = [] if row.runs or row.results else ["not run"]
+def list_remarks(row: ReportRow, baseline: ReportRow | None) -> list[str]:
+    """Further remarks on a row; ``baseline`` is the row that ours was compared with, None for no comparison."""
+    remarks = [] if row.runs or row.results else ["not run"]
     if row.results == [] and row.runs:
-        said = ["not measured"]
+        remarks = ["not measured"]
     if row.results and not row.runs:
-        said = ["of weights that were given"]
-    differing = [words(name) for name, values in row.departures().items() if len(values) > 1]
+        remarks = ["measured on given weights"]
+    differing = [format_name(name) for name, values in row.changed_arguments().items() if len(values) > 1]
     if differing:
-        said.append(f"its seeds differ in {', '.join(differing)}")
-    if baseline and alike(row) != alike(baseline):
-        said.append("trained otherwise than its baseline, so the difference says little")
+        remarks.append(f"its seeds differ in {', '.join(differing)}")
+    if baseline and training_conditions(row) != training_conditions(baseline):
+        remarks.append("trained differently from its baseline, so the difference is not meaningful")
     if "printed_difference" in row.paper:
-        said.append(f"the paper prints {row.paper['printed_difference']:+}")
-    return said + [row.paper[key] for key in ("metric", "source", "note") if key in row.paper]
+        remarks.append(f"the paper prints {row.paper['printed_difference']:+}")
+    return remarks + [row.paper[key] for key in ("metric", "source", "note") if key in row.paper]
 
 
-def alike(row: Row) -> tuple:
-    """What must be equal in two rows whose difference is to mean something."""
-    return row.departures(), {run.epochs_done for run in row.runs}
+def training_conditions(row: ReportRow) -> tuple:
+    """The changed arguments and epochs done; equal for two rows whose difference is meaningful."""
+    return row.changed_arguments(), {run.epochs_done for run in row.runs}
 
 
-def words(name: str) -> str:
+def format_name(name: str) -> str:
+    """An argument's name in a sentence."""
     return name.replace("_", " ")
 
 
-def readable(value) -> str:
-    """An argument's value as one would give it."""
+def format_value(value) -> str:
+    """An argument's value as on the command line."""
     if isinstance(value, dict):
         value = [f"{key}={item}" for key, item in value.items()]
     if isinstance(value, list):
@@ -381,28 +401,31 @@ def readable(value) -> str:
 # ----------------------------------------------------------------------------------------------- writing
 
 
-def report(folder: Path, figure: Path | None = None) -> str:
-    """Write ``report.md`` and ``report.csv`` into a table's folder (and the curves); returns the Markdown.
+def write_report(folder: Path, figure: Path | None = None) -> str:
+    """Write ``report.md``, ``report.csv`` and optionally the curves into a table's folder; returns the Markdown.
 
     Args:
         folder: see :func:`read_table`.
-        figure: where to draw accuracy against epochs; ``fig3.png`` in its folder for fig3, none for others.
+        figure: file for the plot of accuracy against epochs. Default: ``fig3.png`` in the folder for fig3, else none.
     Raises:
-        UserError: see :func:`read_table`; or a picture that cannot be written there.
-        RunError: a report that cannot be written.
+        UserError: see :func:`read_table`; or the figure cannot be written.
+        RunError: the report cannot be written.
     """
+    # 1. read and summarise
     folder = Path(folder)
     table, rows = read_table(folder)
     if figure is None and folder.absolute().name == "fig3":
         figure = folder / "fig3.png"
     summary = summarise(rows)
     text = as_markdown(table, summary)
+    # 2. draw the curves
     if figure is not None:
         try:
             draw(table, rows).savefig(figure, dpi=150)
         except (OSError, ValueError) as error:  # no such folder; no such format
             raise UserError(f"--figure {figure}: {getattr(error, 'strerror', None) or error}") from None
         text += f"\n![accuracy against epochs]({os.path.relpath(figure, folder)})\n"
+    # 3. write the report
     write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
     write_csv(folder / "report.csv", summary)
     return text
@@ -421,24 +444,27 @@ HEADER = {
 
 
 def as_markdown(table: dict, summary: list[dict]) -> str:
-    """The table, and below it what its numbers mean."""
+    """The report in Markdown: the table, footnotes, and explanations of its numbers."""
+    # 1. the columns
     notes = distinct(note for place in (0, 1) for row in summary if (note := footnotes(row)[place]))
     without_best = all("measured" in row for row in table["rows"].values())
     metrics = ", ".join(distinct(row["ours_metric"] for row in summary if row["ours_metric"]))
     header = HEADER | {name: f"{HEADER[name]} ({metrics})" for name in ("last", "best") if metrics}
     header = {name: title for name, title in header.items() if not (name == "best" and without_best)}
+    # 2. the rows
     lines = [header.values(), ["---"] + ["---:"] * (len(header) - 2) + ["---"]]
     for row in summary:
         cells = markdown_cells(row, notes)
         lines.append([cells[name] for name in header])
+    # 3. footnotes and explanations
     below = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
     below += [
         "The paper's numbers are single runs. Ours: mean ± sample deviation over n seeds.",
-        "Differences are between the values shown: the paper's numbers, and our means after the last epoch.",
+        "Differences compare the values shown: the paper's numbers, and our means after the last epoch.",
     ]
     if not without_best:
         below.append(
-            "A best epoch is chosen by the accuracy that it reports, so it flatters; a last one is not chosen."
+            "The best epoch is selected by the reported accuracy, which biases it upwards; the last one is not."
         )
     head = [f"# {table['title']}", "", f"{table['source']}; {table['metric']}.", ""]
     cells, below = (
@@ -449,7 +475,7 @@ def as_markdown(table: dict, summary: list[dict]) -> str:
 
 
 def footnotes(row: dict) -> tuple[str | None, str | None]:
-    """On the paper's number and on ours; rows may share them."""
+    """The footnotes on the paper's number and on ours, None for none; rows may share a footnote."""
     return (
         row["quoted"] and f"Quoted by the paper from {row['quoted']}, not run by its authors.",
         row["not_comparable"] and f"Not comparable with the paper: {row['not_comparable']}.",
@@ -457,23 +483,23 @@ def footnotes(row: dict) -> tuple[str | None, str | None]:
 
 
 def markdown_cells(row: dict, notes: list[str]) -> dict[str, str]:
-    """One row of the table, by the names of HEADER."""
+    """The cells of one row by the keys of HEADER; ``notes`` are the numbered footnotes."""
     quoted, not_comparable = (f" [{notes.index(note) + 1}]" if note else "" for note in footnotes(row))
-    said = [f"**not comparable**{not_comparable}"] if not_comparable else []
+    remarks = [f"**not comparable**{not_comparable}"] if not_comparable else []
     return {
         "name": row["name"],
         "paper": "–" if row["paper"] is None else f"{row['paper']}{quoted}",
-        "last": ours(row["last_mean"], row["last_deviation"], row["seeds"]),
-        "best": ours(row["best_mean"], row["best_deviation"], row["seeds"]),
-        "paper_difference": difference_in_words(row["paper_difference"], row["better"]),
-        "difference": difference_in_words(row["difference"], row["better"]),
+        "last": format_ours(row["last_mean"], row["last_deviation"], row["seeds"]),
+        "best": format_ours(row["best_mean"], row["best_deviation"], row["seeds"]),
+        "paper_difference": format_difference(row["paper_difference"], row["better"]),
+        "difference": format_difference(row["difference"], row["better"]),
         "epochs": f"{row['epochs_done']}/{row['epochs_planned']}" if row["epochs_planned"] else "",
-        "remarks": "; ".join([*said, row["remarks"]] if row["remarks"] else said),
+        "remarks": "; ".join([*remarks, row["remarks"]] if row["remarks"] else remarks),
     }
 
 
-def difference_in_words(difference: float | None, better: str) -> str:
-    """A signed number; where lower is better, also whether it is."""
+def format_difference(difference: float | None, better: str) -> str:
+    """A signed number with two decimals; if lower is better, followed by "better" or "worse"."""
     if difference is None:
         return ""
     text = f"{difference:+z.2f}"
@@ -482,7 +508,8 @@ def difference_in_words(difference: float | None, better: str) -> str:
     return f"{text} ({'better' if difference < 0 else 'worse'})"
 
 
-def ours(mean: float | None, deviation: float | None, seeds: int) -> str:
+def format_ours(mean: float | None, deviation: float | None, seeds: int) -> str:
+    """``mean ± deviation (n = seeds)``, or a dash for no value."""
     if mean is None:
         return "–"
     return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}") + f" (n = {seeds})"
@@ -491,15 +518,15 @@ def ours(mean: float | None, deviation: float | None, seeds: int) -> str:
 # ----------------------------------------------------------------------------------------------- drawing
 
 
-def draw(table: dict, rows: dict[str, Row]) -> Figure:
-    """Accuracy against epochs (Fig. 3), a line a row: the mean over its seeds, in a band from least to most.
+def draw(table: dict, rows: dict[str, ReportRow]) -> Figure:
+    """Plot accuracy against epochs (Fig. 3): per row the mean over its seeds, and a band from minimum to maximum.
 
-    The right half is the second half of the epochs once more, larger. A star is the paper's final number; a row
-    gets none where its runs were not the protocol's.
+    The right panel enlarges the second half of the epochs. A star marks the paper's final number, for rows that follow
+    the protocol.
     """
-    rows = [row for row in rows.values() if row.results is None and row.last()]
+    rows = [row for row in rows.values() if row.results is None and row.last_values()]
     figure = Figure(figsize=(10, 4.2 + 0.08 * len(rows)), layout="constrained")
-    figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(otherwise, rows)) else ""))
+    figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(protocol_differences, rows)) else ""))
     whole, end = figure.subplots(1, 2)
     longest = max((max(run.values(), default=0) for row in rows for run in row.runs), default=0)
     draw_curves(whole, rows, first=0)
@@ -512,12 +539,12 @@ def draw(table: dict, rows: dict[str, Row]) -> Figure:
     return figure
 
 
-def draw_curves(axis, rows: list[Row], first: int) -> None:
-    """The rows' lines, bands and stars from epoch ``first`` on."""
-    colours = matplotlib.color_sequences["petroff10"]  # told apart by colour-blind readers too
+def draw_curves(axis, rows: list[ReportRow], first: int) -> None:
+    """Draw the rows' lines, bands and stars from epoch ``first`` on."""
+    colours = matplotlib.color_sequences["petroff10"]  # distinguishable for colour-blind readers
     styles = [(colour, line) for line in ("-", "--") for colour in colours]
     for row, (colour, line) in zip(rows, styles, strict=False):
-        epochs, values = curve(row)
+        epochs, values = common_curve(row)
         shown = epochs >= first
         epochs, values = epochs[shown], values[:, shown]
         label = f"{row.paper['name']} ({len(values)} seed{'s' if len(values) > 1 else ''})"
@@ -525,7 +552,7 @@ def draw_curves(axis, rows: list[Row], first: int) -> None:
         axis.plot(epochs, values.mean(axis=0), line, color=colour, linewidth=1.3, marker=marker, ms=4, label=label)
         if len(values) > 1:
             axis.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-        if row.paper["value"] is not None and not otherwise(row):
+        if row.paper["value"] is not None and not protocol_differences(row):
             last = row.protocol["epochs"] + row.protocol["cooldown_epochs"]
             axis.plot(last, row.paper["value"], "*", color=colour, ms=11, mec="black", mew=0.6, zorder=3)
     axis.set_xlabel("epochs")
@@ -534,27 +561,34 @@ def draw_curves(axis, rows: list[Row], first: int) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def curve(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs done at which every evaluated run of the row was, and their values ``(runs, epochs)``."""
+def common_curve(row: ReportRow) -> tuple[np.ndarray, np.ndarray]:
+    """The epochs ``(epochs,)`` at which every evaluated run has a value, and the values ``(runs, epochs)``."""
     runs = [values for run in row.runs if (values := run.values())]
     epochs = sorted(set.intersection(*(set(run) for run in runs)))
     return np.array(epochs, dtype=int), np.array([[run[epoch] for epoch in epochs] for run in runs])
 
 
 def main(argv: list[str]) -> int:
-    """Report on the folder that the command line names; returns the exit code (2: it cannot be used)."""
+    """Report on the folder that the command line names; returns the exit code (2: bad usage)."""
     parser = Parser(
         prog="python -m paper report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, metavar="OUT/TABLE", help=f"OUT/ and one of {', '.join(PAPER)}")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against epochs of all rows here")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="OUT/TABLE",
+        help=f"output folder of a table's script: OUT/ and one of {', '.join(PAPER)}",
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="plot accuracy against epochs of all rows into this file"
+    )
 
     def work() -> int:
         arguments = parser.parse_args(argv)
-        print(report(arguments.folder, arguments.figure))
+        print(write_report(arguments.folder, arguments.figure))
         return 0
 
     return exit_code(work)

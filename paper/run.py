@@ -1,18 +1,19 @@
-"""Run the rows of one of the paper's tables: plan, check, start what is not finished, report.
+"""Run the rows of one of the paper's tables: plan, check, execute what is not finished, report.
 
-    python -m paper run table1b --dry-run                            # the commands and what they cost
+    python -m paper run table1b --dry-run                            # print the commands and the estimated hours
     python -m paper run table1b --data /data --out output --seeds 0 1 2
     python -m paper run table1b --data /data --launch "submitit --partition gpu"        # on a SLURM cluster
 
-``tables.toml`` has the rows: each names a run, and rows of several tables that share one share its folder. Runs whose
-files a row needs are done before it. A row of ``analysis.<name>`` measures finished runs, on this machine, at the end.
+``tables.toml`` lists the rows. Each row names a run; rows of several tables that name the same run share its folder.
+Runs that a row depends on are executed before it. A row with an ``analysis.<name>`` command measures finished runs;
+measurements run last, on this machine.
 
-    OUT/runs/<run>/seed<k>/          main.py's output folder, or what a measurement leaves
-    .../seed<k>/launcher.lock        held by the script that trains it; another one waits for that
-    OUT/submitit/                    logs of jobs, and what submitit keeps
-    OUT/<table>/<row>/seed<k>        a link to it
+    OUT/runs/<run>/seed<k>/          main.py's output folder, or the results of a measurement
+    .../seed<k>/launcher.lock        lock of the script that trains it; other scripts wait
+    OUT/submitit/                    logs of jobs, and submitit's files
+    OUT/<table>/<row>/seed<k>        link to the run
     OUT/<table>/<row>/protocol.json  the row's arguments before --overrides
-    OUT/<table>/<row>/trained/<name> both of them of the runs that the row measures
+    OUT/<table>/<row>/trained/<name> protocol.json and links of the runs that the row measures
 """
 
 import os
@@ -21,71 +22,90 @@ import shutil
 import sys
 from pathlib import Path
 
+import launch.runs
 from build import accumulation
 from cli import exit_code
 from datasets import read_split
-from launch import runs
-from launch.runs import ROOT, epochs_done, finish, locked, warn_of_data_elsewhere
+from launch.runs import ROOT, complete_run, epochs_done, hold_lock, warn_missing_data
 from launch.slurm import print_submission, submit_all
-from launch.status import refuse_queued
+from launch.status import check_not_queued
 from paper import report
-from paper.options import Settings, read_settings, refuse_old_variables, world_size
-from paper.plan import Job, Measurement, choose, hours, images, in_words, plan, plan_measurements, saved
+from paper.options import Settings, check_removed_variables, read_settings, world_size
+from paper.plan import (
+    Measurement,
+    TableRun,
+    estimate_hours,
+    format_hours,
+    images_per_epoch,
+    plan_measurements,
+    plan_runs,
+    read_json_if_valid,
+    select_rows,
+)
 from paper.tables import TABLES
 from paper.toy_data import write_toy_data
 from utils import UserError, write_json
 
-# ------------------------------------------------------------------------------------------- before it starts
+# ------------------------------------------------------------------------------------------------- the checks
 
 
-def check(settings: Settings, jobs: list[Job]) -> None:
-    """Refuse before anything starts what would stop a later row.
+def check_runs(settings: Settings, runs: list[TableRun]) -> None:
+    """Detect before any run starts what would stop one of them.
 
     Raises:
-        UserError: no such launcher, a run that a job in Slurm's queue has, data that are not there or not as they
-            should be, processes that cannot make up a total batch.
+        UserError: an unknown launcher, a run that is in Slurm's queue, missing or invalid data, a total batch that the
+            processes cannot form.
     """
+    # 1. the launcher
     if settings.cluster is None and shutil.which(settings.launch[0]) is None:
         raise UserError(f"--launch: no program {settings.launch[0]}; give its path, or leave --launch out")
     processes = settings.cluster.processes if settings.cluster else world_size(settings.launch)
-    unfinished, seen = [job for job in jobs if epochs_done(job) < job.epochs], set()
-    elsewhere = warn_of_data_elsewhere(unfinished) if settings.cluster else set()
+    # 2. the queue, or the data that only the nodes may have
+    unfinished, checked = [run for run in runs if epochs_done(run) < run.epochs], set()
+    missing = warn_missing_data(unfinished) if settings.cluster else set()
     if settings.cluster is None:
-        refuse_queued(unfinished)
-    for job in unfinished:
-        data = (job.args.data_set, job.args.data_path)
+        check_not_queued(unfinished)
+    # 3. each run's batch size and data set; every data set is read once
+    for run in unfinished:
+        data = (run.args.data_set, run.args.data_path)
         try:
             if processes:
-                accumulation(job.args, processes)
-            if data not in seen and data[1] not in elsewhere and not job.args.download:
+                accumulation(run.args, processes)
+            if data not in checked and data[1] not in missing and not run.args.download:
                 for split in ("train", "val"):
                     read_split(data[0], split, data[1])
         except UserError as error:
-            mend = "--data is the folder of all data sets, --overrides a file of options for other hardware"
-            raise UserError(f"{job}: {error} ({mend})") from None
-        seen.add(data)
+            hint = "--data is the folder of all data sets, --overrides a file of options for other hardware"
+            raise UserError(f"{run}: {error} ({hint})") from None
+        checked.add(data)
 
 
 def check_measurements(settings: Settings, measurements: list[Measurement]) -> None:
-    """Refuse what could not be measured when the runs are finished; --smoke's data are made first.
+    """Detect before any run starts what would stop a measurement; with --smoke, write its data first.
 
     Raises:
-        UserError: options that are none, data or given weights that are not there or not as they should be.
+        UserError: unknown options, missing or invalid data or given weights.
     """
-    unfinished = [measurement for measurement in measurements if not measurement.measured]
+    unfinished = [measurement for measurement in measurements if not measurement.is_measured]
     if unfinished and settings.smoke:
         write_toy_data(settings.data)
     for measurement in unfinished:
         try:
-            check_measurement(*measurement.words, given=measurement.given())
+            check_measurement(*measurement.words, given=measurement.given_checkpoints())
         except UserError as error:
-            mend = "--data is the folder of all data sets; --help has the other options"
-            raise UserError(f"{measurement}: {error} ({mend})") from None
+            hint = "--data is the folder of all data sets; --help has the other options"
+            raise UserError(f"{measurement}: {error} ({hint})") from None
 
 
 def check_measurement(module: str, *words: str, given: list[str]) -> None:
-    """Read the words, the data and the ``given`` weights of a command as it will itself."""
-    from analysis import figures, jaccard, robustness  # a plan has no use for them
+    """Parse a measuring command's options and read its data and the ``given`` checkpoints, as it will itself.
+
+    Args:
+        module: ``analysis.<name>``.
+        words: its command line.
+        given: paths of the user's checkpoints; those of runs may not exist yet.
+    """
+    from analysis import figures, jaccard, robustness  # imported here because planning does not need them
     from analysis.models import CPU, load_model
     from readers.images import list_images
     from readers.masks import read_masked_images
@@ -104,54 +124,55 @@ def check_measurement(module: str, *words: str, given: list[str]) -> None:
     check_data(args, [load_model(path, CPU, args.checkpoint_key, args.num_heads, args.input_size) for path in given])
 
 
-def print_plan(settings: Settings, jobs: list[Job], measurements: list[Measurement]) -> None:
-    """A line a run: what is done of it, and what the rest costs; and one for each that is measured then."""
-    print(f"{settings.table}, {len(jobs)} runs in {settings.out.absolute()}")
-    print(f"started by {shlex.join(settings.launch)} (--launch names another launcher)")
-    rows = [planned.row for planned in [*jobs, *measurements]]
-    names, runs = (max(len(getattr(row, name)) for row in rows) for name in ("name", "run"))
+def print_plan(settings: Settings, runs: list[TableRun], measurements: list[Measurement]) -> None:
+    """Print one line per run (state, remaining epochs, estimated hours) and per measurement, and the total hours."""
+    print(f"{settings.table}, {len(runs)} runs in {settings.out.absolute()}")
+    print(f"launcher: {shlex.join(settings.launch)} (change it with --launch)")
+    rows = [planned.row for planned in [*runs, *measurements]]
+    name_width, run_width = (max(len(getattr(row, name)) for row in rows) for name in ("name", "run"))
     total = 0.0
-    for job in jobs:
-        done = epochs_done(job)
-        state = f"epoch {done} of {job.epochs}" if job.checkpoint.exists() else "not begun"
-        state, left = "finished" if done == job.epochs else state, job.epochs - done
-        count = "?" if images(job.args) is None else f"{images(job.args):,}"
-        cost = f"{left:>5} epochs x {count:>9} images  {in_words(hours(job.args, left))}".rstrip()
-        print(f"  {job.row.name:<{names}}  {job.row.run:<{runs}}  seed {job.seed}  {state:<18}{cost}")
-        total += hours(job.args, left) or 0.0
+    for run in runs:
+        done = epochs_done(run)
+        state = f"epoch {done} of {run.epochs}" if run.checkpoint.exists() else "not started"
+        state, left = "finished" if done == run.epochs else state, run.epochs - done
+        images, hours = images_per_epoch(run.args), estimate_hours(run.args, left)
+        count = "?" if images is None else f"{images:,}"
+        cost = f"{left:>5} epochs x {count:>9} images  {format_hours(hours)}".rstrip()
+        print(f"  {run.row.name:<{name_width}}  {run.row.run:<{run_width}}  seed {run.seed}  {state:<18}{cost}")
+        total += hours or 0.0
     for measurement in measurements:
-        row, state = measurement.row, "measured" if measurement.measured else f"then {measurement.words[0]}"
-        print(f"  {row.name:<{names}}  {row.run:<{runs}}  seed {measurement.seed}  {state}")
+        row, state = measurement.row, "measured" if measurement.is_measured else f"to measure: {measurement.words[0]}"
+        print(f"  {row.name:<{name_width}}  {row.run:<{run_width}}  seed {measurement.seed}  {state}")
     if total:
-        print(f"in all {in_words(total)} on 8 x V100 32 GB, the paper's hardware (our estimate; it names no hours)")
+        print(f"total: {format_hours(total)} on 8 x V100 32 GB, the paper's hardware (estimate; the paper gives none)")
 
 
 # --------------------------------------------------------------------------------------------------- the runs
 
 
-def record(table_folder: Path, job: Job) -> None:
-    """Put the row into the table's folder: its protocol, and a link to the run of this seed."""
-    if job.row.name != "-":
-        _record(table_folder / job.row.name, vars(job.protocol), job)
+def record_run(table_folder: Path, run: TableRun) -> None:
+    """Write the row's folder in the table's folder: its protocol, and a link to the run of this seed."""
+    if run.row.name != "-":
+        _write_row(table_folder / run.row.name, vars(run.protocol), run)
 
 
-def record_measurement(table_folder: Path, measurement: Measurement, jobs: list[Job]) -> None:
-    """The same for a row that measures, and in ``trained`` for the runs that it measures.
+def record_measurement(table_folder: Path, measurement: Measurement, runs: list[TableRun]) -> None:
+    """Write a measuring row's folder, and in its ``trained`` folder the runs that it measures.
 
-    What was measured with other words, of other weights, is no seed of this row any more; given weights have no others.
+    Links to earlier results are removed if they were measured with another command line or on given weights.
     """
     folder, protocol = table_folder / measurement.row.name, {"words": measurement.row.words}
-    if not measurement.row.needs() or saved(folder / "protocol.json") != protocol:
+    if not measurement.row.dependencies() or read_json_if_valid(folder / "protocol.json") != protocol:
         shutil.rmtree(folder / "trained", ignore_errors=True)
         for link in folder.glob("seed*"):
             link.unlink()
-    _record(folder, protocol, measurement)
-    for job in jobs:
-        if job.seed == measurement.seed and job.row.run in measurement.row.needs():
-            _record(folder / "trained" / Path(job.row.run).name, vars(job.protocol), job)
+    _write_row(folder, protocol, measurement)
+    for run in runs:
+        if run.seed == measurement.seed and run.row.run in measurement.row.dependencies():
+            _write_row(folder / "trained" / Path(run.row.run).name, vars(run.protocol), run)
 
 
-def _record(folder: Path, protocol: dict, planned: Job | Measurement) -> None:
+def _write_row(folder: Path, protocol: dict, planned: TableRun | Measurement) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "protocol.json", protocol)
     link = folder / f"seed{planned.seed}"
@@ -159,120 +180,131 @@ def _record(folder: Path, protocol: dict, planned: Job | Measurement) -> None:
     link.symlink_to(os.path.relpath(planned.folder, folder))
 
 
-def finish_all(settings: Settings, jobs: list[Job], measurements: list[Measurement]) -> int:
-    """Take all runs to their end, then measure; 0, or the first exit code that is not.
+def complete_all(settings: Settings, runs: list[TableRun], measurements: list[Measurement]) -> int:
+    """Execute all runs, then all measurements; returns 0, or the first nonzero exit code.
 
-    What fails by itself leaves the others theirs, but for those that need its files. Whatever else ended one would meet
-    the next, too.
+    A run that fails (exit code 1) stops only the runs and measurements that depend on it. A signal or bad usage stops
+    everything.
     """
     failed = set()
-    for planned in [*jobs, *measurements]:
-        lost = {(run, planned.seed) for run in planned.row.needs()} & failed
-        doing = "measuring" if planned.row.measures else "training"
-        with locked(planned.lock, f"{doing} {planned}"):
-            if planned.row.measures:
-                record_measurement(settings.out / settings.table, planned, jobs)
+    for planned in [*runs, *measurements]:
+        is_measurement = planned.row.is_measurement
+        failed_dependencies = {(run, planned.seed) for run in planned.row.dependencies()} & failed
+        with hold_lock(planned.lock, f"{'measuring' if is_measurement else 'training'} {planned}"):
+            # 1. the row's folder in the table
+            if is_measurement:
+                record_measurement(settings.out / settings.table, planned, runs)
             else:
-                record(settings.out / settings.table, planned)
-            do = measure if planned.row.measures else finish
-            code = 1 if lost else do(planned, command(settings, planned))
+                record_run(settings.out / settings.table, planned)
+            # 2. the run itself
+            execute = complete_measurement if is_measurement else complete_run
+            code = 1 if failed_dependencies else execute(planned, command_line(settings, planned))
+        # 3. stop, or note the failure for the runs that depend on this one
         if code > 1:
             return code
-        if lost:
-            names = ", ".join(run for run, _ in lost)
-            print(f"{planned}: left out; {names} failed, and it needs that", file=sys.stderr)
+        if failed_dependencies:
+            names = ", ".join(run for run, _ in failed_dependencies)
+            print(f"{planned}: skipped, because it depends on {names}, which failed", file=sys.stderr)
         if code:
             failed.add((planned.row.run, planned.seed))
     return 1 if failed else 0
 
 
-def measure(measurement: Measurement, command: list[str]) -> int:
-    """Measure what is not measured yet; 0, 1 if it failed, or 128 + the signal that ended it.
+def complete_measurement(measurement: Measurement, command: list[str]) -> int:
+    """Run a measuring command unless its results are complete.
 
-    What was measured on less than the data set is looked at anew each time: its command goes on with what has come.
+    A measurement of a part of the data set is repeated each time; the command skips what it has measured.
+
+    Returns:
+        0: measured. 1: failed. Above 128: 128 + the signal that ended it.
     """
-    if measurement.measured:
-        print(f"{measurement}: measured before", flush=True)
+    if measurement.is_measured:
+        print(f"{measurement}: already measured", flush=True)
         return 0
-    if not measurement.noted("begun.json"):
-        begin(measurement)
+    if not measurement.matches_state("begun.json"):
+        clear_results(measurement)
     print(f"{measurement}: {shlex.join(command)}", flush=True)
-    code = runs.launch(command)
-    if code == 0 and not measurement.partial:
+    code = launch.runs.run_command(command)
+    if code == 0 and not measurement.is_partial:
         write_json(measurement.folder / "measured.json", measurement.state())
     if code:
-        print(f"{measurement}: ended with exit code {code}", file=sys.stderr)
-    return 1 if code == 2 else code  # input that cannot be used is this row's alone
+        print(f"{measurement}: stopped with exit code {code}", file=sys.stderr)
+    return 1 if code == 2 else code  # bad usage concerns this row alone
 
 
-def begin(measurement: Measurement) -> None:
-    """Clear away what was measured with other words or of another checkpoint, and note what is measured now."""
+def clear_results(measurement: Measurement) -> None:
+    """Delete results of another command line or checkpoint, and record the present state in begun.json."""
     for path in measurement.folder.iterdir():
         if path.is_file() and path != measurement.lock:
             path.unlink()
     write_json(measurement.folder / "begun.json", measurement.state())
 
 
-def command(settings: Settings, planned: Job | Measurement) -> list[str]:
-    """The whole command line of a run or a measurement, from the repository's folder."""
-    if planned.row.measures:
+def command_line(settings: Settings, planned: TableRun | Measurement) -> list[str]:
+    """The whole command line of a run or a measurement, for the repository's folder."""
+    if planned.row.is_measurement:
         return [sys.executable, "-m", *planned.words]
     return [*settings.launch, "main.py", *planned.words]
 
 
-def submit_table(settings: Settings, jobs: list[Job], measurements: list[Measurement]) -> int:
-    """Give Slurm what is neither finished nor queued; always 0: what becomes of it, the jobs tell."""
-    submit_all(settings.cluster, jobs, settings.out / "submitit")
-    for job in jobs:
-        record(settings.out / settings.table, job)
-    print(f"how far they are: python run_with_submitit.py --job-dir {shlex.quote(str(settings.out))} --status")
-    then = "measures, on this machine, and prints the report" if measurements else "prints the report"
-    print(f"when all are finished, the same command {then}")
+def submit_table(settings: Settings, runs: list[TableRun], measurements: list[Measurement]) -> int:
+    """Submit the runs that are neither finished nor queued; returns 0."""
+    submit_all(settings.cluster, runs, settings.out / "submitit")
+    for run in runs:
+        record_run(settings.out / settings.table, run)
+    print(f"state of the runs: python run_with_submitit.py --job-dir {shlex.quote(str(settings.out))} --status")
+    action = "measures, on this machine, and prints the report" if measurements else "prints the report"
+    print(f"when all are finished, the same command {action}")
     return 0
 
 
-def print_commands(settings: Settings, jobs: list[Job], measurements: list[Measurement]) -> None:
-    """What would be started, as it can be typed."""
+def print_commands(settings: Settings, runs: list[TableRun], measurements: list[Measurement]) -> None:
+    """Print what would be started, as commands for a shell."""
     if settings.cluster:
-        print_submission(settings.cluster, jobs, settings.out / "submitit")
-    here = [*([] if settings.cluster else jobs), *measurements]
-    if here:
+        print_submission(settings.cluster, runs, settings.out / "submitit")
+    local = [*([] if settings.cluster else runs), *measurements]
+    if local:
         print(f"cd {shlex.quote(str(ROOT))}")
-    for planned in here:
-        print(f"# {planned.row.name}: {planned}\n{shlex.join(command(settings, planned))}")
+    for planned in local:
+        print(f"# {planned.row.name}: {planned}\n{shlex.join(command_line(settings, planned))}")
 
 
 def run_table(settings: Settings) -> int:
-    """Print the plan, do it, print the report; returns the exit code."""
-    rows = choose(settings)
-    jobs, measurements = plan(settings, rows), plan_measurements(settings, rows)
-    print_plan(settings, jobs, measurements)
+    """Print the plan, execute or submit it, print the report; returns the exit code."""
+    # 1. plan
+    rows = select_rows(settings)
+    runs, measurements = plan_runs(settings, rows), plan_measurements(settings, rows)
+    print_plan(settings, runs, measurements)
     if settings.dry_run:
-        print_commands(settings, jobs, measurements)
+        print_commands(settings, runs, measurements)
         return 0
-    check(settings, jobs)
+    # 2. check
+    check_runs(settings, runs)
     if measurements:
         check_measurements(settings, measurements)
-    if settings.cluster and any(epochs_done(job) < job.epochs for job in jobs):
-        return submit_table(settings, jobs, measurements)
-    code = finish_all(settings, jobs, measurements)
+    # 3. submit, or execute here
+    if settings.cluster and any(epochs_done(run) < run.epochs for run in runs):
+        return submit_table(settings, runs, measurements)
+    code = complete_all(settings, runs, measurements)
     if code > 1:
         return code
+    # 4. report
     folder = settings.out / settings.table
-    print(report.report(folder) if "metric" in TABLES[settings.table] else f"in {folder.absolute()}")
+    has_report = "metric" in TABLES[settings.table]
+    print(report.write_report(folder) if has_report else f"results: {folder.absolute()}")
     return code
 
 
 def run(argv: list[str]) -> int:
-    """Do what the command line says, in the repository's folder: recipes and main.py are named as seen from there."""
+    """Execute the command line in the repository's folder, to which paths of recipes and of main.py are relative."""
     settings = read_settings(argv)
-    refuse_old_variables(os.environ)
+    check_removed_variables(os.environ)
     os.chdir(ROOT)
     if settings.smoke:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads would slow a tiny model
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow a tiny model down
     return run_table(settings)
 
 
 def main(argv: list[str]) -> int:
-    """0: all rows are done. 1: a row failed. 2: it cannot be done so. Above 128: 128 + the signal to stop."""
+    """Exit code 0: all rows are done. 1: a row failed. 2: bad usage. Above 128: 128 + the stop signal."""
     return exit_code(lambda: run(argv))

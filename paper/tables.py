@@ -1,4 +1,4 @@
-"""Reads ``tables.toml``: what the rows of each table run, and the paper's numbers for them."""
+"""Reads ``tables.toml``: the command line of each table's rows, and the paper's numbers for them."""
 
 import shlex
 import tomllib
@@ -13,11 +13,11 @@ RUNS: dict[str, list[str]] = {
 """The command line of each run: arguments of main.py, or ``analysis.<name>`` and the arguments of that command."""
 
 WEIGHTS: dict[str, str] = _DATA["weights"]
-"""What ``weights:<name>`` in a command line stands for, where the user gives no file of weights."""
+"""The replacement of ``weights:<name>`` in a command line, unless the user gives a file of weights."""
 
 
-def _completed(table: dict) -> dict:
-    """The table, its rows with ``measured`` and ``conditions`` that they have from it, and None for a missing value."""
+def _with_defaults(table: dict) -> dict:
+    """The table, with its ``measured`` and ``conditions`` copied into its rows; a missing value becomes None."""
     inherited = {"value": None} | {key: table[key] for key in ("measured",) if key in table}
     conditions = table.get("conditions", {})
     rows = {
@@ -27,18 +27,21 @@ def _completed(table: dict) -> dict:
     return table | {"rows": rows}
 
 
-TABLES: dict[str, dict] = {name: _completed(table) for name, table in _DATA["tables"].items()}
-"""All tables by name, as the head of ``tables.toml`` describes them."""
+TABLES: dict[str, dict] = {name: _with_defaults(table) for name, table in _DATA["tables"].items()}
+"""All tables by name; the head of ``tables.toml`` describes the format."""
 
 RUNNABLE = [name for name, table in TABLES.items() if all("run" in row for row in table["rows"].values())]
 """The tables whose rows this program can run."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table: its id, its run's key, and the words of the run's command line.
+class TableRow:
+    """A row of a table.
 
-    The id ``-`` is that of a run which belongs to no row, and is done because a row needs its files.
+    Attributes:
+        name: the row's id in the table; ``-`` for a run that is in no row, but whose files a row needs.
+        run: the key of its run in `RUNS`.
+        words: the run's command line.
     """
 
     name: str
@@ -46,15 +49,15 @@ class Row:
     words: list[str]
 
     @property
-    def measures(self) -> bool:
-        """Whether it is no training run, but a command that measures finished ones."""
+    def is_measurement(self) -> bool:
+        """Whether the command measures trained models (``analysis.<name>``) instead of training one."""
         return self.words[0].startswith("analysis.")
 
-    def needs(self) -> list[str]:
-        """The runs whose files its words name."""
+    def dependencies(self) -> list[str]:
+        """Keys of the runs whose files the command line names (``run:<run>/<file>``)."""
         return [word.removeprefix("run:").rpartition("/")[0] for word in self.words if word.startswith("run:")]
 
 
-def rows_of(table: str) -> list[Row]:
+def table_rows(table: str) -> list[TableRow]:
     """The rows of one of the RUNNABLE tables."""
-    return [Row(name, row["run"], RUNS[row["run"]]) for name, row in TABLES[table]["rows"].items()]
+    return [TableRow(name, row["run"], RUNS[row["run"]]) for name, row in TABLES[table]["rows"].items()]

@@ -1,11 +1,11 @@
-"""scikit-learn's scanned digits in the layouts of the sets that trained models are measured on; for --smoke.
+"""Toy versions of the evaluation sets for --smoke, made of scikit-learn's scanned digits.
 
-    imagenet-a/<digit>/*                            as they are
-    imagenet-c/<corruption>/<severity>/<digit>/*    two corruptions at two severities, of SIDE px as smoke's models
-    VOCdevkit/VOC2012/                              with their ink as the masks of class 1, its rim void
-    imagenet/val/<digit>/*                          as they are
+    imagenet-a/<digit>/*                            the digits
+    imagenet-c/<corruption>/<severity>/<digit>/*    two corruptions at two severities, SIDE px like the smoke models
+    VOCdevkit/VOC2012/                              masks: strong ink is class 1, weak ink is void
+    imagenet/val/<digit>/*                          the digits
 
-No number that is measured on them means anything.
+They test the pipeline; results on them are meaningless.
 """
 
 from pathlib import Path
@@ -17,14 +17,16 @@ from sklearn.datasets import load_digits
 SIDE = 20  # px: --input-size of recipes/smoke.args
 PER_DIGIT = 2
 CLASS, VOID = 1, 255
-INK, RIM = 0.5, 0.25  # of full ink: from here on it is the object's, void
+INK, RIM = 0.5, 0.25  # thresholds of the object and of its void rim, as fractions of full ink
 
 
 def noise(image: np.ndarray, severity: int) -> np.ndarray:
+    """Add Gaussian noise to a grey image ``(h, w)`` of 0 to 255; the seed is the severity."""
     return image + np.random.default_rng(severity).normal(0, 20 * severity, image.shape)
 
 
 def contrast(image: np.ndarray, severity: int) -> np.ndarray:
+    """Reduce the contrast of a grey image ``(h, w)`` of 0 to 255."""
     return image.mean() + (image - image.mean()) / (1 + severity)
 
 
@@ -33,7 +35,7 @@ SEVERITIES = (1, 3)
 
 
 def write_toy_data(root: Path) -> None:
-    """Write all of it below ``root``, over what is there."""
+    """Write all toy sets below ``root``; existing files are overwritten."""
     digits = load_digits()
     for digit in range(10):
         for number, pixels in enumerate(digits.images[digits.target == digit][:PER_DIGIT]):
@@ -44,7 +46,7 @@ def write_toy_data(root: Path) -> None:
 
 
 def write_digit(root: Path, name: str, image: np.ndarray) -> None:
-    """One grey image ``(SIDE, SIDE)`` of 0 to 255, in every set."""
+    """Write one grey image ``(SIDE, SIDE)`` of 0 to 255 into every set."""
     for folder in ("imagenet-a", "imagenet/val"):
         save(root / folder / name, image)
     for corruption, corrupt in CORRUPTIONS.items():
@@ -59,5 +61,6 @@ def write_digit(root: Path, name: str, image: np.ndarray) -> None:
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
+    """Write a grey image ``(h, w)``; values are clipped to 0..255."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)

@@ -169,7 +169,7 @@ def write_row(
 
 def summary(table: Path) -> dict[str, dict]:
     """The rows of the CSV that a report writes."""
-    report.report(table)
+    report.write_report(table)
     with open(table / "report.csv", newline="") as file:
         return {row["row"]: row for row in csv.DictReader(file)}
 
@@ -214,9 +214,9 @@ def test_another_metric_is_named_and_is_not_the_papers(tmp_path):
     table = tmp_path / "table1b"
     write_row(table, "A", [30.0])
     write_row(table, "E", [60.0, 80.0, 70.0], metric="acc1")
-    assert "| ours, last epoch | ours, best epoch |" in report.report(table)
+    assert "| ours, last epoch | ours, best epoch |" in report.write_report(table)
     write_row(table, "F", [0.5, 0.75, 0.25], metric="macro_f1")
-    assert "| ours, last epoch (macro_f1) | ours, best epoch (macro_f1) |" in report.report(table)
+    assert "| ours, last epoch (macro_f1) | ours, best epoch (macro_f1) |" in report.write_report(table)
     rows = summary(table)
     assert (rows["F"]["last_mean"], rows["F"]["best_mean"], rows["F"]["ours_metric"]) == ("0.25", "0.75", "macro_f1")
     assert rows["F"]["not_comparable"] == "metric macro_f1, not acc1"
@@ -226,7 +226,7 @@ def test_another_metric_is_named_and_is_not_the_papers(tmp_path):
 
 def test_quoted_rows_and_slips_are_marked(tmp_path):
     write_row(tmp_path / "table2", "painting_vit_small", [1.0] * 3)
-    text = report.report(tmp_path / "table2")
+    text = report.write_report(tmp_path / "table2")
     assert "| ViT-S/16, Painting | 38.4 [1] |" in text
     assert "[1] Quoted by the paper from El-Nouby et al. (2021)" in text
     slip = next(line for line in text.splitlines() if "SAR, Painting" in line)
@@ -238,7 +238,7 @@ def test_quoted_rows_and_slips_are_marked(tmp_path):
 def test_no_difference_has_no_minus(tmp_path):
     write_row(tmp_path / "table1b", "A", [50.004] * 3)
     write_row(tmp_path / "table1b", "F", [50.0] * 3)
-    assert "| +2.50 | +0.00 |" in report.report(tmp_path / "table1b")
+    assert "| +2.50 | +0.00 |" in report.write_report(tmp_path / "table1b")
 
 
 # ---------------------------------------------------------------------------------- what is not comparable
@@ -290,7 +290,7 @@ def test_many_departures_are_shortened_and_the_data_comes_first(tmp_path):
     reasons = summary(tmp_path / "table1b")["A"]["not_comparable"].split("; ")
     assert reasons[0] == "data set digits, not folder"
     assert reasons[-1] == "2 more arguments"
-    assert len(reasons) == report.REASONS + 1
+    assert len(reasons) == report.MAX_REASONS + 1
 
 
 def test_rows_share_their_footnotes(tmp_path):
@@ -298,7 +298,7 @@ def test_rows_share_their_footnotes(tmp_path):
     write_row(table, "cars_vit_small", [1.0] * 3, lr=1.0)
     write_row(table, "cars_vit_small_sar", [1.0] * 3, lr=1.0)
     write_row(table, "sketch_vit_small_sar", [1.0] * 3, lr=2.0)
-    lines = {line.split(" | ")[0]: line for line in report.report(table).splitlines()}
+    lines = {line.split(" | ")[0]: line for line in report.write_report(table).splitlines()}
     assert lines["| ViT-S/16, Stanford Cars"].startswith("| ViT-S/16, Stanford Cars | 35.3 [1] | 1.00")
     assert lines["| ViT-S/16, Stanford Cars"].endswith("| **not comparable** [2] |")
     assert lines["| ViT-S/16 + SAR, Stanford Cars"].endswith("| +0.00 | 3/3 | **not comparable** [2] |")
@@ -314,12 +314,12 @@ def test_unfinished_rows(tmp_path):
     assert (rows["A"]["last_mean"], rows["A"]["seeds"]) == ("1.5", "2")
     assert (rows["A"]["epochs_done"], rows["A"]["epochs_planned"]) == ("0-2", "3")
     assert rows["F"]["not_comparable"] == ""
-    assert "otherwise than its baseline" in rows["F"]["remarks"]
+    assert "differently from its baseline" in rows["F"]["remarks"]
 
 
 def test_a_row_that_has_begun_and_evaluated_nothing(tmp_path):
     write_row(tmp_path / "table1b", "A", [])
-    text = report.report(tmp_path / "table1b")
+    text = report.write_report(tmp_path / "table1b")
     assert "| A: ViT-S/16 | 74.22 | – | – |  |  | 0/3 | **not comparable** [1] |" in text
 
 
@@ -361,7 +361,7 @@ def test_a_difference_to_another_kind_of_baseline_is_told(tmp_path):
     write_row(table, "F", [2.0] * 3)
     rows = summary(table)
     assert rows["E"]["remarks"] == ""
-    assert rows["F"]["remarks"] == "trained otherwise than its baseline, so the difference says little"
+    assert rows["F"]["remarks"] == "trained differently from its baseline, so the difference is not meaningful"
 
 
 # ----------------------------------------------------------------------------------- what is measured of runs
@@ -383,7 +383,7 @@ def test_what_was_measured_counts_and_lower_may_be_better(tmp_path):
     measure_row(table, "in_a_vit_small_sar", {"imagenet_a_accuracy": 25.0})
     measure_row(table, "in_c_vit_small", {"mce": 50.0})
     measure_row(table, "in_c_vit_small_sar", {"mce": 53.5})
-    text = report.report(table)
+    text = report.write_report(table)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert lines[0] == "| row | paper | ours, last epoch | paper − baseline | ours − baseline | epochs | remarks |"
     assert lines[2:] == [
@@ -415,7 +415,7 @@ def test_both_protocols_are_told_and_each_is_compared_with_its_own(tmp_path):
     void = result | {"protocol": "void-excluded"}
     measure_row(table, "vit_small_void_excluded", void | {"jaccard": 22.0})
     measure_row(table, "vit_small_sar_void_excluded", void | {"jaccard": 33.0})
-    text = report.report(table)
+    text = report.write_report(table)
     assert "| ViT-S/16 + SAR | 31.19 | 30.00 (n = 1) | +12.01 | +10.00 | 3/3 |  |" in text
     assert "| ViT-S/16 + SAR, void excluded | – | 33.00 (n = 1) |  | +11.00 | 3/3 |  |" in text
 
@@ -443,7 +443,7 @@ def test_how_the_measured_weights_were_trained_counts_too(tmp_path):
     rows = summary(table)
     assert rows["in_a_vit_small"]["not_comparable"] == "lr 1.0, not 0.0005"
     assert rows["in_a_vit_small_sar"]["remarks"].startswith(
-        "of weights that were given; trained otherwise than its base"
+        "measured on given weights; trained differently from its base"
     )
     assert rows["in_c_vit_small"]["not_comparable"] == "unfinished, 2 of 3 epochs"
     assert rows["in_c_vit_small"]["remarks"] == "not measured; mCE (%), lower is better"
@@ -502,14 +502,14 @@ def broken(name: str, content: bytes | None):
     ("make", "message"),
     [
         (no_table, "nothing: no such folder"),
-        (unknown_table, "table99 is no table of the paper; known are table1a, table1b"),
+        (unknown_table, "table99 is not a table of the paper; known are table1a, table1b"),
         (empty_table, "no row in it has a protocol.json; its rows are A, B"),
         (unknown_row, "no row G in this table; its rows are A, B"),
         (
             broken("seed0/log.txt", b'{"epoch": 0, "reported": "model"}\n{"epoch": 1, "rep'),
-            "seed0/log.txt, line 2: not from",
+            "seed0/log.txt, line 2: not written by",
         ),
-        (broken("seed0/log.txt", b"3\n"), "seed0/log.txt, line 1: not from main.py"),
+        (broken("seed0/log.txt", b"3\n"), "seed0/log.txt, line 1: not written by main.py"),
         (
             broken("seed0/log.txt", b'{"epoch": 0, "reported": "model", "test_acc1": "high", "test_images": 1}'),
             "line 1",
@@ -546,7 +546,7 @@ def test_unknown_options_are_one_line_and_help_explains(capsys):
 def test_the_curve_is_over_epochs_that_all_seeds_reached(tmp_path):
     write_row(tmp_path / "fig3", "vit_small", [1.0, None, 3.0], [2.0, 4.0, 6.0], [])
     _, rows = report.read_table(tmp_path / "fig3")
-    epochs, values = report.curve(rows["vit_small"])
+    epochs, values = report.common_curve(rows["vit_small"])
     assert epochs.tolist() == [1, 3]
     assert values.tolist() == [[1.0, 3.0], [2.0, 6.0]]
 
@@ -555,7 +555,7 @@ def test_fig3_is_drawn_with_bands_and_the_papers_stars(tmp_path):
     table = tmp_path / "fig3"
     write_row(table, "vit_small", [1.0, 2.0, 3.0], [2.0, 4.0, 7.0])
     write_row(table, "vit_small_sar", [5.0, 6.0, 8.0], lr=1.0)
-    text = report.report(table)
+    text = report.write_report(table)
     assert "![accuracy against epochs](fig3.png)" in text
     assert matplotlib.image.imread(table / "fig3.png").std() > 0.05
     figure = report.draw(*report.read_table(table))
@@ -581,7 +581,7 @@ def test_the_second_half_is_drawn_larger(tmp_path):
 
 def test_nothing_evaluated_draws_no_line(tmp_path):
     write_row(tmp_path / "fig3", "vit_small", [])
-    report.report(tmp_path / "fig3")
+    report.write_report(tmp_path / "fig3")
     assert [axis.lines[:] for axis in report.draw(*report.read_table(tmp_path / "fig3")).axes] == [[], []]
 
 
@@ -595,7 +595,7 @@ def test_any_table_is_drawn_on_request(tmp_path, capsys):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     for name in ("missing/curves.png", "curves.unknown"):
         with pytest.raises(UserError, match="--figure"):
-            report.report(table, tmp_path / name)
+            report.write_report(table, tmp_path / name)
 
 
 # -------------------------------------------------------------------------------------------- the real thing

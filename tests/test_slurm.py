@@ -390,7 +390,7 @@ def test_a_sweep_of_four_points(digits, tmp_path, capsys):
     assert run_with_submitit.main(["--job-dir", str(tmp_path), "--status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "4 runs: 4 finished"
     assert run_with_submitit.main(command) == 0
-    assert capsys.readouterr().out.count("finished before") == 4
+    assert capsys.readouterr().out.count("already finished") == 4
     assert client("squeue", "-h") == ""
 
 
@@ -406,7 +406,7 @@ def test_a_table_is_submitted_and_then_reported(tmp_path):
     assert "submitted" in table()
     submitted = [Submitted(path.parent) for path in tmp_path.glob("runs/**/job.json")]
     assert len(submitted) == 2
-    assert "in the queue before" in table()
+    assert "already queued" in table()
     for run in submitted:
         run.wait_for_state("COMPLETED")
     assert len(re.findall(r"^\| [AF]: .* \| 2/2 \|", table(), re.MULTILINE)) == 2

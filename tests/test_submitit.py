@@ -25,7 +25,7 @@ from arguments import parse_arguments
 from launch import job
 from launch import runs as launch_runs
 from launch import slurm as launch_slurm
-from launch.job import Job
+from launch.job import SlurmJob
 
 TINY = ["--data-set", "digits", "--batch-size", "4", "--total-batch", "32", "--epochs", "2", "--warmup-epochs", "0"]
 
@@ -155,7 +155,7 @@ def test_the_pickled_job_is_main_with_the_words_as_they_are_now(slurm, tmp_path)
     assert call("@my.args", "--sweep", "seed=3,4") == 0
     delayed = DelayedSubmission.load(tmp_path / "dir/submitit/70_1_submitted.pkl")
     job = delayed.function
-    assert isinstance(job, Job)
+    assert isinstance(job, SlurmJob)
     assert job.words == ["--lr", "1e-3", *TINY, "--seed=4", "--output-dir", f"{tmp_path}/dir/seed=4"]
     assert (job.folder, job.epochs, job.commit) == (f"{tmp_path}/dir/seed=4", 2, "c0ffee")
 
@@ -163,16 +163,16 @@ def test_the_pickled_job_is_main_with_the_words_as_they_are_now(slurm, tmp_path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--slurm-arg time=5", "--slurm-arg time=5: say it with --timeout"),
-        ("--slurm-arg gpus-per-node=5", "say it with --ngpus"),
-        ("--slurm-arg array=0-3", "say it with --sweep"),
+        ("--slurm-arg time=5", "--slurm-arg time=5: use --timeout"),
+        ("--slurm-arg gpus-per-node=5", "use --ngpus"),
+        ("--slurm-arg array=0-3", "use --sweep"),
         ("--slurm-arg =3", "expected KEY=VALUE"),
         ("--slurm-arg account=", "expected KEY=VALUE"),
-        ("--slurm-arg cpus_per_gpu=10", "say it with --slurm-arg cpus_per_task=N"),
-        ("--slurm-arg setup=x", "--slurm-arg setup=x: no option of sbatch"),
-        ("--timeout 2", "--timeout 2: a job is told to save 120 s before its time is up"),
+        ("--slurm-arg cpus_per_gpu=10", "use --slurm-arg cpus_per_task=N"),
+        ("--slurm-arg setup=x", "--slurm-arg setup=x: not an option of sbatch"),
+        ("--timeout 2", "--timeout 2: Slurm signals a job 120 s before its time limit"),
         ("--ngpus 3", "--batch-size 4 x 3 processes does not divide --total-batch 32"),
-        ("--output-dir x", "leave --output-dir out; --job-dir says"),
+        ("--output-dir x", "leave --output-dir out; --job-dir sets"),
         ("--eval", "--eval takes minutes"),
         ("--partitoin gpu", "no option --partitoin; did you mean --partition"),
         ("--epocs 3", "no option --epocs; did you mean --epochs"),
@@ -183,9 +183,9 @@ def test_the_pickled_job_is_main_with_the_words_as_they_are_now(slurm, tmp_path)
         ("--sweep sar_weight=0,,1", "expected NAME=VALUE,VALUE"),
         ("--sweep sar_wieght=0,1", "sar_wieght=0: no option --sar-wieght; did you mean --sar-weight"),
         ("--sweep sar_weight=0,x", "sar_weight=x: argument --sar-weight: 'x' is not a number"),
-        ("--sweep seed=0,1 --seed 5", "--sweep goes over --seed, which is given a second time"),
-        ("--sweep seed=0 --sweep seed=1", "--sweep goes over --seed, which is given a second time"),
-        ("--sweep seed=0,1,0", "--sweep: 2 runs would be called seed=0"),
+        ("--sweep seed=0,1 --seed 5", "--sweep over --seed, which is given a second time"),
+        ("--sweep seed=0 --sweep seed=1", "--sweep over --seed, which is given a second time"),
+        ("--sweep seed=0,1,0", "--sweep: 2 runs would share the folder seed=0"),
         ("--sweep output_dir=a,b", "leave --output-dir out"),
         ("--sweep --seed=0,1", "--sweep --seed=0,1: leave the hyphens out, --sweep seed=0,1"),
         (f"--sweep finetune={'a' * 200}", "is too long for the name of a folder"),
@@ -227,13 +227,13 @@ def test_submitit_s_own_signal_is_refused(slurm, capsys, monkeypatch):
     [
         (
             "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed",
-            "invalid partition specified: x; Batch job submission failed (--partition: this cluster has gpu, cpu)",
+            "invalid partition specified: x; Batch job submission failed (choose --partition from gpu, cpu)",
         ),
-        ("sbatch: error: Requested node configuration is not available", "(ask for less with --nodes, --ngpus or"),
-        ("sbatch: error: Invalid feature specification", "(--slurm-arg constraint=...)"),
+        ("sbatch: error: Requested node configuration is not available", "(request less with --nodes, --ngpus or"),
+        ("sbatch: error: Invalid feature specification", "(change it with --slurm-arg constraint=...)"),
         ("sbatch: error: Invalid job array specification", "(sweep over fewer values in one command)"),
         ("sbatch: error: Invalid account or account/partition combination", "account=NAME"),
-        ("sbatch: error: out of luck", "error: Slurm refuses: out of luck\n"),
+        ("sbatch: error: out of luck", "error: sbatch refuses the job: out of luck\n"),
     ],
 )
 def test_what_slurm_refuses_is_one_line_with_the_mend(said, told, slurm, tmp_path, capsys):
@@ -267,12 +267,12 @@ def test_a_slurm_that_does_not_answer(slurm, monkeypatch, capsys):
 def test_a_job_dir_that_cannot_be_written(slurm, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert call(job_dir="file/dir") == 2
-    assert f"{tmp_path}/file/dir/submitit: Not a directory; name one that can be written" in capsys.readouterr().err
+    assert f"{tmp_path}/file/dir/submitit: Not a directory; choose a writable folder" in capsys.readouterr().err
 
 
 def test_data_that_only_the_nodes_have(slurm, capsys):
     assert call("--data-set", "folder", "--data-path", "/only/there") == 0
-    assert "warning: --data-path /only/there is not on this machine" in capsys.readouterr().err
+    assert "warning: --data-path /only/there does not exist on this machine" in capsys.readouterr().err
 
 
 def test_a_dirty_tree_is_said_and_recorded(slurm, clean, tmp_path, capsys):
@@ -300,7 +300,7 @@ def test_help_is_the_launchers(capsys):
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "for example: run_with_submitit.py --job-dir DIR" in text
-    assert "Everything else is main.py's" in text
+    assert "All other options and @recipe.args files are passed to main.py" in text
     assert "--weight-decay" not in text
     assert "[]" not in text
 
@@ -344,9 +344,9 @@ def test_what_is_finished_or_queued_is_left_alone(slurm, tmp_path, capsys):
     capsys.readouterr()
     assert call(*sweep) == 0
     assert [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:5]] == [
-        ["seed=0", "-", "finished before"],
-        ["seed=1", "70_1", "in the queue before, running"],
-        ["seed=2", "70_2", "in the queue before, pending: Resources"],
+        ["seed=0", "-", "already finished"],
+        ["seed=1", "70_1", "already queued, running"],
+        ["seed=2", "70_2", "already queued, pending: Resources"],
         ["seed=3", "71", "submitted"],
     ]
     assert "--array" not in slurm.submitted[1]
@@ -359,7 +359,7 @@ def test_what_is_finished_or_queued_is_left_alone(slurm, tmp_path, capsys):
 def test_a_folder_or_a_queued_job_of_another_run_is_refused(slurm, tmp_path, capsys):
     pretend(tmp_path / "dir/seed=1", "--seed", "1", "--lr", "3")
     assert call("--sweep", "seed=0,1") == 2
-    assert "dir/seed=1 holds a run with other arguments; name another folder (--lr: 3.0 in" in capsys.readouterr().err
+    assert "dir/seed=1 holds a run with other arguments; choose another folder (--lr: 3.0 in" in capsys.readouterr().err
     assert call("--scale", "0.2", "0.9", job_dir="other") == 0
     slurm.queue("70 PENDING Priority")
     assert call("--scale", "0.2", "0.9", job_dir="other") == 0, "the same run"
@@ -373,7 +373,7 @@ def test_a_run_whose_job_is_just_ending_is_not_left_out_silently(slurm, tmp_path
     assert call() == 0
     slurm.queue("70 COMPLETING None")
     assert call() == 2
-    assert "dir: its job 70 is just ending; give the command again in a minute" in capsys.readouterr().err
+    assert "dir: its job 70 is about to end; repeat the command in a minute" in capsys.readouterr().err
     pretend(tmp_path / "dir")
     assert call() == 0, "a finished run's job may take its time"
     assert len(slurm.submitted) == 1
@@ -381,10 +381,10 @@ def test_a_run_whose_job_is_just_ending_is_not_left_out_silently(slurm, tmp_path
 
 def test_a_run_that_is_trained_here_is_not_submitted_and_held(slurm, tmp_path, capsys, monkeypatch):
     codes = []
-    monkeypatch.setattr(launch_runs, "launch", lambda command: codes.append(call("--sweep", "seed=0,1")) or 130)
+    monkeypatch.setattr(launch_runs, "run_command", lambda command: codes.append(call("--sweep", "seed=0,1")) or 130)
     assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == 130
     assert codes == [2]
-    assert "seed=0: another launcher is training it without Slurm" in capsys.readouterr().err
+    assert "seed=0: another launcher is training it on a machine without Slurm" in capsys.readouterr().err
     assert not slurm.submitted
     assert call("--sweep", "seed=0,1") == 0, "it has ended"
 
@@ -441,12 +441,12 @@ def test_a_dry_run_knows_the_queue_where_there_is_one(slurm, tmp_path, capsys, m
     capsys.readouterr()
     assert call("--dry-run", "--sweep", "seed=0,1,2") == 0
     text = capsys.readouterr().out
-    assert "# seed=0: finished before\n# seed=1: job 70_1 has it\n" in text
+    assert "# seed=0: already finished\n# seed=1: already queued, job 70_1\n" in text
     assert text.count("main.py ") == 1
     monkeypatch.setenv("PATH", "/nowhere")
     assert call("--dry-run", "--sweep", "seed=0,1,2") == 0
     text = capsys.readouterr().out
-    assert "# as if nothing were in the queue: no squeue on this machine" in text
+    assert "# assuming an empty queue: no squeue on this machine" in text
     assert text.count("main.py ") == 2
 
 
@@ -497,7 +497,9 @@ def test_the_status_without_slurm_and_without_runs(slurm, tmp_path, capsys, monk
     assert run_with_submitit.main(["--job-dir", "dir", "--status"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"seed=0 +70_0 +finished +2 of 2 epochs\nseed=1 +70_1 +unknown +0 of 2 epochs\n", text)
-    assert text.endswith("waiting, running or over: no squeue on this machine; ask on a login node of the cluster\n")
+    assert text.endswith(
+        "as the queue is unknown: no squeue on this machine; run this on a login node of the cluster\n"
+    )
     assert run_with_submitit.main(["--job-dir", "nowhere", "--status"]) == 0
     assert capsys.readouterr().out == f"nothing was submitted in {tmp_path}/nowhere\n"
 
@@ -523,7 +525,7 @@ def work(slurm, tmp_path, monkeypatch):
 
         monkeypatch.setattr(main, "main", train)
         with pytest.raises(SystemExit) as end:
-            Job(words, str(tmp_path / "run"), 2, "c0ffee")()
+            SlurmJob(words, str(tmp_path / "run"), 2, "c0ffee")()
         return end.value.code
 
     return work
@@ -540,7 +542,7 @@ def test_a_run_whose_time_is_up_is_requeued_by_rank_0(work, slurm, capsys):
     assert slurm.told == []
     assert work(75) == 0
     assert slurm.told == ["-o show job 7", "requeue 7"]
-    assert capsys.readouterr().out == "requeued job 7; everything is saved\n"
+    assert capsys.readouterr().out == "requeued job 7; the checkpoint is saved\n"
     assert work(75, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3") == 0
     assert slurm.told[-1] == "requeue 5_3"
 
@@ -548,21 +550,21 @@ def test_a_run_whose_time_is_up_is_requeued_by_rank_0(work, slurm, capsys):
 def test_a_job_that_cannot_be_requeued_fails(work, slurm, capsys):
     slurm.script("scontrol", "echo 'Job is not requeueable' >&2; exit 1")
     assert work(75) == 75
-    assert "error: job 7 cannot be requeued (Job is not requeueable); the same" in capsys.readouterr().out
+    assert "error: cannot requeue job 7 (Job is not requeueable); run the same" in capsys.readouterr().out
 
 
 def test_a_preempted_run_is_requeued_and_a_cancelled_one_is_not(work, slurm, capsys):
     """Both got SIGTERM. A job of a stopped run has not ended well: what waits for its weights must not start."""
     assert work(0) == 75
     assert slurm.told == ["-o show job 7"]
-    assert "stopped after 1 of 2 epochs; the same command" in capsys.readouterr().out
+    assert "stopped after 1 of 2 epochs; run the same command" in capsys.readouterr().out
     preempted = "JobState=RUNNING PreemptTime=2026-01-01T00:00:00 Restarts=0"
     slurm.script("scontrol", f'echo "$@" >> {slurm.folder}/told; echo "{preempted}"')
     assert work(0) == 0
     assert slurm.told[1:] == ["-o show job 7", "requeue 7"]
     slurm.script("scontrol", "exit 1")
     assert work(0) == 75
-    assert "cannot ask what Slurm does with the job" in capsys.readouterr().out
+    assert "cannot query the state of job 7" in capsys.readouterr().out
 
 
 def test_a_job_that_is_cancelled_while_it_saves_does_not_rise_again(work, slurm, capsys):
@@ -576,8 +578,8 @@ def test_a_sigterm_before_training_ends_the_job(rank, preempted, code, work, slu
     """submitit would ignore it, and a preempted job lose what it trains in the rest of its grace time."""
     since = "2026-01-01T00:00:00" if preempted else "None"
     slurm.script("scontrol", f'echo "$@" >> {slurm.folder}/told; echo "JobState=RUNNING PreemptTime={since}"')
-    monkeypatch.setattr(Job, "_compare_commit", lambda job: os.kill(os.getpid(), signal.SIGTERM))
-    monkeypatch.setattr(Job, "_train", lambda job, rank: job._compare_commit() or pytest.fail("it trains"))
+    monkeypatch.setattr(SlurmJob, "_report_code_changes", lambda job: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(SlurmJob, "_train", lambda job, rank: job._report_code_changes() or pytest.fail("it trains"))
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert work(0, epoch=1, SLURM_PROCID=rank) == code
@@ -594,7 +596,7 @@ def test_a_failed_run_fails_its_job(code, rank, work, slurm):
 
 
 def test_a_signal_before_training_begins_once_more():
-    job = Job(["--words"], "run", 2, None)
+    job = SlurmJob(["--words"], "run", 2, None)
     assert job.checkpoint().function == job
     assert (job.checkpoint().args, job.checkpoint().kwargs) == ((), {})
 
@@ -603,7 +605,7 @@ def test_a_signal_before_training_begins_once_more():
     ("now", "said"),
     [
         ({"commit": "beef", "uncommitted_changes": False}, "submitted at commit c0ffee, started at beef"),
-        ({"commit": "c0ffee", "uncommitted_changes": True}, "uncommitted changes beside commit c0ffee"),
+        ({"commit": "c0ffee", "uncommitted_changes": True}, "uncommitted changes on top of commit c0ffee"),
     ],
 )
 def test_a_job_says_which_code_it_runs(now, said, work, capsys, monkeypatch):
@@ -636,9 +638,9 @@ def test_a_sweep_without_slurm(tmp_path, capfd, monkeypatch):
         checkpoint = torch.load(tmp_path / f"dir/seed={seed}/checkpoint.pth", weights_only=True)
         assert (checkpoint["epoch"], checkpoint["args"]["seed"]) == (1, seed)
     assert not (tmp_path / "dir/submitit").exists()
-    monkeypatch.setattr(launch_runs, "launch", lambda command: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(launch_runs, "run_command", lambda command: pytest.fail(f"started {command}"))
     assert run_with_submitit.main(words) == 0
-    assert "seed=1: finished before" in capfd.readouterr().out
+    assert "seed=1: already finished" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -657,24 +659,24 @@ def test_as_many_processes_as_there_are_gpus(gpus, words, processes, tmp_path, m
 def test_a_run_that_fails_leaves_the_others_theirs(codes, started, result, tmp_path, monkeypatch, capsys):
     """But what would end the next one, too, ends all: a mistake, or a signal that main.py met with 0."""
     commands, answers = [], iter(codes)
-    monkeypatch.setattr(launch_runs, "launch", lambda command: commands.append(command) or next(answers))
-    monkeypatch.setattr(launch_runs, "epochs_done", lambda point: 2 * (len(commands) == 2))
+    monkeypatch.setattr(launch_runs, "run_command", lambda command: commands.append(command) or next(answers))
+    monkeypatch.setattr(launch_runs, "epochs_done", lambda spec: 2 * (len(commands) == 2))
     assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == result
     assert len(commands) == started
-    assert f"seed=0: ended at epoch 0 of 2 with exit code {codes[0]}" in capsys.readouterr().err
+    assert f"seed=0: stopped after 0 of 2 epochs with exit code {codes[0]}" in capsys.readouterr().err
 
 
 def test_a_run_that_a_job_has_is_not_trained_here_too(slurm, tmp_path, monkeypatch, capsys):
     assert call("--sweep", "seed=0,1") == 0
     slurm.queue("70_1 PENDING Resources")
     started = []
-    monkeypatch.setattr(launch_runs, "launch", lambda command: started.append(command) or 130)
+    monkeypatch.setattr(launch_runs, "run_command", lambda command: started.append(command) or 130)
     assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == 2
-    assert "seed=1: job 70_1 has this run (pending: Resources); wait for it, or scancel" in capsys.readouterr().err
+    assert "seed=1: job 70_1 executes this run (pending: Resources); wait or scancel" in capsys.readouterr().err
     assert started == []
     monkeypatch.setenv("PATH", "/nowhere")
     assert call("--local", "--ngpus", "1", "--sweep", "seed=0,1") == 130
-    assert "let no job train here, too: seed=0, seed=1" in capsys.readouterr().err
+    assert "make sure that no job is training seed=0, seed=1" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -698,7 +700,7 @@ def test_a_signal_leaves_the_run_the_time_to_save(number, told, shell, tmp_path)
 
     before = signal.getsignal(number)
     threading.Thread(target=send).start()
-    assert launch_runs.launch(["sh", "-c", script]) == 128 + number
+    assert launch_runs.run_command(["sh", "-c", script]) == 128 + number
     assert end.exists() == told
     assert signal.getsignal(number) is before
 
@@ -712,10 +714,10 @@ def test_a_signal_that_comes_while_the_run_starts(shell, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", interrupted)
     start = time.monotonic()
-    assert launch_runs.launch(["sleep", "20"]) == 128 + signal.SIGUSR1
+    assert launch_runs.run_command(["sleep", "20"]) == 128 + signal.SIGUSR1
     assert time.monotonic() - start < 10
 
 
 def test_the_exit_code_of_a_launched_run(shell):
-    assert launch_runs.launch(["sh", "-c", "exit 7"]) == 7
-    assert launch_runs.launch(["sh", "-c", "kill -KILL $$"]) == 137
+    assert launch_runs.run_command(["sh", "-c", "exit 7"]) == 7
+    assert launch_runs.run_command(["sh", "-c", "kill -KILL $$"]) == 137

@@ -30,7 +30,7 @@ from paper import __main__ as paper_main
 from paper import options, plan, tables, toy_data
 from paper import report as paper_report
 from paper import run as paper_run
-from paper.tables import Row
+from paper.tables import TableRow
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -76,7 +76,7 @@ SIZES_EPOCHS_DATA = {
 def at_the_root(monkeypatch):
     """In the repository's folder, with none of the variables that options have taken the place of."""
     monkeypatch.chdir(ROOT)
-    for name in options.OLD_VARIABLES:
+    for name in options.REMOVED_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -101,7 +101,7 @@ def run(monkeypatch):
     """A whole table in this process; ``start`` stands for starting a process."""
 
     def run(table: str, start=None, /, **chosen) -> int:
-        monkeypatch.setattr(launch_runs, "launch", start or start_nothing)
+        monkeypatch.setattr(launch_runs, "run_command", start or start_nothing)
         return paper_main.main(["run", table, *words_of(**chosen)])
 
     return run
@@ -144,7 +144,7 @@ class Pretend:
 
 @pytest.fixture
 def no_report(monkeypatch):
-    monkeypatch.setattr(paper_report, "report", lambda folder: f"report of {folder}")
+    monkeypatch.setattr(paper_report, "write_report", lambda folder: f"report of {folder}")
 
 
 @pytest.fixture
@@ -155,15 +155,15 @@ def data_read(monkeypatch):
     return found
 
 
-def rows_of(table: str, **chosen) -> list[Row]:
+def rows_of(table: str, **chosen) -> list[TableRow]:
     """The rows that a table's script would run."""
-    return plan.choose(options.read_settings([table, "--dry-run", *words_of(**chosen)]))
+    return plan.select_rows(options.read_settings([table, "--dry-run", *words_of(**chosen)]))
 
 
-def jobs_of(table: str, **chosen) -> list[plan.Job]:
+def runs_of(table: str, **chosen) -> list[plan.TableRun]:
     """The plan of a table's script."""
     settings = options.read_settings([table, "--dry-run", *words_of(**chosen)])
-    return plan.plan(settings, plan.choose(settings))
+    return plan.plan_runs(settings, plan.select_rows(settings))
 
 
 # ------------------------------------------------------------------------------------- scripts and data file
@@ -188,7 +188,7 @@ def test_a_script_opens_with_purpose_hardware_time_and_numbers(table, run, capsy
     assert head.splitlines()[-1] == f"# Options: bash scripts/{SCRIPTS[table]} --help."
     assert "8 x V100 32 GB" in head
     assert run(table, dry_run=True) == 0
-    (hours,) = re.findall(r"in all (about [\d.]+ hours)", capsys.readouterr().out)
+    (hours,) = re.findall(r"total: (about [\d.]+ hours)", capsys.readouterr().out)
     assert f"# Time: {hours}" in head
     values = [row["value"] for row in tables.TABLES[table]["rows"].values() if row["value"] is not None]
     missing = [value for value in values if not re.search(rf"\b{value}\b", head.partition("Expected")[2])]
@@ -238,7 +238,7 @@ def test_every_run_is_of_a_table_and_what_a_table_names_is_there():
             values.setdefault(row.get("run"), set()).add(row["value"])
     assert values.keys() - {None} == tables.RUNS.keys()
     assert all(len(found) == 1 for run, found in values.items() if run)
-    needed = {run for table in SCRIPTS for row in rows_of(table) for run in row.needs()}
+    needed = {run for table in SCRIPTS for row in rows_of(table) for run in row.dependencies()}
     assert needed == {path.removeprefix("run:").rpartition("/")[0] for path in tables.WEIGHTS.values()}
 
 
@@ -246,7 +246,7 @@ def test_equal_runs_are_equal_protocols():
     """Runs of all tables have one name if, and only if, main.py is told the same."""
     protocols = {}
     for table in SCRIPTS:
-        for job in jobs_of(table):
+        for job in runs_of(table):
             protocol = {name: value for name, value in vars(job.protocol).items() if name != "output_dir"}
             assert protocols.setdefault(job.row.run, protocol) == protocol, f"{table}: {job.row.run}"
     distinct = {json.dumps(protocol, sort_keys=True) for protocol in protocols.values()}
@@ -254,7 +254,7 @@ def test_equal_runs_are_equal_protocols():
 
 
 def test_rows_that_are_one_experiment_are_one_run():
-    run = {(table, job.row.name): job.row.run for table in SCRIPTS for job in jobs_of(table)}
+    run = {(table, job.row.name): job.row.run for table in SCRIPTS for job in runs_of(table)}
     full = {("table1a", "0.01"), ("table1b", "F"), ("table1c", "vit_small_sar_100")}
     full |= {("table3", "1.00_vit_small_sar"), ("appendix_b", "dot")}
     assert len({run[row] for row in full}) == 1
@@ -263,7 +263,7 @@ def test_rows_that_are_one_experiment_are_one_run():
     assert run["fig3", "vit_small_sar"] == run["table4", "vit_small_sar"]
     in1k = {run["table4", "vit_small"], run["table4", "vit_small_sar"]}
     for table in ("table7", "table8", "table11", "fig1_fig4"):
-        assert {job.row.run for job in jobs_of(table) if job.row.name == "-"} == in1k
+        assert {job.row.run for job in runs_of(table) if job.row.name == "-"} == in1k
 
 
 @pytest.mark.parametrize(
@@ -297,13 +297,13 @@ def test_rows_that_are_one_experiment_are_one_run():
     ],
 )
 def test_what_a_row_is(table, row, expected):
-    (job,) = [job for job in jobs_of(table) if job.row.name == row]
+    (job,) = [job for job in runs_of(table) if job.row.name == row]
     assert {name: vars(job.protocol)[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("table", SCRIPTS)
 def test_smoke_changes_sizes_epochs_and_data_alone(table):
-    for job in jobs_of(table, smoke=True):
+    for job in runs_of(table, smoke=True):
         here = {name for name, value in vars(job.args).items() if value != vars(job.protocol)[name]}
         assert here - {"output_dir"} <= SIZES_EPOCHS_DATA
         assert job.args.data_set == "digits"
@@ -318,11 +318,11 @@ def test_a_dry_run_prints_all_and_does_nothing(table, run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     text = capsys.readouterr().out
     commands = [shlex.split(line.partition(" main.py ")[2]) for line in text.splitlines() if " main.py @" in line]
-    jobs = jobs_of(table, out=str(tmp_path / "out"), data="/nowhere", seeds="3 5")
+    jobs = runs_of(table, out=str(tmp_path / "out"), data="/nowhere", seeds="3 5")
     assert commands == [job.words for job in jobs]
     assert {job.seed for job in jobs} == {3, 5}
     for job in jobs:
-        assert f"{job.epochs} epochs x {plan.images(job.args):>9,} images" in text
+        assert f"{job.epochs} epochs x {plan.images_per_epoch(job.args):>9,} images" in text
 
 
 def test_a_dry_run_with_weights_has_no_pre_training(run, tmp_path, capsys):
@@ -331,7 +331,7 @@ def test_a_dry_run_with_weights_has_no_pre_training(run, tmp_path, capsys):
     assert run("table7", dry_run=True, ckpt_base=given, ckpt_sar=given) == 0
     text = capsys.readouterr().out
     assert f"--finetune '{given}'" in text
-    assert "in all about 1.5 hours" in text, "as the head of the script says"
+    assert "total: about 1.5 hours" in text, "as the head of the script says"
     assert "fine-tuning alone about 1.5 hours" in (ROOT / "scripts/table7_finetuning.sh").read_text()
 
 
@@ -348,36 +348,36 @@ def test_a_line_is_parsed_no_more_often_than_needed(monkeypatch):
     """Fine-tuning reads its weights each time."""
     parsed = []
     monkeypatch.setattr(plan, "parse_arguments", lambda words: parsed.append(words) or parse_arguments(words))
-    assert len(jobs_of("table1b", data="/data")) == len(parsed) == 6
-    jobs_of("table1b", smoke=True)
+    assert len(runs_of("table1b", data="/data")) == len(parsed) == 6
+    runs_of("table1b", smoke=True)
     assert len(parsed) == 6 + 12, "with and without smoke's arguments"
 
 
 def test_hours_of_the_paper_hardware():
     """The one published number that the estimate stands on comes out of it, and ViT-S scales with its GFLOPs."""
     base, small = (parse_arguments(["--model", f"vit_{size}", "--data-path", "x"]) for size in ("base", "small"))
-    assert plan.hours(base, 300) == pytest.approx(53)
-    assert plan.hours(small, 300) == pytest.approx(53 * 4.6 / 17.6)
-    assert plan.images(parse_arguments(["--data-path", "x", "--sampling-ratio", "0.25"])) == 320292
-    assert plan.hours(parse_arguments(["--data-set", "folder", "--data-path", "x"]), 300) is None
-    assert plan.hours(parse_arguments([]), 300) is None, "another image size"
+    assert plan.estimate_hours(base, 300) == pytest.approx(53)
+    assert plan.estimate_hours(small, 300) == pytest.approx(53 * 4.6 / 17.6)
+    assert plan.images_per_epoch(parse_arguments(["--data-path", "x", "--sampling-ratio", "0.25"])) == 320292
+    assert plan.estimate_hours(parse_arguments(["--data-set", "folder", "--data-path", "x"]), 300) is None
+    assert plan.estimate_hours(parse_arguments([]), 300) is None, "another image size"
 
 
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
         ({"smoke": True, "overrides": "recipes/smoke.args"}, "leave one of the two out"),
-        ({"smoke": True, "data": "/data"}, "--smoke makes its own data; leave --data out"),
+        ({"smoke": True, "data": "/data"}, "--smoke generates its own data; leave --data out"),
         ({"seeds": "0,1"}, "argument --seeds: '0,1' is not a whole number of at least 0"),
         ({"seeds": "0 -1"}, "argument --seeds: '-1' is not a whole number of at least 0"),
         ({"rows": "A G"}, "--rows: no row G; this table has A B C D E F"),
         ({"sedes": "0"}, "no option --sedes; did you mean --seeds"),
         ({"dry": True}, "no option --dry; did you mean --dry-run"),
-        ({"ckpt_base": "README.md"}, "leave --ckpt-base out: table1b has no use for it (table7, table8, table11, fig1"),
-        ({"ckpt_sar": "README.md"}, "leave --ckpt-sar out: table1b has no use for it"),
-        ({"ckpt_options": "--num-heads 6"}, "leave --ckpt-options out: table1b has no use for it"),
-        ({"images": "photos"}, "leave --images out: table1b has no use for it (fig1_fig4 has)"),
-        ({"count": "3"}, "leave --count out: table1b has no use for it (fig1_fig4 has)"),
+        ({"ckpt_base": "README.md"}, "leave --ckpt-base out: table1b does not use it (table7, table8, table11, fig1"),
+        ({"ckpt_sar": "README.md"}, "leave --ckpt-sar out: table1b does not use it"),
+        ({"ckpt_options": "--num-heads 6"}, "leave --ckpt-options out: table1b does not use it"),
+        ({"images": "photos"}, "leave --images out: table1b does not use it (fig1_fig4 does)"),
+        ({"count": "3"}, "leave --count out: table1b does not use it (fig1_fig4 does)"),
         ({"overrides": "nowhere.args"}, "--overrides nowhere.args: argument file nowhere.args: No such file"),
         ({"launch": "no_such_launcher -n 8", "smoke": True}, "--launch: no program no_such_launcher"),
         ({"launch": "'open"}, "argument --launch: 'open: No closing quotation"),
@@ -392,7 +392,7 @@ def test_hours_of_the_paper_hardware():
             "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
         ),
         ({"launch": "submitit --partion x"}, "submitit --partion x': no option --partion; did you mean --partition"),
-        ({"launch": "submitit --slurm-arg time=3"}, "submitit --slurm-arg time=3': --slurm-arg time=3: say it"),
+        ({"launch": "submitit --slurm-arg time=3"}, "submitit --slurm-arg time=3': --slurm-arg time=3: use --timeout"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(chosen, message, run, tmp_path, capsys):
@@ -442,12 +442,12 @@ def test_what_is_downloaded_need_not_be_there(run, no_report, tmp_path):
     assert run("table1b", Pretend(), rows="A", **chosen) == 0
 
 
-@pytest.mark.parametrize("name", options.OLD_VARIABLES)
+@pytest.mark.parametrize("name", options.REMOVED_VARIABLES)
 def test_an_old_variable_is_not_silently_ignored(name, run, monkeypatch, capsys):
     option = f"--{name.lower().replace('_', '-')}"
     monkeypatch.setenv(name, "1")
     assert run("table1b", dry_run=True) == 2
-    said = f"error: the environment variable {name} is not read any more: unset it, and say it with {option}\n"
+    said = f"error: the environment variable {name} is no longer read; unset it and use {option}\n"
     assert capsys.readouterr() == ("", said)
     monkeypatch.setenv(name, "")
     assert run("table1b", dry_run=True) == 0
@@ -455,7 +455,7 @@ def test_an_old_variable_is_not_silently_ignored(name, run, monkeypatch, capsys)
 
 def test_every_old_variable_has_become_an_option(capsys):
     help_text = "".join(help_of(table, capsys) for table in ("table1b", "fig1_fig4"))
-    assert all(f"  --{name.lower().replace('_', '-')}" in help_text for name in options.OLD_VARIABLES)
+    assert all(f"  --{name.lower().replace('_', '-')}" in help_text for name in options.REMOVED_VARIABLES)
 
 
 def help_of(table: str, capsys) -> str:
@@ -547,7 +547,7 @@ def test_options_of_no_weights(run, capsys):
     assert run("table11", dry_run=True, ckpt_options="--num-heads 6") == 2
     assert capsys.readouterr() == (
         "",
-        "error: --ckpt-options is about given weights: give --ckpt-base or --ckpt-sar, or leave it out\n",
+        "error: --ckpt-options needs --ckpt-base or --ckpt-sar; give one of them, or leave it out\n",
     )
 
 
@@ -589,7 +589,7 @@ def test_the_plan_names_the_launcher(gpus, chosen, words, run, monkeypatch, caps
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert run("table1b", dry_run=True, rows="F", **chosen) == 0
     text = capsys.readouterr().out
-    assert f"\nstarted by {shlex.join(words)} (--launch" in text
+    assert f"\nlauncher: {shlex.join(words)} (change it with --launch)" in text
     assert f"\n{shlex.join(words)} main.py @recipes" in text
 
 
@@ -624,7 +624,7 @@ def test_finished_runs_are_not_started_again_by_any_table(run, no_report, data_r
     where = {"out": tmp_path, "data": data_root(tmp_path)}
     assert run("table1b", Pretend(), **where) == 0
     assert run("table1b", start_nothing, **where) == 0
-    assert "in100_100/vit_small_sar, seed 0: finished before" in capsys.readouterr().out
+    assert "in100_100/vit_small_sar, seed 0: already finished" in capsys.readouterr().out
     launch = Pretend()
     assert run("table1a", launch, **where) == 0
     assert [args.sar_weight for args in launch.started] == [0.001, 0.005, 0.05, 0.1], "0 and 0.01 are C and F"
@@ -656,7 +656,7 @@ def test_a_folder_of_another_run_is_refused_before_anything_starts(run, no_repor
     (tmp_path / "runs/in100_100/vit_small_sar/seed0/checkpoint.pth").write_bytes(b"cut")
     assert run("table1b", start_nothing, **where) == 2
     assert (
-        "checkpoint.pth cannot be read; remove it to begin in100_100/vit_small_sar, seed 0" in capsys.readouterr().err
+        "checkpoint.pth cannot be read; remove it to start in100_100/vit_small_sar, seed 0" in capsys.readouterr().err
     )
 
 
@@ -671,8 +671,8 @@ def test_what_would_end_the_next_run_too_ends_the_script(code, result, run, tmp_
     assert run("table1b", fail, smoke=True, out=tmp_path) == result
     assert len(started) == 1
     error = capsys.readouterr().err
-    assert f"ended at epoch 0 of 2 with exit code {code}" in error
-    assert ("the same command goes on from there" in error) == (code != 2)
+    assert f"stopped after 0 of 2 epochs with exit code {code}" in error
+    assert ("run the same command to resume it" in error) == (code != 2)
 
 
 def test_a_failed_row_leaves_the_others_theirs(run, tmp_path, capsys):
@@ -687,7 +687,7 @@ def test_a_failed_row_leaves_the_others_theirs(run, tmp_path, capsys):
     there = [args.output_dir.removeprefix(f"{tmp_path}/runs/") for args in launch.started]
     assert there == ["in1k/vit_small/seed0", "finetune/no-no_pets/seed0", "finetune/no-yes_pets/seed0"]
     text = capsys.readouterr()
-    assert "finetune/yes-no_pets, seed 0: left out; in1k/vit_small_sar failed" in text.err
+    assert "finetune/yes-no_pets, seed 0: skipped, because it depends on in1k/vit_small_sar, which failed" in text.err
     assert text.out.endswith((tmp_path / "table7/report.md").read_text() + "\n")
 
 
@@ -726,8 +726,8 @@ def test_a_run_that_another_script_trains_is_waited_for(run, no_report, tmp_path
         assert run("table1b", start_nothing, **chosen) == 0
         thread.join()
     lines = capsys.readouterr().out.splitlines()
-    at = lines.index("another launcher is training in100_100/vit_small_sar, seed 0; waiting for that")
-    assert lines[at + 1] == "in100_100/vit_small_sar, seed 0: finished before"
+    at = lines.index("another launcher is training in100_100/vit_small_sar, seed 0; waiting until it has ended")
+    assert lines[at + 1] == "in100_100/vit_small_sar, seed 0: already finished"
 
 
 def test_a_run_is_held_while_it_is_trained(run, no_report, tmp_path):
@@ -754,7 +754,8 @@ def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypat
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert (
-        "launcher.lock: Function not implemented; let no other launcher be training in100_100/vit_small_sar" in lines[0]
+        "launcher.lock (Function not implemented); make sure that no other launcher is training in100_100/vit_small_sar"
+        in lines[0]
     )
 
 
@@ -818,7 +819,7 @@ def test_what_is_measured_is_not_measured_again(run, no_report, data_read, tmp_p
     assert run("table11", launch, data=measured_data(tmp_path), **where) == 0
     assert [words[words.index("--protocol") + 1] for words in launch.measured] == ["paper-code", "void-excluded"]
     assert run("table11", start_nothing, data="/nowhere", **where) == 0
-    assert "jaccard/vit_small, seed 0: measured before" in capsys.readouterr().out
+    assert "jaccard/vit_small, seed 0: already measured" in capsys.readouterr().out
     os.utime(tmp_path / "runs/in1k/vit_small/seed0/checkpoint.pth", (0, 0))
     launch = Pretend()
     assert run("table11", launch, data=tmp_path / "data", **where) == 0
@@ -924,7 +925,7 @@ def test_given_weights_are_not_reported_as_the_trained_ones(run, data_read, tmp_
     measured_data(tmp_path)
     assert line(seeds="0 1") == "| ViT-S/16 | 19.18 | 20.50 ± 0.71 (n = 2) |  |  | 0/300 | **not comparable** [1] |"
     given, other = (given_weights(tmp_path / f"{seed}.pth", seed=seed) for seed in (1, 2))
-    of_given = "| ViT-S/16 | 19.18 | {} (n = 1) |  |  |  | of weights that were given |"
+    of_given = "| ViT-S/16 | 19.18 | {} (n = 1) |  |  |  | measured on given weights |"
     assert line(ckpt_base=given, seeds="0") == of_given.format("22.00")
     assert line(ckpt_base=other, seeds="0") == of_given.format("23.00")
     assert line(ckpt_base=other, seeds="1") == of_given.format("24.00")
@@ -983,7 +984,7 @@ def test_a_measurement_that_fails(code, result, tried, run, no_report, tmp_path,
 
     assert run("table11", fail, smoke=True, out=tmp_path) == result
     assert len(commands) == tried
-    assert f"jaccard/vit_small, seed 0: ended with exit code {code}" in capsys.readouterr().err
+    assert f"jaccard/vit_small, seed 0: stopped with exit code {code}" in capsys.readouterr().err
     launch = Pretend()
     assert run("table11", launch, smoke=True, out=tmp_path) == 0
     assert len(launch.measured) == 4
@@ -997,7 +998,10 @@ def test_what_a_failed_run_was_to_be_measured_for_is_left_out(run, no_report, tm
 
     assert run("table8", fail_with_sar, smoke=True, out=tmp_path) == 1
     assert len(launch.measured) == 2
-    assert "imagenet_a/vit_small_sar, seed 0: left out; in1k/vit_small_sar failed" in capsys.readouterr().err
+    assert (
+        "imagenet_a/vit_small_sar, seed 0: skipped, because it depends on in1k/vit_small_sar, which failed"
+        in capsys.readouterr().err
+    )
 
 
 # ------------------------------------------------------------------------------------------------ on a cluster
@@ -1014,7 +1018,7 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
 
 def finished(out: Path, table: str, **chosen) -> None:
     """Leave what the table's runs would leave at their end."""
-    for job in jobs_of(table, out=str(out), **chosen):
+    for job in runs_of(table, out=str(out), **chosen):
         Pretend()(["main.py", *job.words])
 
 
@@ -1088,7 +1092,7 @@ def test_a_run_that_a_job_has_is_not_trained_here_too(run, slurm, tmp_path, caps
     assert run("table1b", launch="submitit", **chosen) == 0
     slurm.queue("70 RUNNING None")
     assert run("table1b", **chosen) == 2
-    assert "in100_100/vit_small_sar, seed 0: job 70 has this run (running)" in capsys.readouterr().err
+    assert "in100_100/vit_small_sar, seed 0: job 70 executes this run (running)" in capsys.readouterr().err
 
 
 def test_what_is_measured_waits_for_the_jobs_and_is_measured_here(run, no_report, slurm, data_read, tmp_path, capsys):
@@ -1243,7 +1247,7 @@ def test_a_checkpoint_that_changes_is_measured_anew(run, fewer_digits, smoke_out
 
 def test_figures_of_both_models(run, fewer_digits, smoke_out, capsys):
     assert run("fig1_fig4", in_this_process, smoke=True, out=smoke_out, count=2) == 0
-    assert capsys.readouterr().out.endswith(f"in {smoke_out}/fig1_fig4\n")
+    assert capsys.readouterr().out.endswith(f"results: {smoke_out}/fig1_fig4\n")
     assert "ViT-S/16 + SAR" in (smoke_out / "fig1_fig4/maps/seed0/index.html").read_text()
 
 
@@ -1264,7 +1268,7 @@ def test_an_interrupted_row_goes_on(run, fewer_digits, tmp_path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(engine, "update_weights", terminated_after(6, engine.update_weights))
         assert run("table1b", in_this_process, **chosen) == 143
-    assert "ended at epoch 1 of 2 with exit code 0; the same command goes on from there" in capsys.readouterr().err
+    assert "stopped after 1 of 2 epochs with exit code 0; run the same command to resume it" in capsys.readouterr().err
     assert run("table1b", in_this_process, **chosen) == 0
     text = capsys.readouterr().out
     assert "epoch 1 of 2" in text

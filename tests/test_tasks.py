@@ -120,7 +120,7 @@ def test_it_is_evaluated_from_its_checkpoint_alone(toy, tmp_path, capsys):
 
 def test_it_is_swept_and_reported(toy, tmp_path, monkeypatch, capsys):
     """A row of a table whose runs are a sweep's."""
-    monkeypatch.setattr(launch_runs, "launch", lambda command: main.main(command[2:]))
+    monkeypatch.setattr(launch_runs, "run_command", lambda command: main.main(command[2:]))
     sweep = ["--job-dir", str(tmp_path / "toy/A"), "--local", "--ngpus", "0", "--sweep", "seed=0,1"]
     short = ["--epochs", "1", "--warmup-epochs", "0", "--data-path", str(toy.data)]
     assert run_with_submitit.main([*sweep, *TOY, *short]) == 0
@@ -132,4 +132,4 @@ def test_it_is_swept_and_reported(toy, tmp_path, monkeypatch, capsys):
     table = {"title": "A toy", "source": "nobody", "metric": "right (%)", "rows": {"A": row}}
     monkeypatch.setitem(report.PAPER, "toy", table)
     values = [json.loads((tmp_path / f"toy/A/seed{seed}/log.txt").read_text())["test_right"] for seed in (0, 1)]
-    assert f"{sum(values) / 2:.2f} ± " in report.report(tmp_path / "toy")
+    assert f"{sum(values) / 2:.2f} ± " in report.write_report(tmp_path / "toy")
