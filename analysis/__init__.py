@@ -1,1 +1,1 @@
-"""Looking at what a trained model attends to."""
+"""Analysis of trained models: attention maps, their measures, and robustness."""

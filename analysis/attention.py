@@ -1,6 +1,6 @@
-"""The last block's [CLS] attention: its maps, the part of their mass to keep, and what is measured of them.
+"""The last block's [CLS] attention: similarity maps, masks of their top mass, and measures of blobness.
 
-All functions take whole batches on any device. Maps are ``(B, H, h, w)``: images, heads, rows and columns of the
+All functions take batches on any device. Maps are ``(B, H, h, w)``: images, heads, rows and columns of the
 patch grid.
 """
 
@@ -13,14 +13,20 @@ from torch import Tensor, nn
 from losses import label_components, max_components, spatial_entropy, thresholded
 
 MASS = 0.6
-"""The share of a map's mass that the paper keeps (Fig. 1, Section 5.3)."""
+"""The fraction of a map's mass that the paper's masks keep (Fig. 1, Section 5.3)."""
 
 
 @torch.inference_mode()
 def similarity_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """S in the last block, float32 ``(B, H, h, w)``, for images ``(B, 3, height, width)``.
+    """The similarity map S of the last block (Eq. 4).
 
-    It is Eq. 4's, whatever similarity the model was trained with: its attention comes from that one.
+    S is always the dot product of Eq. 4, which the attention is computed from, even if the model was trained with
+    another similarity.
+
+    Args:
+        images: normalised, ``(B, 3, height, width)``.
+    Returns:
+        float32 ``(B, H, h, w)``.
     """
     with _dot_similarity(model.last()):
         _, similarity = model(images, return_similarity=True)
@@ -37,19 +43,19 @@ def _dot_similarity(last_block: nn.Module) -> Iterator[None]:
 
 
 def attention_of(similarity: Tensor) -> Tensor:
-    """Each head's attention of [CLS] to the patches, A^h, for S ``(B, H, h, w)``: positive, each map sums to 1.
+    """Each head's attention A^h of [CLS] to the patches: softmax of S ``(B, H, h, w)`` over the patches, same shape.
 
-    It is the attention row after the softmax without its [CLS] entry, which thresholding by mass leaves out, too.
+    It equals the attention row of [CLS] without its [CLS] entry, renormalised to sum 1. `keep_mass` needs no more.
     """
     return similarity.flatten(-2).softmax(dim=-1).view_as(similarity)
 
 
 def keep_mass(attention: Tensor, mass: float = MASS) -> Tensor:
-    """The patches that hold the top ``mass`` of each map (Fig. 1): bool ``(..., h, w)`` for ``(..., h, w)``.
+    """Mask of the patches that hold the top ``mass`` of each map (Fig. 1): bool ``(..., h, w)`` for ``(..., h, w)``.
 
-    Patches are added up from the smallest; those at which the sum is beyond ``1 - mass`` of the whole are kept, so a
-    little more than ``mass`` stays. Of equal patches, a later one in row order counts as the larger. Sums are in the
-    map's own floating type, as in the released code.
+    Values are summed in ascending order; a patch is kept where the cumulative sum exceeds ``1 - mass`` of the total.
+    The kept patches therefore hold slightly more than ``mass``. Of equal values, the later patch in row-major order
+    ranks higher. Sums use the map's own floating-point type, as in the released code.
     """
     values, order = attention.flatten(-2).sort(dim=-1, stable=True)
     share = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
@@ -58,11 +64,11 @@ def keep_mass(attention: Tensor, mass: float = MASS) -> Tensor:
 
 
 def measure_maps(similarity: Tensor) -> dict[str, Tensor]:
-    """How blob-like each head's map is; tensors ``(B, H)`` for S ``(B, H, h, w)``.
+    """Measures of how blob-like each head's map is, each ``(B, H)`` for S ``(B, H, h, w)``.
 
     Returns:
-        ``entropy``: the spatial entropy in nats (Eq. 7); ``components``: the 8-connected components above the mean;
-        ``largest``: the patches of the largest of them, ``kept``: of all of them.
+        ``entropy``: spatial entropy in nats (Eq. 7); ``components``: number of 8-connected components above the mean
+        (Eq. 5-6); ``largest``: number of patches of the largest component; ``kept``: of all components.
     """
     entropy, components = spatial_entropy(similarity)
     sizes = component_sizes(thresholded(similarity) > 0)
@@ -70,7 +76,7 @@ def measure_maps(similarity: Tensor) -> dict[str, Tensor]:
 
 
 def component_sizes(mask: Tensor) -> Tensor:
-    """Patches of each 8-connected component of bool maps ``(..., h, w)``: int64 ``(..., labels)``, 0 for none."""
+    """Number of patches of each 8-connected component of bool maps ``(..., h, w)``: int64 ``(..., labels)``."""
     labels = label_components(mask).flatten(-2)
     sizes = labels.new_zeros(*labels.shape[:-1], 1 + max_components(*mask.shape[-2:]))
     return sizes.scatter_add(-1, labels, torch.ones_like(labels))[..., 1:]

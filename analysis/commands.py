@@ -1,4 +1,4 @@
-"""What the commands share that look at trained models: options, models, batches of images, results."""
+"""Shared parts of the analysis commands: options, loading of models and images, writing of results."""
 
 import argparse
 import re
@@ -17,56 +17,73 @@ from weights import num_heads_of, read_checkpoint
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Options of commands that compare models."""
+    """Add the options of commands that compare models."""
     add = parser.add_argument
-    add("--checkpoint", action="append", required=required, metavar="FILE", help="of any format; once for each model")
-    add("--name", action="append", metavar="LABEL", help="of each model, in the same order (default: by their paths)")
+    add(
+        "--checkpoint",
+        action="append",
+        required=required,
+        metavar="FILE",
+        help="checkpoint of any supported format; repeat it for more models",
+    )
+    add(
+        "--name",
+        action="append",
+        metavar="LABEL",
+        help="name of each model, in the same order (default: from the paths)",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say how a checkpoint is to be read."""
+    """Add the options for reading a checkpoint."""
     add = parser.add_argument
-    add("--checkpoint-key", metavar="KEY", help="which weights of the file: ema, teacher, momentum, ...")
-    add("--num-heads", type=at_least(int, 1), metavar="N", help="of a ViT whose file does not tell")
+    add("--checkpoint-key", metavar="KEY", help="which weights of the file to use: ema, teacher, momentum, ...")
+    add("--num-heads", type=at_least(int, 1), metavar="N", help="number of heads of a ViT whose file does not give it")
     add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu or cuda")
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that take many images through a model."""
+    """Add the options of commands that evaluate models on many images."""
     add = parser.add_argument
     workers = default_workers()
-    add("--batch-size", type=at_least(int, 1), default=32, metavar="N", help="images at once (default: %(default)s)")
+    add("--batch-size", type=at_least(int, 1), default=32, metavar="N", help="images per batch (default: %(default)s)")
     add("--num-workers", type=at_least(int, 0), default=workers, metavar="N", help="loading processes")
 
 
 def load_models(args: argparse.Namespace, device: torch.device, positions: str = "timm") -> list[TrainedModel]:
-    """The model of every ``--checkpoint``, under names that tell them apart.
+    """The model of every ``--checkpoint``, under distinct names.
 
+    Args:
+        args: with the options above and ``input_size``.
+        device: to load the models on.
+        positions: see ``load_model``.
     Raises:
-        UserError: see ``load_model``; names that do not; heads that one of several files tells otherwise.
+        UserError: see ``load_model``; equal names; several files of which one contradicts --num-heads.
     """
+    # 1. distinct names
     names = short_names(args.checkpoint)
     if args.name:
         if len(args.name) != len(names):
-            raise UserError(f"{len(args.name)} --name for {len(names)} --checkpoint; give each one or none")
+            raise UserError(f"{len(args.name)} --name for {len(names)} --checkpoint; name all of them or none")
         names = [name.strip() for name in args.name]
     if len(set(names)) < len(names) or "" in names:
-        raise UserError(f"the models' names must be told apart, not {', '.join(map(repr, names))}; give other --name")
+        raise UserError(f"the models need distinct names, not {', '.join(map(repr, names))}; change --name")
+    # 2. load each; --num-heads holds for all, so it must not contradict one of several files
     models = []
     for path, name in zip(args.checkpoint, names, strict=True):
         checkpoint = read_checkpoint(path, lazily=True)
         known = num_heads_of(checkpoint, args.checkpoint_key)
         if len(names) > 1 and None not in (known, args.num_heads) and known != args.num_heads:
             raise UserError(
-                f"{path} has {known} heads by its layout, and --num-heads {args.num_heads} is for all; look at it alone"
+                f"{path} has {known} heads by its layout, but --num-heads {args.num_heads} is for all; analyse it alone"
             )
-        how = {"key": args.checkpoint_key, "num_heads": args.num_heads, "input_size": args.input_size}
-        models.append(replace(load_model(path, device, positions=positions, **how), name=name))
+        options = {"key": args.checkpoint_key, "num_heads": args.num_heads, "input_size": args.input_size}
+        models.append(replace(load_model(path, device, positions=positions, **options), name=name))
     return models
 
 
 def result_folders(args: argparse.Namespace, models: list[TrainedModel]) -> list[Path | None]:
-    """``--out`` for one model, a folder in it for each of several; made, and tried to be written to."""
+    """Create the output folder of each model: --out for a single model, one subfolder each for several."""
     names = [re.sub(r"[^\w.,=+-]+", "_", model.name) for model in models]
     folders = [args.out] if len(models) == 1 else [args.out and args.out / name for name in names]
     for folder in filter(None, folders):
@@ -75,13 +92,13 @@ def result_folders(args: argparse.Namespace, models: list[TrainedModel]) -> list
 
 
 def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
-    """The items of a data set in their order, as batches."""
+    """A loader of a data set's items in order, in batches of --batch-size."""
     sampler = SequentialSampler(dataset)
     return build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
 
 
 def write_results(folder: Path, tables: dict[str, list[dict]], figures: dict) -> None:
-    """Each table as a CSV file, and the figures, with what they depend on, as results.json."""
+    """Write each table as a CSV file, and the figures and the software environment as results.json."""
     for name, rows in tables.items():
         write_csv(folder / name, rows)
     write_json(folder / "results.json", figures | {"environment": environment()})

@@ -1,20 +1,20 @@
-"""Draw what one or more models attend to: their attention maps, masks and components, and a gallery of them.
+"""Draw the attention maps, masks and components of one or more models, and write a gallery of them.
 
     python -m analysis.figures --checkpoint sar.pth --images photos --out figures
     python -m analysis.figures --checkpoint vit.pth --checkpoint sar.pth --images photos --out figures
     python -m analysis.figures --checkpoint output/quickstart/best.pth --out figures
 
-Without --images these are validation images of the first checkpoint's own data set, of different classes. The
-folder --out gets, for all models side by side,
+Without --images, validation images of different classes are taken from the first checkpoint's data set. For all models
+side by side, --out gets
 
-    index.html          the gallery: opens in any browser, needs nothing beside it
-    attention-1.png     each head's attention map (Fig. 4, 8), eight images a page
-    masks-1.png         the patches that hold --mass of it (Fig. 1)
+    index.html          the gallery: one self-contained page for any browser
+    attention-1.png     each head's attention map (Fig. 4, 8), eight images per page
+    masks-1.png         the patches that hold --mass of the attention (Fig. 1)
     components-1.png    similarity map, threshold, components, entropy (Fig. 2)
     figures.pdf         all these pages
 
-Every model sees the whole image, squashed to the square that it takes (as in Table 11's protocol); pictures and maps
-are drawn in the image's own proportions.
+Every model sees the whole image, resized to its square input (as in the protocol of Table 11); pictures and maps are
+drawn in the image's own aspect ratio.
 """
 
 import sys
@@ -44,21 +44,21 @@ from weights import read_checkpoint
 
 ROWS = 8  # images on a page
 DPI = 150
-PAGE_PICTURE, GALLERY_PICTURE = 200, 320  # longer side of a picture, px
+PAGE_PICTURE, GALLERY_PICTURE = 200, 320  # longer side of a picture on a page and in the gallery, px
 BATCH = 16
 KINDS = {"attention": attention_page, "masks": mask_page, "components": component_page}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image to look at, and what to write under it."""
+    """An image to analyse, and its caption."""
 
     title: str
     image: Image.Image
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw the maps of the given checkpoints; returns the exit code."""
+    """Draw the maps of the given checkpoints; returns the exit code (2: bad usage)."""
     return exit_code(lambda: run(build_parser().parse_args(argv)))
 
 
@@ -71,27 +71,40 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add_checkpoint_options(parser, required=True)
-    add("--images", metavar="DIR", help="with image files (default: the first checkpoint's validation images)")
-    add("--data-path", metavar="DIR", help="where the first checkpoint's data set lies now")
-    add("--count", type=at_least(int, 1), default=16, help="images, spread evenly over all")
-    add("--mass", type=at_least(float, 0, 1), default=MASS, help="share of the attention that masks keep")
-    add("--input-size", type=at_least(int, 1, 4096), metavar="PX", help="of all models (default: each one's own)")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and gallery")
+    add("--images", metavar="DIR", help="folder of image files (default: the first checkpoint's validation images)")
+    add("--data-path", metavar="DIR", help="folder of the first checkpoint's data set, if it has moved")
+    add("--count", type=at_least(int, 1), default=16, help="number of images, evenly spaced over all")
+    add("--mass", type=at_least(float, 0, 1), default=MASS, help="fraction of the attention that masks keep")
+    add(
+        "--input-size",
+        type=at_least(int, 1, 4096),
+        metavar="PX",
+        help="input size of all models (default: each model's own)",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="output folder for pages and gallery")
     add_model_options(parser)
     return parser
 
 
 def run(args: Namespace) -> int:
-    """Read, look, draw; says where the gallery is. What can be wrong with the input is known before a model runs."""
+    """Read the images, compute the maps, draw them, and print the gallery's path; returns 0.
+
+    Errors in the input are raised before a model runs.
+    """
+    # 1. read models and images
     start_logging(0)
     if args.images and args.data_path:
-        raise UserError("give either --images or --data-path, where the validation images lie")
+        raise UserError("give either --images or --data-path (the folder of the validation images)")
     trained = load_models(args, pick_device(args.device))
     samples, classes = folder_samples(args) if args.images else validation_samples(args)
     prepare_output_dir(args.out, "--out")
-    models = [look(model.name, model, samples, classes) for model in trained]
+    # 2. compute the maps
+    models = [compute_maps(model.name, model, samples, classes) for model in trained]
+    # 3. draw pages and gallery
     count = write_pages(samples, models, args.mass, args.out)
-    page = gallery_html(pictures_of(samples, GALLERY_PICTURE), [sample.title for sample in samples], models, args.mass)
+    page = gallery_html(
+        resize_pictures(samples, GALLERY_PICTURE), [sample.title for sample in samples], models, args.mass
+    )
     write_atomically(args.out / "index.html", lambda file: file.write(page.encode()))
     beside = f"{len(samples)} images; {count} pages as PNG and PDF beside it"
     print(f"attention maps drawn: {args.out / 'index.html'} ({beside})")
@@ -99,10 +112,10 @@ def run(args: Namespace) -> int:
 
 
 def folder_samples(args: Namespace) -> tuple[list[Sample], None]:
-    """``--count`` images of the folder, spread evenly over it; their classes are not known.
+    """``--count`` evenly spaced images of the folder; their classes are unknown (None).
 
     Raises:
-        UserError: no such folder, no image in it, or one that cannot be read.
+        UserError: no such folder, no image in it, or an unreadable one.
     """
     paths = list_images(args.images)
     chosen = np.linspace(0, len(paths) - 1, num=min(args.count, len(paths)), dtype=int)
@@ -110,15 +123,15 @@ def folder_samples(args: Namespace) -> tuple[list[Sample], None]:
 
 
 def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:
-    """``--count`` validation images of the first checkpoint's data set, of different classes, and its classes.
+    """``--count`` validation images of different classes of the first checkpoint's data set, and the set's classes.
 
     Raises:
-        UserError: a checkpoint of another program, which does not name its data; or the data set is not there.
+        UserError: a checkpoint of another program, which does not name its data; or the data set is missing.
     """
     path = args.checkpoint[0]
     saved = read_checkpoint(path, lazily=True).get("args")
     if not isinstance(saved, Mapping) or "data_set" not in saved:
-        raise UserError(f"{path}: not written by main.py, so its validation images are unknown; name --images")
+        raise UserError(f"{path}: not written by main.py, so its validation images are unknown; give --images")
     given = ["--data-path", args.data_path] if args.data_path else []
     run_args = parse_arguments(["--eval", *given], saved=saved)
     dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path))
@@ -127,8 +140,8 @@ def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:
 
 
 @torch.inference_mode()
-def look(name: str, trained: TrainedModel, samples: list[Sample], classes: list[str] | None) -> ModelMaps:
-    """A model's maps of the samples, and what it takes them for, if it was trained on their ``classes``."""
+def compute_maps(name: str, trained: TrainedModel, samples: list[Sample], classes: list[str] | None) -> ModelMaps:
+    """A model's similarity maps of the samples, and its predictions if it was trained on their ``classes``."""
     transform, similarity, logits = squash(trained.input_size), [], []
     for start in progress(range(0, len(samples), BATCH), name):
         images = torch.stack([transform(sample.image) for sample in samples[start : start + BATCH]])
@@ -140,8 +153,8 @@ def look(name: str, trained: TrainedModel, samples: list[Sample], classes: list[
     return ModelMaps(name, torch.cat(similarity), predictions)
 
 
-def pictures_of(samples: list[Sample], side: int) -> list[np.ndarray]:
-    """RGB ``(height, width, 3)`` in 0..1, their longer side of so many pixels."""
+def resize_pictures(samples: list[Sample], side: int) -> list[np.ndarray]:
+    """The samples as RGB ``(height, width, 3)`` in 0..1, resized so that the longer side has ``side`` pixels."""
     pictures = []
     for image in (sample.image for sample in samples):
         width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
@@ -150,23 +163,23 @@ def pictures_of(samples: list[Sample], side: int) -> list[np.ndarray]:
 
 
 def write_pages(samples: list[Sample], models: list[ModelMaps], mass: float, out: Path) -> int:
-    """Write ``<kind>-<page>.png`` and all of them as figures.pdf; returns how many pages.
+    """Write the pages as ``<kind>-<page>.png`` and together as figures.pdf; returns the number of pages.
 
-    Pages beyond these, of an earlier and longer drawing, are removed.
+    Higher-numbered pages of an earlier call with more images are deleted.
     """
-    pictures, titles = pictures_of(samples, PAGE_PICTURE), [sample.title for sample in samples]
+    pictures, titles = resize_pictures(samples, PAGE_PICTURE), [sample.title for sample in samples]
     starts = range(0, len(samples), ROWS)
     pages = [(kind, number, start) for kind in KINDS for number, start in enumerate(starts, start=1)]
 
-    def fill(file) -> None:
+    def write_pdf(file) -> None:
         with PdfPages(file, metadata={"CreationDate": None}) as pdf:
             for kind, number, start in progress(pages, "pages"):
                 rows = slice(start, start + ROWS)
-                figure = KINDS[kind](pictures[rows], titles[rows], [model.of(rows) for model in models], mass)
+                figure = KINDS[kind](pictures[rows], titles[rows], [model.select(rows) for model in models], mass)
                 write_atomically(out / f"{kind}-{number}.png", partial(figure.savefig, format="png", dpi=DPI))
                 pdf.savefig(figure)
 
-    write_atomically(out / "figures.pdf", fill)
+    write_atomically(out / "figures.pdf", write_pdf)
     for kind in KINDS:
         number = len(starts) + 1
         while (leftover := out / f"{kind}-{number}.png").exists():

@@ -1,14 +1,14 @@
-"""One HTML file to look through attention maps with: images in rows, models in columns, nothing beside it needed.
+"""A self-contained HTML page to browse attention maps: images in rows, models in columns.
 
-The page, its style and its script are ``gallery.html``; here its data are made. Each map travels as three bytes a
-patch, at the resolution of its grid:
+The page's markup, style and script are in ``gallery.html``; this module computes its data. Each map is stored as three
+bytes per patch, at the resolution of the patch grid:
 
-- ``level``: the attention, from the map's least value (0) to its greatest (255), which is what a colour needs;
-- ``needed``: the least whole percentage of mass at which `attention.keep_mass` keeps the patch (101: never), so that
-  the page shows the same masks as Python without adding up numbers of its own;
-- ``rank``: the component above the mean that it belongs to, by mass; 0 for none (`panels.rank_components`).
+- ``level``: the attention, scaled from the map's minimum (0) to its maximum (255), as the colour map needs it;
+- ``needed``: the smallest whole percentage of mass at which `attention.keep_mass` keeps the patch (101: never). The
+  page thresholds it, and so shows the same masks as Python without summing up values itself;
+- ``rank``: the rank by mass of the patch's component above the mean, 0 for none (`panels.rank_components`).
 
-After a model's heads comes their mean, the average of their attention, as a map of its own.
+The mean attention over the heads follows each model's heads as a further map.
 """
 
 import base64
@@ -33,14 +33,13 @@ JPEG_QUALITY = 85
 def gallery_html(
     pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps], mass: float = MASS
 ) -> str:
-    """The page, all data in it.
+    """The HTML page with all its data.
 
     Args:
-        pictures: RGB, ``(height, width, 3)`` in 0..1, of any sizes; they are embedded as they are, so no larger than
-            they are to be seen.
-        titles: one for each; any characters.
+        pictures: RGB, ``(height, width, 3)`` in 0..1, of any sizes. They are embedded unresized: pass display size.
+        titles: one per picture; any characters.
         models: at least one; their grids and numbers of heads may differ.
-        mass: where the slider stands at first, in whole percent.
+        mass: initial position of the slider, a fraction; rounded to whole percent.
     """
     data = {
         "mass": round(100 * mass),
@@ -49,12 +48,12 @@ def gallery_html(
         "map_colours": (colormaps[COLOUR_MAP](range(256))[:, :3] * 255).round().astype(int).tolist(),
         "component_colours": COLOURS.tolist(),
     }
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # so that no title ends the script element
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # a title must not close the script element
     return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text)
 
 
 def needed_mass(attention: Tensor) -> Tensor:
-    """The least whole percentage of mass at which each patch of ``(..., h, w)`` is kept, uint8; 101: never."""
+    """The smallest whole percentage of mass at which each patch of ``(..., h, w)`` is kept: uint8, 101 for never."""
     return sum((~keep_mass(attention, percentage / 100)).to(torch.uint8) for percentage in range(101))
 
 
@@ -67,7 +66,7 @@ def _image(picture: np.ndarray, title: str) -> dict:
 
 
 def _model(model: ModelMaps) -> dict:
-    """A model's maps of all images, and what is measured of them."""
+    """A model's encoded maps, measures and predictions for all images."""
     similarity = model.similarity
     attention = attention_of(similarity)
     mean = attention.mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Images to look at: files, the two ways to bring them to a model's size, and back to pictures."""
+"""Images for the analysis: selection from a data set, conversion to model inputs and back to pictures."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from samplers import Draw
 
 
 def choose_samples(dataset: AugmentedDataset, count: int) -> list[tuple[torch.Tensor, int]]:
-    """Up to ``count`` (image, label) of different classes, spread evenly over the set; always the same ones."""
+    """Up to ``count`` pairs (image, label) of different classes, evenly spaced over the set; deterministic."""
     chosen = {}
     for index in np.linspace(0, len(dataset) - 1, num=min(10 * count, len(dataset)), dtype=int).tolist():
         if dataset.base.targets[index] not in chosen:
@@ -27,7 +27,7 @@ def choose_samples(dataset: AugmentedDataset, count: int) -> list[tuple[torch.Te
 def squash(
     size: int, interpolation: transforms.InterpolationMode = transforms.InterpolationMode.BICUBIC
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """A transform to a normalised ``(3, size, size)``: the whole image, its aspect ratio given up."""
+    """A transform to a normalised tensor ``(3, size, size)``: the whole image, resized without its aspect ratio."""
     return transforms.Compose(
         [
             transforms.Resize((size, size), interpolation),

@@ -2,20 +2,21 @@
 
     python -m analysis.jaccard --checkpoint sar.pth --checkpoint base.pth --data-path VOCdevkit --out jaccard
 
-The last block's [CLS] attention is thresholded, in each head, to the top 60 % of its mass. A class of an image is
-worth the Jaccard similarity of its best head, an image the mean over its classes, a data set the mean over its images;
-images without a class are skipped and counted. Images and masks are squashed to 480 x 480 px. Two rows beside the
-models' say what the numbers mean: random maps of as many heads, thresholded alike (of the best of several heads even
-chance gets a share), and the whole image as a mask.
+In each head, the last block's [CLS] attention is thresholded to the top 60 % of its mass. The score of a class in an
+image is the Jaccard similarity of its best head; the score of an image is the mean over its classes; the score of a
+data set is the mean over its images. Images without a class are skipped and counted. Images and masks are resized to
+480 x 480 px without keeping their aspect ratio. Two baselines are reported for comparison: random maps with the same
+number of heads, thresholded in the same variant (the best of several heads scores above zero even by chance), and the
+whole image as a mask.
 
---protocol void-excluded (the default) counts no pixel that the masks leave open. VOC marks the borders of objects, and
-what is too hard to outline, as void, about 5 % of the pixels: neither object nor background, and left out by VOC's own
-rules. --protocol paper-code is the released code: void is never object, so attention there counts as an error; and
-positions and images are resampled as there (bicubic without antialiasing; bilinear), not as in training.
+--protocol void-excluded (the default) ignores pixels that the masks leave undecided. VOC marks object borders and
+ambiguous regions as void, about 5 % of the pixels; VOC's own evaluation ignores them. --protocol paper-code follows
+the released code: void counts as background, so that attention there is an error; positions and images are resampled
+as in that code (bicubic without antialiasing; bilinear), not as in training.
 
-What "best head" of equal heads and "top" of equal patches are is fixed: the first head, the later patch in row order.
---out gets jaccard.csv (by class), images.csv (by image and class), results.json; with several checkpoints in a folder
-each.
+Ties are broken deterministically: of equal heads the first is best, of equal patches the later one in row-major order
+ranks higher. --out gets jaccard.csv (per class), images.csv (per image and class) and results.json; with several
+checkpoints, in one folder per model.
 """
 
 import argparse
@@ -51,7 +52,7 @@ from utils import UserError, pick_device, progress, start_logging
 
 @dataclass(frozen=True)
 class Protocol:
-    """Whether void pixels count (as background), and how positions and images are resampled."""
+    """Whether void pixels count as background, and how positions and images are resampled."""
 
     void_counts: bool
     positions: str
@@ -67,31 +68,31 @@ PROTOCOLS = {
 # --------------------------------------------------------------------------------------------- the measure
 
 
-class Best(NamedTuple):
-    """The best head for a class of an image, from 0, and its Jaccard similarity, 0 to 1."""
+class BestHead(NamedTuple):
+    """The best head (from 0) for a class of an image, and its Jaccard similarity (0 to 1)."""
 
     jaccard: float
     head: int
 
 
-Scores = list[dict[int, Best]]
-"""Of each image, by the labels of its classes; empty: no class."""
+Scores = list[dict[int, BestHead]]
+"""For each image: label of a class -> its best head; empty for an image without a class."""
 
 
 def jaccard(masks: Tensor, present: Tensor, counts: Tensor, void_counts: bool) -> Tensor:
-    """Jaccard similarity of every mask of an image with every class in it, for a whole batch.
+    """Jaccard similarity of every head's mask with every class, for a batch of images.
 
-    Nothing is enlarged: a mask keeps or drops whole patches, so that how many pixels of a label it keeps is a sum over
-    its patches. All counts are exact; the quotient is rounded to float32, as in the released code.
+    Masks are not upsampled: as a mask consists of whole patches, the number of a label's pixels in it is a sum over
+    patches. All counts are exact; the quotient is rounded to float32, as in the released code.
 
     Args:
         masks: bool ``(B, H, h, w)``.
         present, counts: the pixels of each label in each patch, from :func:`readers.masks.count_labels`.
-        void_counts: void pixels are background; else they are nothing at all.
+        void_counts: count void pixels as background; else ignore them.
 
     Returns:
-        float32 ``(B, H, K)`` for the ``K`` labels in ``present``; only those of classes mean something. NaN for a
-        label that is not in the image.
+        float32 ``(B, H, K)`` for the ``K`` labels in ``present``, meaningful for classes only (neither background nor
+        void). NaN for a label that is not in the image.
     """
     kept, pixels = masks.flatten(2).double(), counts.flatten(2).double()
     intersection = kept @ pixels.mT
@@ -102,48 +103,48 @@ def jaccard(masks: Tensor, present: Tensor, counts: Tensor, void_counts: bool) -
 
 
 def best_heads(masks: Tensor, present: Tensor, counts: Tensor, void_counts: bool) -> Scores:
-    """The best head for each class of each image; arguments as of :func:`jaccard`."""
+    """The best head for each class of each image; arguments as for :func:`jaccard`."""
     classes = (present != BACKGROUND) & (present != VOID)
     highest, heads = jaccard(masks, present, counts, void_counts)[..., classes].max(dim=1)
     labels = present[classes].tolist()
     return [
-        {label: Best(*best) for label, *best in zip(labels, *row, strict=True) if not math.isnan(best[0])}
+        {label: BestHead(*best) for label, *best in zip(labels, *row, strict=True) if not math.isnan(best[0])}
         for row in zip(highest.tolist(), heads.tolist(), strict=True)
     ]
 
 
-def image_mean(image: dict[int, Best]) -> float:
-    """Mean over the classes of an image that has any."""
+def image_mean(image: dict[int, BestHead]) -> float:
+    """Mean over the classes of an image with at least one class."""
     return statistics.fmean(best.jaccard for best in image.values())
 
 
 def mean_over_images(scores: Scores) -> float:
-    """The measure of Table 11, 0 to 1: the mean over the images that have a class."""
+    """The score of Table 11, 0 to 1: the mean over the images that have a class."""
     return statistics.fmean(image_mean(image) for image in scores if image)
 
 
 def by_class(scores: Scores) -> dict[int, list[float]]:
-    """The Jaccard similarities of each class, by its label, rising."""
+    """Label of each class (ascending) -> its Jaccard similarities over the images."""
     labels = sorted({label for image in scores for label in image})
     return {label: [image[label].jaccard for image in scores if label in image] for label in labels}
 
 
 def mean_over_classes(scores: Scores) -> float:
-    """The mean of the classes' own means, 0 to 1: a class of many images weighs no more than a rare one."""
+    """The unweighted mean over the classes of their mean over images, 0 to 1."""
     return statistics.fmean(map(statistics.fmean, by_class(scores).values()))
 
 
 def random_maps(numbers: list[int], shape: tuple[int, int, int]) -> Tensor:
-    """Uniform maps ``(B, *shape)`` in 0..1 for images by number: an image's depend on nothing but its number."""
+    """Uniform random maps ``(B, *shape)`` in 0..1, seeded by each image's number alone."""
     seeds = [int(seed_sequence("random maps", number).generate_state(1)[0]) for number in numbers]
     return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-# ------------------------------------------------------------------------------------------ over a data set
+# ------------------------------------------------------------------------------------------ evaluation of a data set
 
 
 class SquashedImages(Dataset):
-    """``(image (3, size, size), labels uint8 (size, size), number)`` of images with masks."""
+    """Items ``(image (3, size, size), labels uint8 (size, size), index)`` of images with masks, resized to a square."""
 
     def __init__(self, data: MaskedImages, size: int, interpolation: InterpolationMode):
         self.data, self.size = data, size
@@ -157,8 +158,8 @@ class SquashedImages(Dataset):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model's scores and those of its baselines, and the shape of its maps: heads, rows, columns."""
+class ScoresWithBaselines:
+    """The scores of a model and of its baselines; ``shape`` of its maps: heads, rows, columns."""
 
     model: Scores
     random_maps: Scores
@@ -166,13 +167,19 @@ class Measured:
     shape: tuple[int, int, int]
 
 
-def measure(
+def measure_model(
     trained: TrainedModel, loader: DataLoader, void_counts: bool, mass: float, device: torch.device
-) -> Measured:
-    """One pass of a model over batches of :class:`SquashedImages`.
+) -> ScoresWithBaselines:
+    """Score a model and its baselines on batches of :class:`SquashedImages`.
 
+    Args:
+        trained: the model.
+        loader: of the batches.
+        void_counts: see :func:`jaccard`.
+        mass: fraction of the attention that the masks keep.
+        device: of the model.
     Raises:
-        UnreadableImage: an image or mask that is truncated or none.
+        UnreadableImage: an image or mask that is truncated or not an image.
         UserError: no image has a class.
     """
     scores = {"model": [], "random_maps": [], "whole_image": []}
@@ -192,14 +199,14 @@ def measure(
             "no image has a class: VOC's masks hold 0 for background, 255 for void and class numbers between them; "
             "masks of one object belong in masks/ beside images/"
         )
-    return Measured(**scores, shape=shape)
+    return ScoresWithBaselines(**scores, shape=shape)
 
 
 # ---------------------------------------------------------------------------------------------- the results
 
 
-def summarise(measured: Measured, data: MaskedImages) -> dict:
-    """All figures of a model: percentages, numbers of images, and the same by class."""
+def summarise(measured: ScoresWithBaselines, data: MaskedImages) -> dict:
+    """A model's results: mean scores (percent), numbers of images, and the same for each class."""
     figures = {
         "jaccard": 100 * mean_over_images(measured.model),
         "random_maps": 100 * mean_over_images(measured.random_maps),
@@ -213,10 +220,12 @@ def summarise(measured: Measured, data: MaskedImages) -> dict:
     return figures | {"classes": class_rows(measured, data)}
 
 
-def class_rows(measured: Measured, data: MaskedImages) -> list[dict]:
-    """A row of jaccard.csv for each class: mean Jaccard similarities over the images that have it, percent."""
-    ways = (measured.model, measured.random_maps, measured.whole_image)
-    model, by_chance, whole = ({k: 100 * statistics.fmean(v) for k, v in by_class(way).items()} for way in ways)
+def class_rows(measured: ScoresWithBaselines, data: MaskedImages) -> list[dict]:
+    """One row of jaccard.csv per class: mean Jaccard similarities (percent) over the images with that class."""
+    variants = (measured.model, measured.random_maps, measured.whole_image)
+    model, by_chance, whole = (
+        {k: 100 * statistics.fmean(v) for k, v in by_class(variant).items()} for variant in variants
+    )
     numbers = {label: len(values) for label, values in by_class(measured.model).items()}
     return [
         {
@@ -231,14 +240,14 @@ def class_rows(measured: Measured, data: MaskedImages) -> list[dict]:
     ]
 
 
-def image_rows(measured: Measured, data: MaskedImages) -> list[dict]:
-    """A row of images.csv for each class of each image (an image without one has a row of empty fields).
+def image_rows(measured: ScoresWithBaselines, data: MaskedImages) -> list[dict]:
+    """One row of images.csv per class of each image; an image without a class gets a row with empty fields.
 
-    Heads are counted from 1; similarities are percentages; ``image_jaccard`` is the mean over the image's classes.
+    Heads are numbered from 1; similarities are percentages; ``image_jaccard`` is the mean over the image's classes.
     """
     rows = []
-    ways = (measured.model, measured.random_maps, measured.whole_image)
-    for name, image, by_chance, whole in zip(data.names, *ways, strict=True):
+    variants = (measured.model, measured.random_maps, measured.whole_image)
+    for name, image, by_chance, whole in zip(data.names, *variants, strict=True):
         for label in image or [None]:
             row = dict.fromkeys("image class label head jaccard image_jaccard random_maps whole_image".split())
             row["image"] = name
@@ -250,8 +259,8 @@ def image_rows(measured: Measured, data: MaskedImages) -> list[dict]:
     return rows
 
 
-def as_markdown(results: dict[str, Measured]) -> str:
-    """The printed table: a row a model, one for random maps of each shape, one for the whole image."""
+def as_markdown(results: dict[str, ScoresWithBaselines]) -> str:
+    """The printed table: one row per model, per shape of random maps, and for the whole image."""
     rows = [(name.replace("|", "\\|"), measured.model) for name, measured in results.items()]
     baselines = {}
     for measured in results.values():
@@ -277,24 +286,46 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_checkpoint_options(parser, required=True)
-    add("--data-path", required=True, metavar="DIR", help="VOCdevkit or alike; or a folder with images/ and masks/")
-    add("--split", metavar="NAME", help="of VOC's lists (default: val)")
-    add("--out", type=Path, metavar="DIR", help="keep the results there")
-    add("--protocol", choices=PROTOCOLS, default="void-excluded", help="default: %(default)s")
-    add("--mass", type=at_least(float, 0, 1, open_low=True), default=MASS, help="share kept (default: %(default)s)")
-    add("--input-size", type=at_least(int, 1, 4096), default=480, metavar="PX", help="default: %(default)s")
+    add(
+        "--data-path",
+        required=True,
+        metavar="DIR",
+        help="VOCdevkit or the same layout; or a folder with images/ and masks/",
+    )
+    add("--split", metavar="NAME", help="list of VOC to use (default: val)")
+    add("--out", type=Path, metavar="DIR", help="output folder for the results")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="void-excluded",
+        help="treatment of void and resampling, see above (default: %(default)s)",
+    )
+    add(
+        "--mass",
+        type=at_least(float, 0, 1, open_low=True),
+        default=MASS,
+        help="fraction of the attention to keep (default: %(default)s)",
+    )
+    add(
+        "--input-size",
+        type=at_least(int, 1, 4096),
+        default=480,
+        metavar="PX",
+        help="input size of all models (default: %(default)s)",
+    )
     add_model_options(parser)
     add_loading_options(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print and keep; returns the exit code."""
+    """Execute the command line; returns the exit code (2: bad usage)."""
     return exit_code(lambda: run(parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry the command out; all that can be wrong with its input is known before a model runs."""
+    """Measure all models, print the table and write the results; errors in the input are raised before a model runs."""
+    # 1. read data and models
     start_logging(0)
     device, protocol = pick_device(args.device), PROTOCOLS[args.protocol]
     data = read_masked_images(args.data_path, args.split)
@@ -302,13 +333,15 @@ def run(args: argparse.Namespace) -> int:
     folders = result_folders(args, models)
     loader = load_batches(SquashedImages(data, args.input_size, protocol.interpolation), args, device)
     settings = {name: getattr(args, name) for name in ("data_path", "input_size", "mass", "protocol")}
+    # 2. measure one model after another, and write its results at once
     results = {}
     for model, path, folder in zip(models, args.checkpoint, folders, strict=True):
-        measured = results[model.name] = measure(model, loader, protocol.void_counts, args.mass, device)
+        measured = results[model.name] = measure_model(model, loader, protocol.void_counts, args.mass, device)
         if folder:
             about = settings | {"split": data.split, "checkpoint": path, "model": model.name}
             tables = {"jaccard.csv": class_rows(measured, data), "images.csv": image_rows(measured, data)}
             write_results(folder, tables, about | summarise(measured, data))
+    # 3. print the table
     place = args.data_path if data.split is None else f"{args.data_path}, {data.split}"
     print(f"Jaccard similarity, %: {args.protocol}, {args.mass:.0%} of the mass, {args.input_size} px; {place}\n")
     print(as_markdown(results))

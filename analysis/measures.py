@@ -1,17 +1,18 @@
-"""How blob-like attention maps are, over any folder of images; and how blob-like objects are, over a set of masks.
+"""Measures of how blob-like attention maps are on a folder of images, and ground-truth objects in a set of masks.
 
     python -m analysis.measures --checkpoint sar.pth --checkpoint base.pth --images DIR --out measures
     python -m analysis.measures --masks VOCdevkit --grid 14 --out bias
 
-Maps: of each head, the spatial entropy (Eq. 7) of the similarity map, the number of 8-connected components above its
-mean, and the patches of the largest of them, also as a share of all that is above the mean. Images are resized and
-cropped as in any evaluation. --out gets heads.csv, images.csv (a row an image and head) and results.json; with several
-checkpoints in a folder each.
+Maps: for each head, the spatial entropy (Eq. 7) of the similarity map, the number of 8-connected components above its
+mean, and the number of patches of the largest component, also as a fraction of all patches above the mean. Images are
+resized and cropped as in evaluation. --out gets heads.csv, images.csv (one row per image and head) and results.json;
+with several checkpoints, in one folder per model.
 
-Masks: the bias that SAR puts into a model, measured on ground truth: into how many 8-connected components the
-foreground (all objects together) of an image falls on the k x k patch grid. The mask is squashed to a square; a patch
-is foreground where objects are more than half of its pixels, void ones left out. An object that is nowhere so large
-leaves no component; images without any object are skipped and counted. --out gets images.csv and results.json.
+Masks: the spatial bias that SAR assumes, measured on ground truth: the number of 8-connected components of an image's
+foreground (all objects together) on the k x k patch grid. The mask is resized to a square without keeping its aspect
+ratio; a patch is foreground if objects cover more than half of its pixels that are not void. An object that nowhere
+covers half a patch adds no component; images without an object are skipped and counted. --out gets images.csv and
+results.json.
 """
 
 import argparse
@@ -40,9 +41,9 @@ from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_mas
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging
 
 GRID = 14
-"""Patches a side of the paper's models: 224 px in patches of 16."""
+"""Patches per side in the paper's models: 224 px in patches of 16."""
 PATCH = 16
-"""Pixels a side of a patch of a squashed mask."""
+"""Side of a patch of a resized mask, px."""
 MEASURES = ("entropy", "components", "largest", "kept", "share")
 
 
@@ -50,7 +51,7 @@ MEASURES = ("entropy", "components", "largest", "kept", "share")
 
 
 class CroppedImages(Dataset):
-    """The images of files, as a model of this input size evaluates them: ``(3, size, size)``."""
+    """Images from files, transformed as in evaluation at this input size: ``(3, size, size)``."""
 
     def __init__(self, paths: list[Path], size: int, crop_pct: float | None = None):
         self.paths, self.transform = paths, eval_transform(size, crop_pct)
@@ -63,10 +64,10 @@ class CroppedImages(Dataset):
 
 
 def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[str, Tensor]:
-    """All :data:`MEASURES` of every image's maps: ``(N, H)`` on the host.
+    """All :data:`MEASURES` of every image's maps: ``(N, H)`` on the CPU.
 
-    ``largest`` and ``kept`` count patches, of the largest component and above the mean; ``share`` is their quotient, 0
-    for a constant map, which has nothing above its mean.
+    ``largest`` and ``kept`` are numbers of patches: of the largest component, and above the mean. ``share`` is
+    ``largest / kept``; 0 for a constant map, which has no patch above its mean.
     """
     batches = []
     for images in progress(loader, trained.name):
@@ -77,7 +78,7 @@ def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[
 
 
 def head_rows(measured: dict[str, Tensor]) -> list[dict]:
-    """Means over the images, a row a head (counted from 1), and a last row of the means over the heads."""
+    """Means over the images: one row per head (numbered from 1), and a last row with the means over the heads."""
     means = {name: measured[name].double().mean(0) for name in MEASURES}
     heads = len(means["entropy"])
     rows = [{"head": head + 1} | {name: means[name][head].item() for name in MEASURES} for head in range(heads)]
@@ -85,7 +86,7 @@ def head_rows(measured: dict[str, Tensor]) -> list[dict]:
 
 
 def image_rows(measured: dict[str, Tensor], names: list[str]) -> list[dict]:
-    """A row for each image and head, heads counted from 1."""
+    """One row per image and head; heads are numbered from 1."""
     values = {name: measured[name].tolist() for name in MEASURES}
     return [
         {"image": image, "head": head + 1} | {name: values[name][index][head] for name in MEASURES}
@@ -108,7 +109,7 @@ def maps_as_markdown(results: dict[str, list[dict]]) -> str:
 
 
 def run_maps(args: argparse.Namespace) -> None:
-    """Measure, print and keep what ``--images`` asks for."""
+    """Measure the maps of the models on --images, print them and write the results."""
     device, paths = pick_device(args.device), list_images(args.images)
     models = load_models(args, device)
     folders = result_folders(args, models)
@@ -129,7 +130,7 @@ def run_maps(args: argparse.Namespace) -> None:
 
 
 class SquashedMasks(Dataset):
-    """The masks of images, ``PATCH`` px a patch of the grid: uint8 labels ``(size, size)``."""
+    """Masks resized to ``PATCH`` px per patch of the grid: uint8 labels ``(size, size)``."""
 
     def __init__(self, data: MaskedImages, grid: int):
         self.data, self.size = data, PATCH * grid
@@ -142,11 +143,14 @@ class SquashedMasks(Dataset):
 
 
 def foreground(labels: Tensor, grid: int) -> tuple[Tensor, Tensor]:
-    """Which patches of a ``grid x grid`` are object, for masks uint8 ``(B, H, W)``.
+    """The foreground patches of masks on a ``grid x grid``.
 
+    Args:
+        labels: uint8 ``(B, H, W)``.
+        grid: patches per side.
     Returns:
-        bool ``(B, grid, grid)``: objects are more than half of the patch's pixels that are not void; and bool ``(B,)``:
-        there is an object in the mask at all.
+        bool ``(B, grid, grid)``: objects cover more than half of the patch's pixels that are not void; bool ``(B,)``:
+        the mask holds an object.
     """
     present, counts = count_labels(labels, grid, grid)
     known = present != VOID
@@ -155,7 +159,7 @@ def foreground(labels: Tensor, grid: int) -> tuple[Tensor, Tensor]:
 
 
 def measure_masks(loader, grid: int) -> tuple[Tensor, Tensor]:
-    """Components and patches of each image's foreground on the grid: int64 ``(N,)`` each; -1 where no object is."""
+    """Numbers of components and of patches of each image's foreground: int64 ``(N,)`` each, -1 without an object."""
     components, patches = [], []
     for labels in progress(loader, "masks"):
         cells, has_object = foreground(labels, grid)
@@ -166,14 +170,14 @@ def measure_masks(loader, grid: int) -> tuple[Tensor, Tensor]:
 
 
 def summarise_masks(components: Tensor) -> dict:
-    """Mean number of components, and how many images have 0, 1, 2, ... of them.
+    """Mean number of components, and the number of images with 0, 1, 2, ... of them.
 
     Raises:
         UserError: no image has an object.
     """
     with_object = components[components >= 0]
     if not len(with_object):
-        raise UserError("no mask has an object: they hold only 0, background, and 255, void")
+        raise UserError("no mask has an object: all hold only 0 (background) and 255 (void)")
     images = with_object.bincount().tolist()
     return {
         "components": with_object.double().mean().item(),
@@ -185,7 +189,7 @@ def summarise_masks(components: Tensor) -> dict:
 
 
 def masks_as_markdown(summary: dict) -> str:
-    """How many images have so many components."""
+    """The histogram of components as a table, and a line with the mean."""
     lines = ["| components | images | share |", "|---|---:|---:|"]
     lines += [
         f"| {number} | {images} | {images / summary['images']:.1%} |"
@@ -196,7 +200,7 @@ def masks_as_markdown(summary: dict) -> str:
 
 
 def mask_rows(names: list[str], components: Tensor, patches: Tensor) -> list[dict]:
-    """A row for each image; empty fields for one without object."""
+    """One row per image; an image without an object gets empty fields."""
     columns = zip(names, components.tolist(), patches.tolist(), strict=True)
     return [
         {"image": name, "components": None if number < 0 else number, "patches": None if size < 0 else size}
@@ -205,7 +209,7 @@ def mask_rows(names: list[str], components: Tensor, patches: Tensor) -> list[dic
 
 
 def run_masks(args: argparse.Namespace) -> None:
-    """Measure, print and keep what ``--masks`` asks for."""
+    """Measure the foregrounds of --masks, print them and write the results."""
     data, grid = read_masked_images(args.masks, args.split), args.grid or GRID
     if args.out:
         prepare_output_dir(args.out, "--out")
@@ -227,15 +231,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--images", metavar="DIR", help="measure the maps of these")
-    what.add_argument("--masks", metavar="DIR", help="VOCdevkit or alike, or a folder with images/ and masks/")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="DIR", help="measure the maps of the images in this folder")
+    source.add_argument(
+        "--masks",
+        metavar="DIR",
+        help="measure the masks of VOCdevkit (or the same layout), or of a folder with images/ and masks/",
+    )
     add = parser.add_argument
     add_checkpoint_options(parser, required=False)
-    add("--input-size", type=at_least(int, 1, 4096), metavar="PX", help="with --images (default: the model's)")
-    add("--split", metavar="NAME", help="with --masks: of VOC's lists (default: val)")
-    add("--grid", type=at_least(int, 1, 256), metavar="K", help=f"with --masks: patches a side (default: {GRID})")
-    add("--out", type=Path, metavar="DIR", help="keep the results there")
+    add(
+        "--input-size",
+        type=at_least(int, 1, 4096),
+        metavar="PX",
+        help="with --images: input size (default: the model's)",
+    )
+    add("--split", metavar="NAME", help="with --masks: list of VOC to use (default: val)")
+    add("--grid", type=at_least(int, 1, 256), metavar="K", help=f"with --masks: patches per side (default: {GRID})")
+    add("--out", type=Path, metavar="DIR", help="output folder for the results")
     add_model_options(parser)
     add_loading_options(parser)
     args = parser.parse_args(argv)
@@ -244,19 +257,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     for name in foreign:
         if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} has no meaning with {given}; leave it out")
+            parser.error(f"--{name.replace('_', '-')} has no effect with {given}; leave it out")
     if args.images and not args.checkpoint:
         parser.error("--images needs --checkpoint, the model whose maps are measured")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print and keep; returns the exit code."""
+    """Execute the command line; returns the exit code (2: bad usage)."""
     return exit_code(lambda: run(parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry the command out; all that can be wrong with its input is known before a model runs."""
+    """Measure maps or masks; errors in the input are raised before a model runs."""
     start_logging(0)
     run_maps(args) if args.images else run_masks(args)
     if args.out:

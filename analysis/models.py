@@ -1,4 +1,4 @@
-"""A trained model to be looked at, from a checkpoint of any format (the table in ``weights.py``)."""
+"""Load a trained model for analysis from a checkpoint of any supported format (see the table in ``weights.py``)."""
 
 import math
 import os
@@ -24,13 +24,14 @@ POSITIONS = ("timm", "released")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode that gives similarity maps, and what is known of it.
+    """A model in evaluation mode that returns similarity maps, and its metadata.
 
     Attributes:
-        name: what tables and pictures call it.
-        input_size: side of its images, px.
-        classes: the names of its classes, in order; None where the file does not tell them.
-        crop_pct: of its evaluation; None: by size, see `datasets.build_transform`.
+        name: in tables and pictures.
+        input_size: side of its square input, px.
+        patch_size: side of a patch, px.
+        classes: names of its classes, in order; None if the file does not give them.
+        crop_pct: fraction of the resized image that evaluation crops; None: by size, see `datasets.eval_transform`.
     """
 
     name: str
@@ -49,32 +50,36 @@ def load_model(
     input_size: int | None = None,
     positions: str = "timm",
 ) -> TrainedModel:
-    """The model that a checkpoint's weights belong to; nothing of it is left at random.
+    """Build the model of a checkpoint and load all of its weights.
 
     Args:
-        path, key: see `checkpoints.read_checkpoint`, `checkpoints.select_weights`.
-        num_heads: of a ViT whose file does not tell it. Of another program's file it wins over what
-            `checkpoints.num_heads_of` takes from layout and width, with a warning; this program's files know.
-        input_size: px; None: that of the training. For another one the position embedding is resampled.
-        positions: how: "timm" (bicubic, antialiased) or "released", as the released code does it (bicubic without
-            antialiasing, by a scale factor of 0.1 patches more).
+        path: see `weights.read_checkpoint`.
+        device: to load the model on.
+        key: see `weights.select_weights`.
+        num_heads: for a ViT whose file does not give it. For another program's file it overrides the number that
+            `weights.num_heads_of` infers from layout and width, with a warning.
+        input_size: px; None for the training's. For another size the position embedding is resampled.
+        positions: resampling method: "timm" (bicubic, antialiased), or "released" as in the released code (bicubic
+            without antialiasing, with a scale factor that is 0.1 patches larger).
 
     Raises:
-        UserError: no such file, weights that are no ViT's or do not fit, heads that must be said or that are known to
-            be others, a size that the patches do not divide.
+        UserError: no such file; weights that are not a ViT's or do not fit; an unknown or contradicting number of
+            heads; an input size that is not a multiple of the patch size.
     """
+    # 1. build the architecture, then load the weights
     path, checkpoint = Path(path), read_checkpoint(path)
     try:
         if _is_own(checkpoint):
             model, size, patch_size = _own_model(checkpoint, device, num_heads, input_size)
         else:
-            model, size, patch_size = _other_vit(checkpoint, key, num_heads, input_size)
+            model, size, patch_size = _foreign_vit(checkpoint, key, num_heads, input_size)
         state, _ = select_weights(checkpoint, key)
         if positions == "released":
             state = _with_released_positions(state, model)
         load_weights(model, state, keep_head=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    # 2. metadata of this program's checkpoints
     crop_pct = checkpoint["args"]["crop_pct"] if _is_own(checkpoint) else None
     classes, name = _classes(checkpoint, model), short_names([path])[0]
     return TrainedModel(name, model.to(device).eval(), size, patch_size, classes, crop_pct)
@@ -86,7 +91,7 @@ def _is_own(checkpoint: Mapping) -> bool:
 
 
 def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None, input_size: int | None) -> tuple:
-    """The model of a checkpoint of this program, without its weights, and its input and patch size."""
+    """The untrained model of a checkpoint of this program, its input size and its patch size (px)."""
     args = parse_arguments(["--eval"], saved=checkpoint["args"])
     size = input_size or args.input_size
     _check_size(size, args.patch_size)
@@ -98,22 +103,30 @@ def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None,
     return model, size, args.patch_size
 
 
-def _other_vit(checkpoint: Mapping, key: str | None, num_heads: int | None, input_size: int | None) -> tuple:
-    """The ViT of another program's checkpoint, sizes read off its weights, without them; its input and patch size."""
+def _foreign_vit(checkpoint: Mapping, key: str | None, num_heads: int | None, input_size: int | None) -> tuple:
+    """The untrained ViT of another program's checkpoint, its input size and its patch size (px).
+
+    All dimensions are inferred from the shapes of the weights.
+    """
+    # 1. is it a ViT?
     state, _ = select_weights(checkpoint, key)
     names = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "norm.weight")
     missing = [name for name in names if name not in state]
     if missing:
-        raise UserError(f"its weights are no ViT's: no {', '.join(missing)}; only ViTs of other programs are read")
+        raise UserError(
+            f"not the weights of a ViT: no {', '.join(missing)}; other programs' checkpoints must hold a ViT"
+        )
+    # 2. number of heads
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     known = num_heads_of(checkpoint, key)
     heads = num_heads or known
     if None not in (num_heads, known) and num_heads != known:
-        logger.warning(f"taken as one of {num_heads} heads, though by its layout it has {known}")
+        logger.warning(f"using {num_heads} heads as given, although its layout implies {known}")
     if heads is None:
-        raise UserError(f"how many heads a ViT of width {width} has, the file does not tell: say it with --num-heads")
+        raise UserError(f"the file does not give the number of heads of a ViT of width {width}; give --num-heads")
     if width % heads:
         raise UserError(f"--num-heads {heads} does not divide the width {width}")
+    # 3. input size, and the model
     size = input_size or math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
     _check_size(size, patch_size)
     model = timm.create_model(
@@ -134,11 +147,11 @@ def _other_vit(checkpoint: Mapping, key: str | None, num_heads: int | None, inpu
 def _check_size(size: int, patch_size: int) -> None:
     if size % patch_size:
         nearest = max(1, round(size / patch_size)) * patch_size
-        raise UserError(f"an input size of {size} is not divisible by its patches of {patch_size}; take {nearest}")
+        raise UserError(f"an input size of {size} is not divisible by the patch size {patch_size}; use {nearest}")
 
 
 def _with_released_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with its positions brought to the model's grid as the released code does it."""
+    """The state dict with its position embedding resampled to the model's grid, as in the released code."""
     if "pos_embed" not in state:
         raise UserError("the released code resamples positions of ViTs only; leave it to timm")
     own, (h, w) = state["pos_embed"], model.patch_embed.grid_size
@@ -157,22 +170,22 @@ def _classes(checkpoint: Mapping, model: nn.Module) -> list[str] | None:
 
 
 def short_names(paths: list[str | Path]) -> list[str]:
-    """What tells the paths of checkpoints apart: ``["a/seed0/best.pth", "b/seed0/best.pth"]`` -> ``["a", "b"]``.
+    """Short distinct names from checkpoint paths: ``["a/seed0/best.pth", "b/seed0/best.pth"]`` -> ``["a", "b"]``.
 
-    A single path's is the name of its file, or of its folder where all such files are called alike.
+    A single path is named after its file, or after its folder if the file is main.py's ``best`` or ``checkpoint``.
 
     Raises:
         UserError: a path that is given twice.
     """
     if len({os.path.abspath(path) for path in paths}) < len(paths):
-        raise UserError(f"a checkpoint is given twice: {', '.join(map(str, paths))}; name each once")
+        raise UserError(f"a checkpoint is given twice: {', '.join(map(str, paths))}; give each once")
     whole = [Path(os.path.abspath(path)) for path in paths]
     without = [path.with_suffix("") for path in whole]
     parts = [path.parts for path in (without if len(set(without)) == len(without) else whole)]
     if len(parts) == 1:
         *_, folder, name = parts[0]
         return [folder if name in ("best", "checkpoint") else name]
-    for end in (0, -1):  # what all begin with, then what all end with
+    for end in (0, -1):  # strip the common prefix, then the common suffix
         while all(len(names) > 1 for names in parts) and len({names[end] for names in parts}) == 1:
             parts = [names[1:] if end == 0 else names[:-1] for names in parts]
     return ["/".join(names) for names in parts]

@@ -1,12 +1,12 @@
-"""Pages of attention maps: for each image a row, in it the image and every head of every model (Fig. 1, 2, 4, 8).
+"""Pages of attention maps: one row per image, with the image and every head of every model (Fig. 1, 2, 4, 8).
 
-Three kinds of page, drawn from plain tensors on no window and with no state of pyplot's:
+Three kinds of page, drawn from plain tensors without pyplot's global state:
 
-- `attention_page`: each head's attention, and the outline of the part that holds 60 % of its mass (Fig. 4, 8);
-- `mask_page`: the image where that part is, dimmed elsewhere (Fig. 1);
+- `attention_page`: each head's attention, and the outline of the patches that hold 60 % of its mass (Fig. 4, 8);
+- `mask_page`: the image inside that outline, dimmed outside (Fig. 1);
 - `component_page`: the similarity map, its mean as a line, and the components above it in colour (Fig. 2).
 
-Colour runs from each map's least value (dark) to its greatest (bright). Lengths are in inches.
+Colours are scaled from each map's minimum (dark) to its maximum (bright). Lengths are in inches.
 """
 
 import textwrap
@@ -24,7 +24,7 @@ from analysis.attention import MASS, attention_of, keep_mass, measure_maps
 from analysis.images import as_picture
 from losses import label_components, max_components, thresholded
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, and white for whatever comes after them.
+# The palette of Okabe and Ito, distinguishable for colour-blind readers; white for all further components.
 COLOURS = np.array(
     [
         [230, 159, 0],
@@ -40,23 +40,25 @@ COLOURS = np.array(
 COLOUR_MAP = "viridis"  # perceptually uniform
 
 CELL, GAP, MODEL_GAP, LINE, MARGIN = 1.4, 0.08, 0.25, 0.15, 0.12
-CHARACTERS = 24  # of the small print in the width of a cell
+CHARACTERS = 24  # number of caption characters that fit into a cell's width
 
 
 @dataclass(frozen=True)
 class ModelMaps:
-    """What one model makes of the images.
+    """One model's outputs for the images.
 
-    ``similarity`` is float32 ``(images, heads, h, w)`` on the CPU, Eq. 4; ``predictions`` a class an image, if the
-    model knows the images' classes.
+    Attributes:
+        name: of the model.
+        similarity: Eq. 4, float32 ``(images, heads, h, w)`` on the CPU.
+        predictions: the predicted class of each image; None if the model was not trained on the images' classes.
     """
 
     name: str
     similarity: Tensor
     predictions: list[str] | None = None
 
-    def of(self, rows: slice) -> "ModelMaps":
-        """The same of some of the images."""
+    def select(self, rows: slice) -> "ModelMaps":
+        """The maps of some of the images."""
         return ModelMaps(self.name, self.similarity[rows], self.predictions and self.predictions[rows])
 
 
@@ -74,7 +76,7 @@ class Box:
         return Box(self.left + CELL + GAP, self.top, self.width, self.height)
 
 
-# A head's part of a row: onto the axes, from its box (the first, if it has two) and picture (h, w, 3), for S (h, w).
+# Draws one head's cells of a row: (axes, box of its first cell, picture (height, width, 3), S (h, w)).
 DrawHead = Callable[[Axes, Box, np.ndarray, Tensor], None]
 
 
@@ -84,13 +86,13 @@ DrawHead = Callable[[Axes, Box, np.ndarray, Tensor], None]
 def attention_panel(
     images: Tensor, similarity: Tensor, mass: float = MASS, titles: Sequence[str] | None = None
 ) -> Figure:
-    """An `attention_page` of one model and the images that it was given, for ``SummaryWriter.add_figure``.
+    """An `attention_page` of one model from its input images, for ``SummaryWriter.add_figure``.
 
     Args:
         images: normalised, ``(B, 3, height, width)``, on any device.
         similarity: S of Eq. 4, ``(B, H, h, w)``, on any device.
-        mass: the part to outline.
-        titles: a line or two for each image.
+        mass: fraction of the attention to outline.
+        titles: one or two lines per image.
     """
     pictures = [as_picture(image) for image in images]
     maps = ModelMaps("", similarity.detach().float().cpu())
@@ -103,9 +105,9 @@ def attention_page(
     """Each head's attention of [CLS] to the patches, its top ``mass`` outlined; below it entropy and components.
 
     Args:
-        pictures: RGB, ``(height, width, 3)`` in 0..1, of any sizes; the maps are drawn in their proportions.
-        titles: a line or two for each.
-        models: beside each other; their grids and numbers of heads may differ.
+        pictures: RGB, ``(height, width, 3)`` in 0..1, of any sizes; the maps are drawn in their aspect ratio.
+        titles: one or two lines per picture.
+        models: drawn side by side; their grids and numbers of heads may differ.
     """
 
     def draw(axes: Axes, box: Box, picture: np.ndarray, similarity: Tensor) -> None:
@@ -121,7 +123,7 @@ def attention_page(
 def mask_page(
     pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps], mass: float = MASS
 ) -> Figure:
-    """The image where a head's top ``mass`` is (Fig. 1), dimmed elsewhere; arguments as of `attention_page`."""
+    """The image inside each head's top ``mass`` (Fig. 1), dimmed outside; arguments as for `attention_page`."""
 
     def draw(axes: Axes, box: Box, picture: np.ndarray, similarity: Tensor) -> None:
         mask = keep_mass(attention_of(similarity[None, None])[0, 0], mass).numpy()
@@ -136,9 +138,9 @@ def mask_page(
 def component_page(
     pictures: Sequence[np.ndarray], titles: Sequence[str], models: Sequence[ModelMaps], mass: float = MASS
 ) -> Figure:
-    """The similarity map, its mean as a line, and the components above it (Fig. 2); arguments as of `attention_page`.
+    """The similarity map, its mean as a line, and the components above it (Fig. 2); arguments as for `attention_page`.
 
-    The components have nothing to do with ``mass``. The one with the largest mass has the first of `COLOURS`.
+    ``mass`` has no effect. `COLOURS` are assigned by the components' mass, largest first.
     """
 
     def draw(axes: Axes, box: Box, picture: np.ndarray, similarity: Tensor) -> None:
@@ -152,21 +154,21 @@ def component_page(
     return _page(pictures, titles, models, heading, draw, cells=2)
 
 
-# --------------------------------------------------------------------------------------- what is put on them
+# --------------------------------------------------------------------------------------- their contents
 
 
 def describe(similarity: Tensor) -> str:
-    """Spatial entropy and number of components of one map ``(h, w)``, in words."""
+    """A caption with spatial entropy (nats) and number of components of one map ``(h, w)``."""
     measured = measure_maps(similarity[None, None])
     entropy, components = float(measured["entropy"]), int(measured["components"])
     return f"H {abs(entropy):.2f} · {components} component{'' if components == 1 else 's'}"
 
 
 def rank_components(similarity: Tensor) -> Tensor:
-    """The components above each map's mean (Eq. 5-6) by their mass: int64 ``(..., h, w)`` for S ``(..., h, w)``.
+    """Rank the components above each map's mean (Eq. 5-6) by mass: int64 ``(..., h, w)`` for S ``(..., h, w)``.
 
-    1 is the component with the largest mass above the mean (Eq. 8), 2 the next, 0 what is not above it. A map that
-    is constant up to rounding has none, as in `losses.spatial_entropy`.
+    1 marks the component with the largest mass above the mean (Eq. 8), 2 the next; 0 marks patches below the mean. A
+    map that is constant up to rounding has no component, as in `losses.spatial_entropy`.
     """
     excess = thresholded(similarity)
     labels = label_components(excess > 0).flatten(-2)
@@ -186,13 +188,13 @@ def paint_components(ranks: np.ndarray, picture: np.ndarray) -> np.ndarray:
 
 
 def enlarge(values: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """A map ``(h, w)`` at the size of a picture ``(height, width, 3)``: each pixel has its patch's value."""
+    """Upsample a map ``(h, w)`` to a picture's ``(height, width)``: each pixel gets its patch's value."""
     (h, w), (height, width) = values.shape, picture.shape[:2]
     return values[np.ix_(np.arange(height) * h // height, np.arange(width) * w // width)]
 
 
 def shorten(text: str, length: int) -> str:
-    """``text`` in at most ``length`` characters: its two ends stay."""
+    """``text`` shortened to at most ``length`` characters by cutting out its middle."""
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[: length - 1 - half]}…{text[-half:]}"
 
@@ -212,7 +214,8 @@ def _page(
     draw: DrawHead,
     cells: int = 1,
 ) -> Figure:
-    """Image, titles and headings in their places, and ``draw`` for each head, which takes so many cells of a row."""
+    """Lay out images, titles and headings, and call ``draw`` for each head, which takes ``cells`` cells of a row."""
+    # 1. page size and heading
     lefts, width = _columns(models, cells)
     lines = textwrap.wrap(heading, int(CHARACTERS / CELL * (width - 2 * MARGIN) * 0.95))
     heights = [CELL * min(1, picture.shape[0] / picture.shape[1]) for picture in pictures]
@@ -221,6 +224,7 @@ def _page(
     for number, line in enumerate(lines):
         _write(axes, MARGIN, MARGIN + 1.3 * LINE * (number + 0.5), line, size=8.5, align="left")
     _name_columns(axes, models, lefts, cells, top)
+    # 2. one row per image
     for index, (picture, title, height) in enumerate(zip(pictures, titles, heights, strict=True)):
         side = min(CELL, CELL * picture.shape[1] / picture.shape[0])
         inset = (CELL - side) / 2
@@ -239,7 +243,7 @@ def _page(
 
 
 def _columns(models: Sequence[ModelMaps], cells: int) -> tuple[list[list[float]], float]:
-    """Where each model's heads begin, from the left, and how wide the page is."""
+    """The left edge of each model's heads, and the width of the page."""
     lefts, left = [], MARGIN + CELL
     for model in models:
         left += MODEL_GAP
@@ -250,7 +254,7 @@ def _columns(models: Sequence[ModelMaps], cells: int) -> tuple[list[list[float]]
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    """A page of that size, and axes whose units are inches from its top left corner."""
+    """A page of that size, and axes in inches from its top left corner."""
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
@@ -259,7 +263,7 @@ def _blank(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _name_columns(axes: Axes, models: Sequence[ModelMaps], lefts: list[list[float]], cells: int, top: float) -> None:
-    """Above its heads each model's name, if it has one, and a line; above each head its number."""
+    """Write each model's name, if any, with a line above its heads, and the number above each head."""
     span = CELL * cells + GAP * (cells - 1)
     for model, columns in zip(models, lefts, strict=True):
         if model.name:
@@ -273,13 +277,13 @@ def _name_columns(axes: Axes, models: Sequence[ModelMaps], lefts: list[list[floa
 
 
 def _paint(axes: Axes, box: Box, pixels: np.ndarray) -> None:
-    """An RGB picture, or a map in the colours of `COLOUR_MAP`, into a box."""
+    """Draw an RGB picture, or a map in the colours of `COLOUR_MAP`, into a box."""
     extent = (box.left, box.left + box.width, box.top + box.height, box.top)
     axes.imshow(pixels, extent=extent, aspect="auto", cmap=colormaps[COLOUR_MAP], interpolation="nearest")
 
 
 def _outline(axes: Axes, box: Box, mask: np.ndarray) -> None:
-    """A line around the patches of a mask ``(h, w)`` that is laid over a box; it reads on every colour."""
+    """Outline the patches of a mask ``(h, w)`` over a box, white on black to be visible on every colour."""
     padded = np.pad(mask, 1)
     rows = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # (y, x): from (x, y) to (x + 1, y)
     columns = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])  # (y, x): from (x, y) to (x, y + 1)
@@ -292,7 +296,7 @@ def _outline(axes: Axes, box: Box, mask: np.ndarray) -> None:
 
 
 def _caption(axes: Axes, box: Box, text: str) -> None:
-    """Up to two lines below a box, each cut to a cell's width."""
+    """Write up to two lines below a box, each shortened to a cell's width."""
     for number, line in enumerate(text.splitlines()[:2]):
         if line:
             bottom = box.top + box.height + (number + 0.6) * LINE

@@ -1,16 +1,17 @@
-"""Accuracy on images unlike those of the training: ImageNet-A's, and ImageNet-C's corrupted ones (Table 8).
+"""Robustness to distribution shift: accuracy on ImageNet-A, and corruption error on ImageNet-C (Table 8).
 
     python -m analysis.robustness --checkpoint sar.pth --data-set imagenet-a --data-path imagenet-a --out sar_a
     python -m analysis.robustness --checkpoint sar.pth --data-set imagenet-c --data-path imagenet-c --out sar_c
 
-ImageNet-A is <wnid>/*: accuracy over its 200 classes' logits alone, images as in any evaluation (256 -> 224).
-ImageNet-C is <corruption>/<severity>/<wnid>/*, or noise/<corruption>/... as in its published tars: images are of the
-model's size already, and go in as they are. A corruption's CE is the sum of its five errors over the sum of AlexNet's,
-mCE the mean of the CEs of 15 corruptions; the four extra ones are measured where they are there, and do not count.
+ImageNet-A has the layout <wnid>/*. Its score is the accuracy over the logits of its 200 classes, with the usual
+evaluation transform (256 -> 224). ImageNet-C has the layout <corruption>/<severity>/<wnid>/*, or
+noise/<corruption>/... as in the published tars. Its images already have the model's input size and are not resized.
+The CE of a corruption is the sum of its five errors over the sum of AlexNet's; mCE is the mean CE of 15 corruptions.
+The four extra corruptions are measured if present, but are not part of mCE.
 
-Class folders are matched with the model's classes by name. What is missing is said before it starts, and a number over
-less than the whole set has another name. Each severity is kept as soon as it is measured: the same command goes on.
---out gets results.json, results.csv and results.md.
+Class folders are matched with the model's classes by name. Missing parts are reported before the evaluation starts,
+and a score over a part of the set is reported under another name. Each severity is saved as soon as it is measured;
+the same command resumes. --out gets results.json, results.csv and results.md.
 """
 
 import argparse
@@ -56,21 +57,21 @@ from utils import (
 
 IMAGENET_C = json.loads(Path(__file__).with_name("imagenet_c.json").read_text(encoding="utf-8"))
 CORRUPTIONS: dict[str, dict] = IMAGENET_C["corruptions"]
-"""All 19 by name: ``group``, and for the 15 that count ``alexnet_error``, AlexNet's mean over the severities."""
-COUNTED = [name for name, corruption in CORRUPTIONS.items() if "alexnet_error" in corruption]
+"""All 19 corruptions: ``group``, and for the 15 of mCE ``alexnet_error``, AlexNet's mean error over the severities."""
+MCE_CORRUPTIONS = [name for name, corruption in CORRUPTIONS.items() if "alexnet_error" in corruption]
 SEVERITIES: list[int] = IMAGENET_C["severities"]
 
 IMAGES = {"imagenet-a": 7_500, "imagenet-c": 50_000}
-"""Of ImageNet-A, and of each severity of each corruption."""
+"""Number of images of ImageNet-A, and of each severity of each corruption of ImageNet-C."""
 LAYOUTS = {"imagenet-a": "<wnid>/*", "imagenet-c": "<corruption>/<severity>/<wnid>/*, corruptions in groups or not"}
 COLUMNS = "corruption severity classes missing_classes files images error spatial_entropy components".split()
-"""Of results.csv; the keys of a record."""
+"""Columns of results.csv, which are the keys of a record."""
 TITLES = {"imagenet-a": "ImageNet-A", "imagenet-c": "ImageNet-C"}
 
 
 @cache
-def classes_of(data_set: str) -> list[str]:
-    """The wnids of a set, in order."""
+def list_classes(data_set: str) -> list[str]:
+    """The classes (wnids) of a set, in order."""
     if data_set == "imagenet-c":
         return ImageNetInfo("imagenet-1k").label_names()
     return pkgutil.get_data("timm.data", "_info/imagenet_a_synsets.txt").decode().split()
@@ -81,13 +82,13 @@ def classes_of(data_set: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured in one pass: a severity of a corruption, or the whole of ImageNet-A (no corruption, 0)."""
+    """The unit of evaluation: one severity of one corruption, or all of ImageNet-A (corruption "", severity 0)."""
 
     corruption: str
     severity: int
     folder: Path
     classes: tuple[str, ...]
-    """Its class folders."""
+    """Names of its class folders."""
 
     @property
     def data_set(self) -> str:
@@ -98,13 +99,13 @@ class Part:
 
 
 def find_parts(data_set: str, data_path: Path) -> list[Part]:
-    """All of the set that is there; files are not looked at yet.
+    """All parts of the set in the folder; image files are not listed yet.
 
     Raises:
-        UserError: no such folder, or nothing of the set in it.
+        UserError: no such folder, or no part of the set in it.
     """
     if not data_path.is_dir():
-        raise UserError(f"--data-path {data_path}: no such folder; {data_set} is one with {LAYOUTS[data_set]}")
+        raise UserError(f"--data-path {data_path}: no such folder; {data_set} is a folder with {LAYOUTS[data_set]}")
     places = {("", 0): data_path} if data_set == "imagenet-a" else _severity_folders(data_path)
     parts = [Part(*place, folder, names) for place, folder in places.items() if (names := _folders_in(folder))]
     if not parts:
@@ -119,7 +120,7 @@ def _severity_folders(data_path: Path) -> dict[tuple[str, int], Path]:
     for name, corruption in CORRUPTIONS.items():
         places = [path for path in (data_path / name, data_path / corruption["group"] / name) if path.is_dir()]
         if len(places) > 1:
-            raise UserError(f"{data_path}: {name} is there twice, in {places[0]} and {places[1]}; remove one")
+            raise UserError(f"{data_path}: {name} is found twice, in {places[0]} and {places[1]}; remove one")
         for severity in SEVERITIES if places else ():
             if (places[0] / str(severity)).is_dir():
                 found[name, severity] = places[0] / str(severity)
@@ -130,42 +131,50 @@ def _folders_in(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
 
 
-def gaps(data_set: str, parts: list[Part], known: Iterable[str]) -> list[str]:
-    """What of the set is missing, and what of the folders is left out, a line each.
+def find_gaps(data_set: str, parts: list[Part], known: Iterable[str]) -> list[str]:
+    """One line per missing part of the set, and per kind of class folder that is ignored or does not belong to it.
 
     Args:
+        data_set: its name.
+        parts: from `find_parts`.
         known: the model's classes.
     """
-    there, lines = defaultdict(set), []
+    # 1. missing corruptions and severities
+    severities_of, lines = defaultdict(set), []
     for part in parts:
-        there[part.corruption].add(part.severity)
+        severities_of[part.corruption].add(part.severity)
     if data_set == "imagenet-c":
-        if absent := [name for name in COUNTED if name not in there]:
-            lines.append(f"no folders for the corruptions {_some(absent)}")
-        for name, severities in there.items():
+        if absent := [name for name in MCE_CORRUPTIONS if name not in severities_of]:
+            lines.append(f"no folders for the corruptions {_join_some(absent)}")
+        for name, severities in severities_of.items():
             if absent := sorted(set(SEVERITIES) - severities):
-                lines.append(f"{name}: no folders for the severities {_some(absent)}")
-    known, wanted = set(known), set(classes_of(data_set))
-    lines += _grouped(parts, lambda part: sorted(wanted - set(part.classes)), "no folders for")
-    lines += _grouped(parts, lambda part: sorted(set(part.classes) - known), "not among the model's, so left out,")
-    lines += _grouped(parts, lambda part: sorted(set(part.classes) & known - wanted), "measured, but not of the set,")
+                lines.append(f"{name}: no folders for the severities {_join_some(absent)}")
+    # 2. missing, ignored and foreign classes
+    known, wanted = set(known), set(list_classes(data_set))
+    lines += _group_by_classes(parts, lambda part: sorted(wanted - set(part.classes)), "no folders for")
+    lines += _group_by_classes(
+        parts, lambda part: sorted(set(part.classes) - known), "ignored, as they are not classes of the model,"
+    )
+    lines += _group_by_classes(
+        parts, lambda part: sorted(set(part.classes) & known - wanted), "measured, but not part of the set,"
+    )
     return lines
 
 
-def _grouped(parts: list[Part], names_in, problem: str) -> list[str]:
-    """A line for each set of classes of which ``problem`` is true, with the parts that it is true of."""
+def _group_by_classes(parts: list[Part], names_in, problem: str) -> list[str]:
+    """One line per distinct set of classes that ``names_in`` finds in parts, naming the parts if not all have it."""
     groups = defaultdict(list)
     for part in parts:
         groups[tuple(names_in(part))].append(part)
     return [
-        f"{problem} {len(names):,} classes: {_some(names)}"
-        + ("" if len(group) == len(parts) else f" (in {_some(group)})")
+        f"{problem} {len(names):,} classes: {_join_some(names)}"
+        + ("" if len(group) == len(parts) else f" (in {_join_some(group)})")
         for names, group in groups.items()
         if names
     ]
 
 
-def _some(things: Iterable, limit: int = 5) -> str:
+def _join_some(things: Iterable, limit: int = 5) -> str:
     words = [str(thing) for thing in things]
     return ", ".join(words[:limit]) + (f" and {len(words) - limit:,} more" if len(words) > limit else "")
 
@@ -195,15 +204,15 @@ def read_part(part: Part, label_of: Mapping[str, int], side: int | None) -> Imag
     """The images of a part's folders.
 
     Args:
-        label_of: the label of every class; folders of others are left out.
-        side: in pixels, if all images must have it.
+        label_of: class -> label; folders of other classes are ignored.
+        side: required side of all images, px; None for any size.
     Raises:
-        UserError: there are none.
+        UserError: there are no images.
     """
     chosen = {name: label_of[name] for name in part.classes if name in label_of}
     samples = make_dataset(str(part.folder), chosen, IMG_EXTENSIONS, allow_empty=True)
     if not samples:
-        raise UserError(f"{part.folder}: no images in its class folders; extract it anew")
+        raise UserError(f"{part.folder}: no images in its class folders; extract the archive again")
     names, labels = [os.path.relpath(path, part.folder) for path, _ in samples], [label for _, label in samples]
     files = (part.folder, names, labels, list(label_of))
     return ImageFiles(*files) if side is None else ImagesOfSize(side, *files)
@@ -212,8 +221,13 @@ def read_part(part: Part, label_of: Mapping[str, int], side: int | None) -> Imag
 # --------------------------------------------------------------------------------------------- measuring
 
 
-class OverClasses(nn.Module):
-    """A model whose logits are those of some classes alone: argmax is over these, softmax too."""
+class ClassSubset(nn.Module):
+    """A model restricted to the logits of some classes, so that argmax and softmax run over these alone.
+
+    Args:
+        model: returns (logits ``(B, K)``, similarity).
+        columns: indices of the classes to keep, in the order of the new logits.
+    """
 
     def __init__(self, model: nn.Module, columns: list[int]):
         super().__init__()
@@ -227,7 +241,7 @@ class OverClasses(nn.Module):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How every part is measured: the model, over which classes, with which transform, on what."""
+    """The evaluation that all parts share: model, classes, transform, data type, loading options and device."""
 
     network: nn.Module
     label_of: dict[str, int]
@@ -240,13 +254,13 @@ class Evaluation:
     device: torch.device
 
     def measure(self, part: Part, images: ImageFiles) -> dict:
-        """The record of a part: counts, and means over its images."""
+        """Evaluate one part; returns its record: counts, and means over its images (error in percent)."""
         dataset = AugmentedDataset(images, self.transform, skip_unreadable=self.skip_unreadable)
         on_gpu = self.device.type == "cuda"
         loader = build_loader(dataset, EvalSampler(len(dataset)), self.batch_size, self.num_workers, pin_memory=on_gpu)
         metrics = evaluate(Accuracy(), self.network, loader, Processes(0, 1, self.device), self.amp_dtype)
         classes = {images.classes[label] for label in images.targets}
-        missing = set(classes_of(part.data_set)) - classes
+        missing = set(list_classes(part.data_set)) - classes
         counts = {"classes": len(classes), "missing_classes": len(missing)}
         counts |= {"files": len(images), "images": metrics["images"]}
         means = {name: metrics[name] for name in ("spatial_entropy", "components")}
@@ -258,23 +272,27 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
     """The evaluation that the arguments ask for.
 
     Raises:
-        UserError: a model without names of its classes, or that has none of the folders' classes.
+        UserError: the model's classes have no names, or no class folder is a class of the model.
     """
+    # 1. the classes that folders and model have in common
     if trained.classes is None:
         number = trained.model.num_classes
-        raise UserError(f"{args.checkpoint}: no names of its {number:,} classes; only 1,000 are taken for ImageNet's")
+        raise UserError(
+            f"{args.checkpoint}: the names of its {number:,} classes are unknown; only 1,000 are taken for ImageNet's"
+        )
     there = set().union(*(part.classes for part in parts))
     common = [name for name in trained.classes if name in there]
     if not common:
         raise UserError(
-            f"{args.data_path}: no class folder is a class of the model: folders {_some(sorted(there))}; "
-            f"the model's classes {_some(trained.classes)}"
+            f"{args.data_path}: no class folder is a class of the model: folders {_join_some(sorted(there))}; "
+            f"the model's classes {_join_some(trained.classes)}"
         )
+    # 2. ImageNet-C: all logits, unresized images; ImageNet-A: the logits of its classes, the evaluation transform
     network, label_of = trained.model, {name: label for label, name in enumerate(trained.classes)}
-    as_it_is = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    transform, side = transforms.Compose(as_it_is), trained.input_size
+    unresized = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    transform, side = transforms.Compose(unresized), trained.input_size
     if args.data_set == "imagenet-a":
-        network = OverClasses(network, [label_of[name] for name in common]).to(device)
+        network = ClassSubset(network, [label_of[name] for name in common]).to(device)
         label_of = {name: label for label, name in enumerate(common)}
         transform, side = eval_transform(trained.input_size, trained.crop_pct), None
     dtype, _ = choose_amp("auto", device)
@@ -282,8 +300,8 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
     return Evaluation(network, label_of, transform, side, dtype, *options)
 
 
-def protocol_of(args: argparse.Namespace, trained: TrainedModel, evaluation: Evaluation) -> dict:
-    """All that a result depends on: records of another one are never mixed with these."""
+def build_protocol(args: argparse.Namespace, trained: TrainedModel, evaluation: Evaluation) -> dict:
+    """Everything a result depends on; records measured under another protocol are never mixed with these."""
     with open(args.checkpoint, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -299,10 +317,10 @@ def protocol_of(args: argparse.Namespace, trained: TrainedModel, evaluation: Eva
 
 
 def read_records(path: Path, protocol: dict) -> dict[tuple[str, int], dict]:
-    """The records of an earlier, interrupted command, by corruption and severity; none without a file.
+    """The records that an interrupted command has saved, by corruption and severity; empty without a file.
 
     Raises:
-        UserError: they were measured otherwise, or cannot be read.
+        UserError: they were measured under another protocol, or cannot be read.
     """
     if not path.exists():
         return {}
@@ -311,17 +329,19 @@ def read_records(path: Path, protocol: dict) -> dict[tuple[str, int], dict]:
         different = [name for name in protocol if saved["protocol"][name] != protocol[name]]
         records = {(record["corruption"], record["severity"]): record for record in saved["records"]}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} cannot be read; remove it to measure anew") from None
+        raise UserError(f"{path} cannot be read; remove it to measure everything again") from None
     if different:
         listed = "; ".join(f"{name} {saved['protocol'][name]} there, {protocol[name]} now" for name in different)
-        raise UserError(f"{path.parent} has results of something else; name another --out, or remove it ({listed})")
+        raise UserError(
+            f"{path.parent} has results under another protocol; choose another --out, or remove it ({listed})"
+        )
     return records
 
 
 def measure_all(evaluation: Evaluation, parts: list[Part], path: Path, protocol: dict) -> list[dict]:
-    """The records of all parts; each is kept in the file ``path`` as soon as it is there, and not measured again.
+    """The records of all parts. Each is saved to the file ``path`` at once, and not measured again by a later command.
 
-    A part whose files have changed in number since is measured again.
+    A part whose number of files has changed is measured again.
 
     Raises:
         UserError: see `read_records`, `read_part`; an image that cannot be read.
@@ -331,7 +351,7 @@ def measure_all(evaluation: Evaluation, parts: list[Part], path: Path, protocol:
         images = read_part(part, evaluation.label_of, evaluation.side)
         record = kept.get((part.corruption, part.severity))
         if record and record["files"] == len(images):
-            logger.info(f"{part}: error {record['error']:.2f} %, measured before")
+            logger.info(f"{part}: error {record['error']:.2f} %, already measured")
         else:
             record = evaluation.measure(part, images)
             logger.info(f"{part}: error {record['error']:.2f} % ({record['images']:,} images)")
@@ -344,14 +364,14 @@ def measure_all(evaluation: Evaluation, parts: list[Part], path: Path, protocol:
 # ----------------------------------------------------------------------------------------------- results
 
 
-def is_whole(data_set: str, record: dict) -> bool:
-    """Whether all images of all classes of the set, and of no others, were counted."""
-    all_of_it = (len(classes_of(data_set)), 0, IMAGES[data_set])
+def is_complete(data_set: str, record: dict) -> bool:
+    """Whether the record covers all images of all classes of the set, and no others."""
+    all_of_it = (len(list_classes(data_set)), 0, IMAGES[data_set])
     return (record["classes"], record["missing_classes"], record["images"]) == all_of_it
 
 
 def corruption_errors(records: Iterable[dict]) -> dict[str, dict]:
-    """Each corruption's mean ``error`` over its severities and, if all of it was measured, its ``ce``; both percent.
+    """Each corruption's mean ``error`` over its severities, and its ``ce`` if it is complete, else None; in percent.
 
     CE is the sum of the five errors over the sum of AlexNet's (Hendrycks and Dietterich, 2019).
     """
@@ -361,43 +381,43 @@ def corruption_errors(records: Iterable[dict]) -> dict[str, dict]:
     errors = {}
     for name, group in groups.items():
         error, alexnet = statistics.mean(record["error"] for record in group), CORRUPTIONS[name].get("alexnet_error")
-        whole = len(group) == len(SEVERITIES) and all(is_whole("imagenet-c", record) for record in group)
+        whole = len(group) == len(SEVERITIES) and all(is_complete("imagenet-c", record) for record in group)
         errors[name] = {"error": error, "ce": error / alexnet if whole and alexnet else None}
     return errors
 
 
-def headline(data_set: str, records: list[dict]) -> dict:
-    """The set's number (percent) by name, ``imagenet_a_accuracy`` or ``mce``; over less than the set ``instead``.
-
-    That is a sentence that names what it is and covers.
-    """
+def compute_score(data_set: str, records: list[dict]) -> dict:
+    """The set's score in percent: ``imagenet_a_accuracy`` or ``mce``; ``instead``, a description, if incomplete."""
+    # 1. ImageNet-A
     if data_set == "imagenet-a":
         accuracy = 100 - records[0]["error"]
-        if is_whole(data_set, records[0]):
+        if is_complete(data_set, records[0]):
             return {"imagenet_a_accuracy": accuracy}
-        return {"instead": f"accuracy {accuracy:.2f} % over {_extent(data_set, records)}"}
-    counted = [record for record in records if record["corruption"] in COUNTED]
+        return {"instead": f"accuracy {accuracy:.2f} % over {_format_extent(data_set, records)}"}
+    # 2. ImageNet-C, complete
+    counted = [record for record in records if record["corruption"] in MCE_CORRUPTIONS]
     errors = corruption_errors(counted)
     ces = [error["ce"] for error in errors.values()]
-    if len(ces) == len(COUNTED) and None not in ces:
+    if len(ces) == len(MCE_CORRUPTIONS) and None not in ces:
         return {"mce": statistics.mean(ces)}
     if not counted:
         return {"instead": "no mean error: none of the 15 corruptions of mCE"}
+    # 3. ImageNet-C, incomplete
     mean = statistics.mean(error["error"] for error in errors.values())
-    steps = f"{len(counted)} of {len(COUNTED) * len(SEVERITIES)} severities"
-    covered = f"{len(errors)} of {len(COUNTED)} corruptions, {steps}, {_extent(data_set, counted)}"
+    steps = f"{len(counted)} of {len(MCE_CORRUPTIONS) * len(SEVERITIES)} severities"
+    covered = f"{len(errors)} of {len(MCE_CORRUPTIONS)} corruptions, {steps}, {_format_extent(data_set, counted)}"
     return {"instead": f"mean error {mean:.2f} % over {covered}"}
 
 
-def _extent(data_set: str, records: list[dict]) -> str:
-    """How many classes and images, and how many the set has there."""
+def _format_extent(data_set: str, records: list[dict]) -> str:
+    """Numbers of measured classes and images, and the set's numbers."""
     classes, images = max(record["classes"] for record in records), sum(record["images"] for record in records)
-    all_classes, all_images = len(classes_of(data_set)), IMAGES[data_set] * len(records)
+    all_classes, all_images = len(list_classes(data_set)), IMAGES[data_set] * len(records)
     return f"{classes:,} classes and {images:,} images ({TITLES[data_set]}: {all_classes:,} and {all_images:,})"
 
 
 def write_results(folder: Path, results: dict) -> str:
-    """Write ``results.json``, ``results.csv`` (a line a record) and ``results.md``; returns the last one's text."""
+    """Write ``results.json``, ``results.csv`` (one line per record) and ``results.md``; returns the latter's text."""
     text = as_markdown(results)
     write_csv(folder / "results.csv", [{name: record[name] for name in COLUMNS} for record in results["records"]])
     write_atomically(folder / "results.md", lambda file: file.write(text.encode()))
@@ -406,12 +426,12 @@ def write_results(folder: Path, results: dict) -> str:
 
 
 def as_markdown(results: dict) -> str:
-    """The number, what is missing, and the errors of each corruption."""
+    """The score, the missing parts, and the errors of each corruption, in Markdown."""
     data_set = results["data_set"]
     lines = [
         f"# {TITLES[data_set]}: {results['checkpoint']}",
         "",
-        told(results),
+        format_score(results),
         "",
         *(f"- {gap}" for gap in results["gaps"]),
     ]
@@ -423,18 +443,18 @@ def as_markdown(results: dict) -> str:
     for name, error in results["corruptions"].items():
         cells = [by_place.get((name, severity)) for severity in SEVERITIES] + [error["error"], error["ce"]]
         words = " | ".join("–" if cell is None else f"{cell:.2f}" for cell in cells)
-        lines.append(f"| {name}{'' if name in COUNTED else ' (not in mCE)'} | {words} |")
+        lines.append(f"| {name}{'' if name in MCE_CORRUPTIONS else ' (not in mCE)'} | {words} |")
     return "\n".join(lines) + "\n"
 
 
-def told(results: dict) -> str:
-    """The number in a sentence."""
+def format_score(results: dict) -> str:
+    """The score in a sentence."""
     if "instead" in results:
         missed = "ImageNet-A's accuracy" if results["data_set"] == "imagenet-a" else "mCE"
         return f"This is not {missed}: {results['instead']}."
     if "mce" in results:
-        return f"mCE, lower is better, {results['mce']:.2f} %."
-    return f"top-1 accuracy over 200 classes {results['imagenet_a_accuracy']:.2f} %."
+        return f"mCE (lower is better): {results['mce']:.2f} %."
+    return f"Top-1 accuracy over 200 classes: {results['imagenet_a_accuracy']:.2f} %."
 
 
 # --------------------------------------------------------------------------------------- the command line
@@ -449,33 +469,40 @@ def build_command_line() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="of any format that analysis.jaccard reads")
-    add("--data-set", required=True, choices=tuple(IMAGES))
-    add("--data-path", required=True, type=Path, metavar="DIR", help="its folder, in the layout above")
-    add("--out", type=Path, metavar="DIR", help="for the results (default: output/<data set>/<the checkpoint's name>)")
-    add("--input-size", type=at_least(int, 1), metavar="PX", help="the model's, if not that of its training")
-    add("--skip-unreadable", action="store_true", help="leave unreadable images out and count them; no mCE then")
+    add("--checkpoint", required=True, metavar="FILE", help="checkpoint of any supported format")
+    add("--data-set", required=True, choices=tuple(IMAGES), help="which set to measure")
+    add("--data-path", required=True, type=Path, metavar="DIR", help="folder of the set, in the layout above")
+    add("--out", type=Path, metavar="DIR", help="output folder (default: output/<data set>/<checkpoint name>)")
+    add("--input-size", type=at_least(int, 1), metavar="PX", help="input size of the model (default: the training's)")
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="skip and count unreadable images; the set is then incomplete, without mCE",
+    )
     add_model_options(parser)
     add_loading_options(parser)
     return parser
 
 
 def run(argv: list[str] | None) -> int:
-    """Do what the command line says; returns 0."""
+    """Execute the command line; returns 0."""
+    # 1. parse, and find the data
     args = build_command_line().parse_args(argv)
     args.out = args.out or Path("output", args.data_set, short_names([args.checkpoint])[0])
     start_logging(rank=0)
     parts = find_parts(args.data_set, args.data_path)
+    # 2. load the model, and report what is missing
     device = pick_device(args.device)
     trained = load_model(args.checkpoint, device, args.checkpoint_key, args.num_heads, args.input_size)
     evaluation = build_evaluation(args, trained, parts, device)
-    missing = gaps(args.data_set, parts, trained.classes)
+    missing = find_gaps(args.data_set, parts, trained.classes)
     for line in missing:
         logger.warning(f"{args.data_set}: {line}")
     prepare_output_dir(args.out, "--out")
-    protocol = protocol_of(args, trained, evaluation)
+    # 3. measure, and write the results
+    protocol = build_protocol(args, trained, evaluation)
     records = measure_all(evaluation, parts, args.out / "progress.json", protocol)
-    results = headline(args.data_set, records) | protocol
+    results = compute_score(args.data_set, records) | protocol
     results |= {"checkpoint": str(args.checkpoint), "gaps": missing, "records": records}
     results |= {"corruptions": corruption_errors(records) if args.data_set == "imagenet-c" else {}}
     print(write_results(args.out, results | {"environment": environment()}))
@@ -483,7 +510,7 @@ def run(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: measured. 2: the command cannot be carried out. 1: a file cannot be written."""
+    """Exit code 0: measured. 1: a file cannot be written. 2: bad usage."""
     return exit_code(lambda: run(argv))
 
 

@@ -26,11 +26,11 @@ from analysis.attention import MASS, attention_of, keep_mass, similarity_maps
 from analysis.commands import add_loading_options, add_model_options, load_batches
 from analysis.jaccard import (
     PROTOCOLS,
-    Best,
+    BestHead,
     Scores,
     SquashedImages,
     best_heads,
-    measure,
+    measure_model,
 )
 from analysis.models import load_model
 from readers.masks import BACKGROUND, VOID, count_labels, read_masked_images
@@ -46,7 +46,7 @@ def threshold(attention: Tensor, mass: float) -> Tensor:
     return kept.view_as(attention)
 
 
-def score_image(attention: Tensor, labels: Tensor, mass: float, void_counts: bool) -> dict[int, Best]:
+def score_image(attention: Tensor, labels: Tensor, mass: float, void_counts: bool) -> dict[int, BestHead]:
     """The best head of each class of one image: attention (H, h, w), labels (height, width)."""
     masks = torch.stack([threshold(head, mass) for head in attention])
     masks = F.interpolate(masks[None], size=labels.shape, mode="nearest")[0].bool()
@@ -60,7 +60,7 @@ def score_image(attention: Tensor, labels: Tensor, mass: float, void_counts: boo
             intersection = (mask & target & counted).sum()
             union = ((mask | target) & counted).sum()
             found.append((intersection / union).item())
-        scores[label] = Best(max(found), found.index(max(found)))
+        scores[label] = BestHead(max(found), found.index(max(found)))
     return scores
 
 
@@ -84,7 +84,7 @@ def command_loop(trained, dataset, void_counts: bool, device: torch.device) -> S
 
 
 def command_batched(trained, dataset, void_counts: bool, device: torch.device, args) -> Scores:
-    return measure(trained, load_batches(dataset, args, device), void_counts, MASS, device).model
+    return measure_model(trained, load_batches(dataset, args, device), void_counts, MASS, device).model
 
 
 def in_memory(trained, dataset, device: torch.device) -> tuple[Tensor, Tensor]:

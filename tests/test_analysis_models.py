@@ -136,15 +136,13 @@ def test_a_head_of_1000_classes_is_imagenets(tmp_path):
 def test_what_cannot_be_used_is_said(tmp_path):
     state = another_programs().state_dict()
     path = save(tmp_path / "timm.pth", state)
-    with pytest.raises(UserError, match=r"timm.pth: how many heads a ViT of width 24 has, .* say it with --num-heads$"):
+    with pytest.raises(UserError, match=r"timm.pth: the file does not give .* of width 24; give --num-heads$"):
         load_model(path)
     with pytest.raises(UserError, match=r"--num-heads 7 does not divide the width 24$"):
         load_model(path, num_heads=7)
-    with pytest.raises(UserError, match=r"size of 50 is not divisible by its patches of 8; take 48$"):
+    with pytest.raises(UserError, match=r"size of 50 is not divisible by the patch size 8; use 48$"):
         load_model(path, num_heads=3, input_size=50)
-    with pytest.raises(
-        UserError, match=r"resnet.pth: its weights are no ViT's: no cls_token, .* other programs are read$"
-    ):
+    with pytest.raises(UserError, match=r"resnet.pth: not the weights of a ViT: no cls_token, .* must hold a ViT$"):
         load_model(save(tmp_path / "resnet.pth", timm.create_model("resnet18").state_dict()))
     with pytest.raises(UserError, match=r"odd.pth: .*unexpected: blocks.0.ls1.gamma$"):
         load_model(save(tmp_path / "odd.pth", state | {"blocks.0.ls1.gamma": torch.ones(24)}), num_heads=3)
@@ -164,7 +162,7 @@ def test_heads_that_are_said_are_compared_with_what_is_known(tmp_path, caplog):
     files.write_moco(tmp_path / "moco.pth", *(another_programs(num_classes=0).state_dict() for _ in range(2)))
     with caplog.at_level("WARNING", "sar"):
         assert load_model(tmp_path / "moco.pth", num_heads=6).model.blocks[0].attn.num_heads == 6
-    assert "taken as one of 6 heads, though by its layout it has 12" in caplog.text
+    assert "using 6 heads as given, although its layout implies 12" in caplog.text
     plain = save(tmp_path / "plain.pth", another_programs().state_dict())
     with pytest.raises(UserError, match=r"moco.pth has 12 heads by its layout"):
         load_models(options(plain, tmp_path / "moco.pth", "--num-heads", "6"), CPU)
@@ -193,7 +191,7 @@ def own_checkpoint(folder):
 
 def test_an_own_checkpoint_keeps_its_crop_and_its_patches(tmp_path):
     assert load_model(own_checkpoint(tmp_path)).crop_pct == 0.9
-    with pytest.raises(UserError, match=r"size of 50 is not divisible by its patches of 8; take 48$"):
+    with pytest.raises(UserError, match=r"size of 50 is not divisible by the patch size 8; use 48$"):
         load_model(tmp_path / "best.pth", input_size=50)
 
 
@@ -207,5 +205,5 @@ def test_short_names_tell_checkpoints_apart():
     assert short_names(["output/quickstart/best.pth"]) == ["quickstart"]
     assert short_names(["a/best.pth", "a/best.pt"]) == ["best.pth", "best.pt"]
     assert short_names(["weights/deit_small.pth"]) == ["deit_small"]
-    with pytest.raises(UserError, match=r"a checkpoint is given twice: a.pth, ./a.pth, b.pth; name each once$"):
+    with pytest.raises(UserError, match=r"a checkpoint is given twice: a.pth, ./a.pth, b.pth; give each once$"):
         short_names(["a.pth", "./a.pth", "b.pth"])

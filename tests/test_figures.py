@@ -252,11 +252,11 @@ def test_predictions_are_the_models(large, digits):
     args = figures.build_parser().parse_args(["--checkpoint", str(large), "--out", "unused", "--count", "10"])
     samples, classes = figures.validation_samples(args)
     trained = load_model(large)
-    maps = figures.look("model", trained, samples, classes)
+    maps = figures.compute_maps("model", trained, samples, classes)
     with torch.inference_mode():
         logits = trained.model(torch.stack([squash(16)(sample.image) for sample in samples]))
     assert maps.predictions == [classes[number] for number in logits.argmax(dim=-1)]
-    assert figures.look("model", trained, samples, [*classes, "another"]).predictions is None
+    assert figures.compute_maps("model", trained, samples, [*classes, "another"]).predictions is None
 
 
 @pytest.mark.parametrize(
@@ -268,14 +268,14 @@ def test_predictions_are_the_models(large, digits):
         ({"--name": ["one", "two"]}, "2 --name for 1 --checkpoint"),
         ({"--mass": "60"}, "'60' is not a number of at least 0 and at most 1"),
         ({"--input-size": "15"}, "15 is not divisible"),
-        ({"--images": None, "--checkpoint": "foreign.pth", "--num-heads": "3"}, "name --images"),
+        ({"--images": None, "--checkpoint": "foreign.pth", "--num-heads": "3"}, "give --images"),
         ({"--images": None, "--data-path": "nowhere"}, "nowhere"),
         ({"--data-path": "somewhere"}, "either --images or --data-path"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_before_anything_is(large, photos, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "look", None)  # no model runs
+    monkeypatch.setattr(figures, "compute_maps", None)  # no model runs
     Path("file").touch()
     torch.save(load_model(large).model.state_dict() | {}, "foreign.pth")
     options = {"--checkpoint": large, "--images": photos, "--out": "out"} | change

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from analysis import jaccard
 from analysis.attention import attention_of, keep_mass, similarity_maps
 from analysis.jaccard import (
-    Best,
+    BestHead,
     SquashedImages,
     best_heads,
     image_mean,
@@ -293,9 +293,9 @@ def test_models_have_the_names_that_they_are_given(checkpoint, voc, tmp_path, ca
     ]
     assert {path.name for path in tmp_path.iterdir()} >= {"the_whole_image", "a_b"}
     for names, message in {
-        ("one",): "1 --name for 2 --checkpoint; give each one or none",
-        ("one", "one "): "must be told apart, not 'one', 'one'",
-        ("one", ""): "must be told apart, not 'one', ''",
+        ("one",): "1 --name for 2 --checkpoint; name all of them or none",
+        ("one", "one "): "need distinct names, not 'one', 'one'",
+        ("one", ""): "need distinct names, not 'one', ''",
     }.items():
         words = [word for name in names for word in ("--name", name)]
         assert command(checkpoint, voc, *more, *words) == 2
@@ -305,7 +305,7 @@ def test_models_have_the_names_that_they_are_given(checkpoint, voc, tmp_path, ca
 
 
 def test_a_rare_class_weighs_as_much_as_a_common_one():
-    scores = [{1: Best(0.2, 0)}, {1: Best(0.4, 0)}, {1: Best(0.6, 0), 7: Best(1.0, 0)}]
+    scores = [{1: BestHead(0.2, 0)}, {1: BestHead(0.4, 0)}, {1: BestHead(0.6, 0), 7: BestHead(1.0, 0)}]
     assert mean_over_classes(scores) == pytest.approx((0.4 + 1.0) / 2)
 
 
@@ -441,7 +441,7 @@ def test_what_cannot_be_measured_is_said_before_a_model_runs(
     ("words", "message"),
     [
         (("--split", "val"), "images/ and masks/ without lists; leave --split out"),
-        (("--input-size", "50"), "not divisible by its patches of 8; take 48"),
+        (("--input-size", "50"), "not divisible by the patch size 8; use 48"),
         (("--checkpoint", "gone.pth"), "gone.pth"),
         (("--out", "{file}/out"), "--out"),
         (("--mass", "0"), "above 0 and at most 1"),

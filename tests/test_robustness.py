@@ -18,7 +18,7 @@ import models_sar  # noqa: F401 - registers the models
 from analysis import robustness
 from analysis.attention import measure_maps, similarity_maps
 from analysis.models import load_model
-from analysis.robustness import CORRUPTIONS, COUNTED, IMAGES, SEVERITIES, classes_of
+from analysis.robustness import CORRUPTIONS, IMAGES, MCE_CORRUPTIONS, SEVERITIES, list_classes
 from arguments import parse_arguments
 from datasets import eval_transform
 from tasks.settings import build_task_model
@@ -77,15 +77,17 @@ def corrupted(tmp_path) -> Path:
 
 
 def test_the_sets():
-    assert len(classes_of("imagenet-a")) == len(set(classes_of("imagenet-a"))) == 200
-    assert len(classes_of("imagenet-c")) == 1000
-    assert set(classes_of("imagenet-a")) < set(classes_of("imagenet-c"))
+    assert len(list_classes("imagenet-a")) == len(set(list_classes("imagenet-a"))) == 200
+    assert len(list_classes("imagenet-c")) == 1000
+    assert set(list_classes("imagenet-a")) < set(list_classes("imagenet-c"))
     for data_set in IMAGES:
-        assert classes_of(data_set) == sorted(classes_of(data_set))
-    assert (len(CORRUPTIONS), len(COUNTED), SEVERITIES) == (19, 15, [1, 2, 3, 4, 5])
+        assert list_classes(data_set) == sorted(list_classes(data_set))
+    assert (len(CORRUPTIONS), len(MCE_CORRUPTIONS), SEVERITIES) == (19, 15, [1, 2, 3, 4, 5])
     groups = [corruption["group"] for corruption in CORRUPTIONS.values()]
     assert [groups.count(name) for name in ("noise", "blur", "weather", "digital", "extra")] == [3, 4, 4, 4, 4]
-    assert {name for name in CORRUPTIONS if CORRUPTIONS[name]["group"] == "extra"} == set(CORRUPTIONS) - set(COUNTED)
+    assert {name for name in CORRUPTIONS if CORRUPTIONS[name]["group"] == "extra"} == set(CORRUPTIONS) - set(
+        MCE_CORRUPTIONS
+    )
 
 
 # --------------------------------------------------------------------------------- CE, mCE, and what is neither
@@ -97,7 +99,7 @@ def record(corruption: str, severity: int, error: float, **changes) -> dict:
 
 
 def whole_set(error=lambda name, severity: 50.0) -> list[dict]:
-    return [record(name, severity, error(name, severity)) for name in COUNTED for severity in SEVERITIES]
+    return [record(name, severity, error(name, severity)) for name in MCE_CORRUPTIONS for severity in SEVERITIES]
 
 
 def test_ce_by_hand():
@@ -108,9 +110,9 @@ def test_ce_by_hand():
 
 def test_mce_by_hand():
     """AlexNet's own mCE is 100; half its errors on five corruptions and all on ten is (5 x 50 + 10 x 100) / 15."""
-    assert robustness.headline("imagenet-c", whole_set(alexnet)) == {"mce": pytest.approx(100)}
-    mixed = whole_set(lambda name, severity: alexnet(name, severity) / (2 if name in COUNTED[:5] else 1))
-    assert robustness.headline("imagenet-c", mixed) == {"mce": pytest.approx(83.3333, abs=1e-4)}
+    assert robustness.compute_score("imagenet-c", whole_set(alexnet)) == {"mce": pytest.approx(100)}
+    mixed = whole_set(lambda name, severity: alexnet(name, severity) / (2 if name in MCE_CORRUPTIONS[:5] else 1))
+    assert robustness.compute_score("imagenet-c", mixed) == {"mce": pytest.approx(83.3333, abs=1e-4)}
 
 
 def alexnet(name: str, severity: int) -> float:
@@ -120,9 +122,11 @@ def alexnet(name: str, severity: int) -> float:
 
 def test_extra_corruptions_do_not_count():
     extra = [record("spatter", severity, 0.0) for severity in SEVERITIES]
-    assert robustness.headline("imagenet-c", whole_set(alexnet) + extra) == {"mce": pytest.approx(100)}
+    assert robustness.compute_score("imagenet-c", whole_set(alexnet) + extra) == {"mce": pytest.approx(100)}
     assert robustness.corruption_errors(extra) == {"spatter": {"error": 0, "ce": None}}
-    assert robustness.headline("imagenet-c", extra) == {"instead": "no mean error: none of the 15 corruptions of mCE"}
+    assert robustness.compute_score("imagenet-c", extra) == {
+        "instead": "no mean error: none of the 15 corruptions of mCE"
+    }
 
 
 @pytest.mark.parametrize(
@@ -138,18 +142,18 @@ def test_extra_corruptions_do_not_count():
 def test_less_than_all_is_no_mce(drop, changes, covered):
     records = whole_set()[drop:]
     records[-1] |= changes
-    ((name, words),) = robustness.headline("imagenet-c", records).items()
+    ((name, words),) = robustness.compute_score("imagenet-c", records).items()
     assert name == "instead"
     assert words.startswith(f"mean error 50.00 % over {covered}")
-    last = robustness.corruption_errors(records)[COUNTED[-1]]
+    last = robustness.corruption_errors(records)[MCE_CORRUPTIONS[-1]]
     assert (last["ce"] is None) == bool(changes)
 
 
 @pytest.mark.parametrize("changes", [{"images": 7_499}, {"classes": 199}, {"missing_classes": 1}, {"classes": 1000}])
 def test_less_than_all_is_not_imagenet_a(changes):
     whole = {"corruption": "", "severity": 0, "error": 77.61, "classes": 200, "missing_classes": 0, "images": 7_500}
-    assert robustness.headline("imagenet-a", [whole]) == {"imagenet_a_accuracy": pytest.approx(22.39)}
-    ((name, words),) = robustness.headline("imagenet-a", [whole | changes]).items()
+    assert robustness.compute_score("imagenet-a", [whole]) == {"imagenet_a_accuracy": pytest.approx(22.39)}
+    ((name, words),) = robustness.compute_score("imagenet-a", [whole | changes]).items()
     assert name == "instead"
     assert words.startswith("accuracy 22.39 % over ")
 
@@ -168,9 +172,9 @@ def slowly(checkpoint: Path, folder: Path, transform, columns: list[int], names:
 
 
 def test_imagenet_a_is_measured_over_its_classes_alone(tmp_path):
-    classes = classes_of("imagenet-c")[:40]
+    classes = list_classes("imagenet-c")[:40]
     checkpoint = write_checkpoint(tmp_path / "model.pth", classes)
-    names = [name for name in classes if name in classes_of("imagenet-a")]
+    names = [name for name in classes if name in list_classes("imagenet-a")]
     write_images(tmp_path / "a", names, per_class=8, side=13)
     assert run("imagenet-a", checkpoint, tmp_path / "a", tmp_path / "out", "--batch-size", "7") == 0
     (measured,) = results(tmp_path / "out")["records"]
@@ -253,22 +257,22 @@ def test_what_is_left(checkpoint, corrupted, tmp_path, capsys):
 def test_whole_sets_have_their_names(checkpoint, tmp_path, monkeypatch, capsys):
     """Sets of three classes, as if they had no more."""
     names = ["1", "4", "8"]
-    monkeypatch.setattr(robustness, "classes_of", lambda data_set: names)
+    monkeypatch.setattr(robustness, "list_classes", lambda data_set: names)
     monkeypatch.setattr(robustness, "IMAGES", {"imagenet-a": 6, "imagenet-c": 3})
     write_images(tmp_path / "a", names)
     assert run("imagenet-a", checkpoint, tmp_path / "a", tmp_path / "out_a") == 0
     found = results(tmp_path / "out_a")
-    assert f"top-1 accuracy over 200 classes {found['imagenet_a_accuracy']:.2f} %." in capsys.readouterr().out
+    assert f"Top-1 accuracy over 200 classes: {found['imagenet_a_accuracy']:.2f} %." in capsys.readouterr().out
     write_images(tmp_path / "first", names, per_class=1)
-    for name in COUNTED:
+    for name in MCE_CORRUPTIONS:
         for severity in SEVERITIES:
             shutil.copytree(tmp_path / "first", tmp_path / "c" / CORRUPTIONS[name]["group"] / name / str(severity))
     assert run("imagenet-c", checkpoint, tmp_path / "c", tmp_path / "out_c") == 0
     found, text = results(tmp_path / "out_c"), (tmp_path / "out_c/results.md").read_text()
-    inverse = np.mean([1 / CORRUPTIONS[name]["alexnet_error"] for name in COUNTED])
+    inverse = np.mean([1 / CORRUPTIONS[name]["alexnet_error"] for name in MCE_CORRUPTIONS])
     assert found["mce"] == pytest.approx(found["records"][0]["error"] * inverse), "all corruptions are the same images"
     assert found["gaps"] == []
-    assert f"\nmCE, lower is better, {found['mce']:.2f} %.\n" in text
+    assert f"\nmCE (lower is better): {found['mce']:.2f} %.\n" in text
 
 
 def test_grouped_corruptions_are_the_same(checkpoint, corrupted, tmp_path):
@@ -298,10 +302,10 @@ def test_what_is_missing_is_said_first(checkpoint, corrupted, tmp_path, capsys, 
         "imagenet-c: no folders for 1,000 classes: n01440764, n01443537, n01484850, n01491361, n01494475 and 995 more "
         "(in snow, severity 1, snow, severity 4, fog, severity 1, fog, severity 2, spatter, severity 1)",
         f"imagenet-c: no folders for 999 classes: {all_but_first} and 994 more (in fog, severity 5)",
-        "imagenet-c: not among the model's, so left out, 2 classes: 11, n01440764 (in fog, severity 5)",
-        "imagenet-c: measured, but not of the set, 3 classes: 0, 3, 7 "
+        "imagenet-c: ignored, as they are not classes of the model, 2 classes: 11, n01440764 (in fog, severity 5)",
+        "imagenet-c: measured, but not part of the set, 3 classes: 0, 3, 7 "
         "(in snow, severity 1, snow, severity 4, fog, severity 1, fog, severity 2, spatter, severity 1)",
-        "imagenet-c: measured, but not of the set, 2 classes: 0, 3 (in fog, severity 5)",
+        "imagenet-c: measured, but not part of the set, 2 classes: 0, 3 (in fog, severity 5)",
     ]
 
 
@@ -330,7 +334,7 @@ def test_an_interrupted_command_goes_on(checkpoint, corrupted, tmp_path, capsys,
     with monkeypatch.context() as patch:
         patch.setattr(robustness, "evaluate", interrupted_after(3, robustness.evaluate))
         assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
-    assert capsys.readouterr().out.count(", measured before\n") == 2
+    assert capsys.readouterr().out.count(", already measured\n") == 2
     assert results(tmp_path / "out")["records"] == results(tmp_path / "whole")["records"]
 
 
@@ -351,7 +355,7 @@ def test_killed_again_before_where_it_was_nothing_is_lost(checkpoint, corrupted,
         assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 130
     capsys.readouterr()
     assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
-    assert capsys.readouterr().out.count(", measured before\n") == 5
+    assert capsys.readouterr().out.count(", already measured\n") == 5
 
 
 def test_changed_files_are_measured_again(checkpoint, corrupted, tmp_path, capsys):
@@ -359,7 +363,7 @@ def test_changed_files_are_measured_again(checkpoint, corrupted, tmp_path, capsy
     write_images(corrupted / "fog/2", ["5"])
     capsys.readouterr()
     assert run("imagenet-c", checkpoint, corrupted, tmp_path / "out") == 0
-    assert capsys.readouterr().out.count(", measured before\n") == 4
+    assert capsys.readouterr().out.count(", already measured\n") == 4
     assert [record["images"] for record in results(tmp_path / "out")["records"]] == [6, 6, 6, 8, 6]
 
 
@@ -402,7 +406,7 @@ def other_program(path: Path, key: str) -> Path:
 )
 def test_results_of_other_weights_or_heads_of_a_file_are_not_mixed(first, then, message, tmp_path, capsys):
     checkpoint = other_program(tmp_path / "model.pth", "model_ema")
-    write_images(tmp_path / "c/snow/1", classes_of("imagenet-c")[:2])
+    write_images(tmp_path / "c/snow/1", list_classes("imagenet-c")[:2])
     heads = [] if "--num-heads" in first else ["--num-heads", "3"]
     assert run("imagenet-c", checkpoint, tmp_path / "c", tmp_path / "out", *heads, *first) == 0
     assert run("imagenet-c", checkpoint, tmp_path / "c", tmp_path / "out", *heads, *then) == 2
@@ -458,14 +462,14 @@ def damaged(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (nothing, "nothing: no such folder; imagenet-c is one with <corruption>/<severity>/<wnid>/*"),
+        (nothing, "nothing: no such folder; imagenet-c is a folder with <corruption>/<severity>/<wnid>/*"),
         (no_classes, "no class folders in it; imagenet-c is a folder with <corruption>/"),
         (empty_classes, "snow/1: no images in its class folders"),
         (
             other_classes,
             "no class folder is a class of the model: folders cat, dog; the model's classes 0, 1, 2, 3, 4 and 5",
         ),
-        (twice, "snow is there twice"),
+        (twice, "snow is found twice"),
         (other_size, "0.png: 9 x 9 px, where the model takes 8 x 8 and corrupted images are not resized"),
         (damaged, "1.png"),
     ],
@@ -494,7 +498,7 @@ def test_a_model_without_names_of_its_classes(corrupted, tmp_path, capsys):
     model = timm.create_model("vit_small", img_size=8, patch_size=2, embed_dim=24, depth=2, num_heads=3, num_classes=10)
     torch.save({"model": model.state_dict()}, tmp_path / "other.pth")
     assert run("imagenet-c", tmp_path / "other.pth", corrupted, tmp_path / "out", "--num-heads", "3") == 2
-    assert "other.pth: no names of its 10 classes" in capsys.readouterr().err
+    assert "other.pth: the names of its 10 classes" in capsys.readouterr().err
 
 
 def test_the_results_lie_in_output_if_nothing_is_said(checkpoint, corrupted, tmp_path, monkeypatch):
