@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
-from datasets import DATASETS, canonical_name
-from losses import SAR_LOSSES
 from models import FAMILIES, MODELS
+from readers import DATASETS, canonical_name
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
-from tasks import TASKS, load_task
+from tasks import TASKS, add_options, check_options
 from utils import UserError
-from weights import last_block_of
+
+SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
 
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes the mathematics.
 # The split of a total batch into processes and accumulation changes only rounding and who draws what; --amp is
@@ -71,7 +71,7 @@ def build_parser(task: str = "classify") -> argparse.ArgumentParser:
     add_task_option(parser, task)
     for add in (_add_model, _add_data, _add_sar, _add_batch, _add_optimiser, _add_run):
         add(parser)
-    load_task(task).add_options(parser)
+    add_options(task, parser)
     return parser
 
 
@@ -275,7 +275,7 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
         args.output_dir = f"output/{args.model}_{args.data_set}_seed{args.seed}"
     if saved is not None or not args.eval:
         check_arguments(args)
-        load_task(args.task).check(args)
+        check_options(args)
     return args
 
 
@@ -292,6 +292,8 @@ def _context_defaults(args) -> dict:
     regularised = args.model.endswith("_sar")
     last_block = "sar" if regularised else "standard"
     if Path(args.finetune).is_file():  # fine-tuning keeps the pre-training's architecture (appendix E.4)
+        from weights import last_block_of  # imports torch
+
         last_block = last_block_of(args.finetune, args.checkpoint_key) or last_block
     return {
         "data_set": data_set,

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import build
-import main
+import training
 import utils
 from arguments import parse_arguments
 from samplers import EvalSampler
@@ -133,7 +133,7 @@ def evaluate_uneven(rank: int, world_size: int, port: int, results) -> None:
     run = SimpleNamespace(task=task, plan=plan, processes=processes, epoch=0)
     run.stop = utils.StopSignal(processes)
     for _ in range(3):  # a rank that asked less often than the other would be waited for in the next passes
-        means = main.evaluate_run(run, loader)
+        means = training.evaluate_run(run, loader)
     results.put(means)
     utils.end_processes()
 
