@@ -333,7 +333,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 @cache
-def default_arguments(task: str) -> Mapping[str, Any]:
+def default_arguments(task: str) -> dict[str, Any]:
     """Every option of a task at its default, data sets' and models' own ones aside."""
     return vars(build_parser(task).parse_args([]))
 
@@ -341,7 +341,7 @@ def default_arguments(task: str) -> Mapping[str, Any]:
 def differences(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What differs in anything mathematical between these arguments and a checkpoint's, a line each."""
     # an option younger than the checkpoint was at its default; one that is gone had no effect at its own
-    saved = default_arguments(saved.get("task", "classify")) | saved
+    saved = {**default_arguments(saved.get("task", "classify")), **saved}
     names = sorted((arguments.keys() | saved.keys()) - NOT_MATHEMATICAL - GONE)
     if os.path.realpath(saved["finetune"]) == os.path.realpath(arguments["finetune"]):
         names.remove("finetune")  # the same file, in other words

@@ -108,7 +108,7 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
         UserError: a file that cannot be used, or processes that would begin at different places.
     """
     own = run.plan.output_dir / "checkpoint.pth"
-    source = own if own.exists() else resume
+    source = own if own.exists() else Path(resume) if resume else None
     if source:
         restore(run, read_checkpoint(source), source)
         if source != own:

@@ -8,7 +8,7 @@ An image's augmentation depends on (seed, epoch, position) alone: not on workers
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None
     on_disk = [split for split in splits if not split.base.in_memory]
     if on_disk:
         skip_unreadable = all(split.skip_unreadable for split in on_disk)
-        cached = cache_images([split.base for split in on_disk], processes, skip_unreadable)
+        cached = cache_images([split.base for split in on_disk], processes, skip_unreadable)  # type: ignore[misc]
         for split, images in zip(on_disk, cached, strict=True):
             split.base = images
 
@@ -265,12 +265,13 @@ class AugmentedDataset(Dataset):
             except UnreadableImage:
                 if tried == last_try:
                     raise
+        raise AssertionError("unreachable: the last try returns or raises")
 
 
 def train_transform(
     size: int,
     *,
-    scale: tuple[float, float] = (0.08, 1.0),
+    scale: Sequence[float] = (0.08, 1.0),
     hflip: float = 0.5,
     color_jitter: float = 0.4,
     aa: str = "rand-m9-mstd0.5-inc1",
@@ -295,9 +296,9 @@ def train_transform(
         transform = create_transform(
             size,
             is_training=True,
-            scale=tuple(scale),
+            scale=(scale[0], scale[1]),
             hflip=hflip,
-            color_jitter=color_jitter or None,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=None if aa == "none" else aa,
             interpolation=interpolation,
             re_prob=reprob,

@@ -167,5 +167,6 @@ def evaluate_only(argv, args, processes: Processes) -> int:
         logger.info(f"{path}: {note}")
     dtype, _ = choose_amp(args.amp, processes.device)
     loader = build_eval_loader(args, processes, dataset)
-    logger.info(task.describe(evaluate(task.evaluator(), task.model, loader, processes, dtype)))
+    results = evaluate(task.evaluator(), task.model, loader, processes, dtype)
+    logger.info(task.describe(results or {}))
     return 0

@@ -257,7 +257,7 @@ class StopSignal:
         import torch.distributed as dist
 
         self._group = None if self._alone else dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-        self._pending = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self):
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -279,7 +279,8 @@ class StopSignal:
 
         All ranks have the same code. 75 is the system's own for a failure that passes (``EX_TEMPFAIL``).
         """
-        return {signal.SIGINT: 130, signal.SIGUSR2: os.EX_TEMPFAIL}.get(self.received, 0)
+        codes: dict[int, int] = {signal.SIGINT: 130, signal.SIGUSR2: os.EX_TEMPFAIL}
+        return codes.get(self.received, 0)
 
     def poll(self) -> bool:
         """Whether all ranks are to stop now."""

@@ -2,12 +2,11 @@
 
 import argparse
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from losses import Localiser
 from schedules import LearningRate, Position, drloc_weight_schedule, sar_weight_schedule
@@ -56,7 +55,8 @@ class Task(nn.Module):
     def __init__(self, args: argparse.Namespace, model: nn.Module, device: torch.device):
         super().__init__()
         self.model = model
-        self.localiser = Localiser(model.num_features).to(device) if args.drloc_weight > 0 else None
+        width = cast(int, model.num_features)
+        self.localiser = Localiser(width).to(device) if args.drloc_weight > 0 else None
         self.views, self.reported = 1, self.weight_names[0]
         self.clip_grad = args.clip_grad
         self.asks_similarity = args.sar_weight > 0
@@ -102,7 +102,7 @@ class Task(nn.Module):
         return args.lr * args.total_batch / cls.reference_batch
 
     @classmethod
-    def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> Dataset:
+    def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> Any:
         """The images of a split ("train" or "val"), as dicts of what a step needs; called by all processes.
 
         An item is asked for by a ``samplers.Draw``. Whatever is random in it depends on (seed, epoch, position) alone.
@@ -153,17 +153,17 @@ class Task(nn.Module):
             ``logits``; ``similarity (B, H, h, w)`` where it has a weight; with ``pairs``, ``positions`` and
             ``distances`` as in `losses.Localiser`.
         """
-        with_pairs = self.localiser is not None and pairs is not None
+        localiser, with_pairs = self.localiser, self.localiser is not None and pairs is not None
         if not (self.asks_similarity or with_pairs):
             return {"logits": self.model(images)}
         values = self.model(images, return_similarity=self.asks_similarity, return_tokens=with_pairs)
         names = ["logits", *["similarity"] * self.asks_similarity, *["tokens"] * with_pairs]
         outputs = dict(zip(names, values, strict=True))
-        if with_pairs:
+        if localiser is not None and pairs is not None:
             tokens = outputs.pop("tokens")
             h, w = tokens.shape[2:]
             outputs["positions"] = torch.stack([pairs[..., 0] * h, pairs[..., 1] * w], dim=-1).long()
-            outputs["distances"] = self.localiser(tokens, outputs["positions"])
+            outputs["distances"] = localiser(tokens, outputs["positions"])
         return outputs
 
     # ---------------------------------------------------------------------------------------------- an update
