@@ -68,11 +68,24 @@ def build_parser(task: str = "classify") -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    add_shared_options(parser, task)
+    add_options(task, parser)
+    return parser
+
+
+def add_shared_options(parser: argparse.ArgumentParser, task: str) -> None:
+    """The options that all tasks have."""
     add_task_option(parser, task)
     for add in (_add_model, _add_data, _add_sar, _add_batch, _add_optimiser, _add_run):
         add(parser)
-    add_options(task, parser)
-    return parser
+
+
+@cache
+def shared_defaults() -> dict[str, Any]:
+    """The shared options at their defaults, before a task changes any."""
+    parser = Parser()
+    add_shared_options(parser, "classify")
+    return vars(parser.parse_args([]))
 
 
 def add_task_option(parser: argparse.ArgumentParser, default: str = "classify") -> None:
@@ -215,7 +228,12 @@ def _add_optimiser(parser):
     add("--opt-betas", type=_fraction, nargs=2, default=None, help="the optimiser's own if not given")
     add("--weight-decay", type=_size, default=0.05, help="not of biases, norms, tokens and positions")
     add("--clip-grad", type=_positive, default=None, help="largest gradient norm")
-    add("--lr", type=_positive, default=5e-4, help="for a total batch of 512; scaled linearly with it")
+    add(
+        "--lr",
+        type=_positive,
+        default=5e-4,
+        help="at its peak, for the task's reference batch (classify: 512); scaled linearly with the total batch",
+    )
     add("--unscale-lr", action="store_true", help="take --lr as it stands")
     add("--sched", choices=LR_SCHEDULES, default="cosine", help="after the warm-up")
     add("--sched-on-updates", action=argparse.BooleanOptionalAction, default=False, help="not once an epoch")
@@ -264,10 +282,13 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     words = expand_arguments(sys.argv[1:] if argv is None else argv)
     saved_defaults = _saved_defaults(saved)
     parser = build_parser(task_of([f"--task={saved_defaults.get('task', 'classify')}", *words]))
-    first = parser.parse_args(words)
-    defaults = saved_defaults or _context_defaults(first)
+    read = parser.parse_args
+    if saved is None and "--eval" in words:  # the task, and so its options, may be the checkpoint's
+        read = lambda words: parser.parse_known_args(words)[0]  # noqa: E731
+    first = read(words)
+    defaults = saved_defaults or _context_defaults(first, parser)
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
-    args = parser.parse_args(words)
+    args = read(words)
     args.data_set = canonical_name(args.data_set)
     if args.patch_size is None:
         args.patch_size = _own_patch_size(args)
@@ -286,7 +307,7 @@ def _saved_defaults(saved) -> dict:
     return {name: value for name, value in saved.items() if name not in of_that_run}
 
 
-def _context_defaults(args) -> dict:
+def _context_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
     """Defaults that depend on the data set, the model and the weights, for options that were not given."""
     data_set = args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
@@ -295,12 +316,16 @@ def _context_defaults(args) -> dict:
         from weights import last_block_of  # imports torch
 
         last_block = last_block_of(args.finetune, args.checkpoint_key) or last_block
-    return {
+    brought = {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
         "sar_query": MODELS[args.model].query if args.model in MODELS else "cls",
         "last_block": last_block,
         **DATASETS[canonical_name(data_set)].defaults,
+    }
+    shared = shared_defaults()  # a default that the task has changed is its protocol's, and stays
+    return {
+        name: value for name, value in brought.items() if name not in shared or shared[name] == parser.get_default(name)
     }
 
 

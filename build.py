@@ -136,7 +136,7 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
         processes.rank,
         processes.world_size,
         plan.seed,
-        views=task.views,
+        views=task.repeats,
     )
     return Run(
         arguments=vars(args),

@@ -20,6 +20,8 @@ EXPECTED = (UserError, RunError, OSError)
 
 # Options of DeiT that this program has no use for, and why.
 NOT_NEEDED = {
+    "--decay-epochs": "of --sched step, which is gone; cosine and constant are left",
+    "--decay-rate": "of --sched step and poly, which are gone; cosine and constant are left",
     "--dist-eval": "evaluation is always distributed, and counts every image once",
     "--pin-mem": "memory is pinned wherever there is a GPU",
     "--no-pin-mem": "memory is pinned wherever there is a GPU",

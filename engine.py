@@ -162,7 +162,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
             waiting = time.perf_counter()
             batch = next(batches)
             window.data_time += time.perf_counter() - waiting
-            window.unreadable += int(batch["replaced"].sum())
+            window.unreadable += int(batch["replaced"].sum()) if "replaced" in batch else 0
             batch = to_device(batch, device)
             seed_step(plan.seed, run.processes.rank, run.position.update * plan.accumulation + micro)
             batch = task.prepare(batch)
@@ -191,7 +191,7 @@ def set_schedule(run: Run) -> dict[str, float]:
     schedule = run.task.schedule(run.position)
     for group in run.optimizer.param_groups:
         group["lr"] = schedule["lr"] * group.get("lr_scale", 1.0)
-        if "weight_decay" in schedule and group["weight_decay"] > 0:
+        if "weight_decay" in schedule and group.get("decays", group["weight_decay"] > 0):
             group["weight_decay"] = schedule["weight_decay"]
     return schedule
 
@@ -218,7 +218,7 @@ def regularisers(outputs: dict[str, Tensor], sar_loss: str) -> dict[str, Tensor]
 
 def weight_of(term: str, schedule: dict[str, float]) -> float:
     """The scheduled weight of a term of the loss: lambda for that of the similarity maps, 1 for what has none."""
-    if term in ("spatial_entropy", "total_variation"):
+    if term in {name for name, _ in SAR_TERMS.values()}:
         return schedule["sar_weight"]
     return schedule.get(f"{term}_weight", 1.0)
 

@@ -104,7 +104,7 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
     run.epoch, run.step, run.totals = done, 0, {}
     if improved:
         save(run, "best.pth")
-    records.epoch(record)
+    records.epoch(record, results)
     if last or done % plan.save_every == 0:
         save(run, "checkpoint.pth")
     if run.processes.is_main and plan.log_attention and (last or done % plan.log_attention == 0):
@@ -112,8 +112,8 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
     return True
 
 
-def evaluate_run(run: Run, loader) -> dict:
-    """Evaluate the model, and its average if there is one; empty where a signal interrupted.
+def evaluate_run(run: Run, loader) -> dict[str, dict]:
+    """The results of each of the task's evaluated models, by its name; empty where a signal interrupted.
 
     Raises:
         NonFiniteLoss: the weights give a result that is not finite, so they are not saved.
@@ -129,17 +129,17 @@ def evaluate_run(run: Run, loader) -> dict:
         for result, value in means.items():
             if not math.isfinite(value):
                 raise NonFiniteLoss(f"the {name} {result} is {value} after epoch {run.epoch}; not saved")
-        results |= {f"{name}_{metric}": value for metric, value in means.items()}
+        results[name] = means
     return results
 
 
 def update_best(run: Run, results: dict) -> bool:
     """Remember the best result of the reported weights; whether this is it."""
     task = run.task
-    key = f"test_{task.metric}" if task.reported == task.weight_names[0] else f"test_{task.reported}_{task.metric}"
-    if not results or results[key] <= run.best.get(task.metric, -math.inf):
+    name = "test" if task.reported == task.weight_names[0] else f"test_{task.reported}"
+    if not results or results[name][task.metric] <= run.best.get(task.metric, -math.inf):
         return False
-    run.best = {task.metric: results[key], "epoch": run.epoch, "weights": task.reported}
+    run.best = {task.metric: results[name][task.metric], "epoch": run.epoch, "weights": task.reported}
     return True
 
 

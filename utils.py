@@ -419,8 +419,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {name: to_device(part, device) for name, part in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(part, device) for part in batch)
+    if isinstance(batch, list):
+        return [to_device(part, device) for part in batch]
+    if isinstance(batch, tuple):
+        parts = (to_device(part, device) for part in batch)
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
     return batch
 
 

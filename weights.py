@@ -168,11 +168,10 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     program = self_supervised(checkpoint)
     if program:
         return program.select(checkpoint, key)
+    if key is None and is_own(checkpoint):
+        key = own_key(checkpoint)
     holders = [name for name, value in checkpoint.items() if _is_state_dict(value)]
     there = ", ".join(map(str, holders)) or "none"
-    best = checkpoint.get("best")
-    if key is None and isinstance(best, Mapping):
-        key = best.get("weights")
     if key is not None:
         if key not in holders:
             raise UserError(f"the checkpoint has no weights under {key!r}; keys that have: {there}")
@@ -188,9 +187,21 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     )
 
 
+def is_own(checkpoint: Mapping) -> bool:
+    """Whether this program's main.py wrote the checkpoint."""
+    args = checkpoint.get("args")
+    return isinstance(args, Mapping) and "last_block" in args and "data" in checkpoint
+
+
+def own_key(checkpoint: Mapping) -> str:
+    """The weights whose results a run of this program reported; before its first evaluation, the model's."""
+    model, *_ = checkpoint.get("weight_names", ("model",))  # older checkpoints are of classification
+    return (checkpoint.get("best") or {}).get("weights", model)
+
+
 def self_supervised(checkpoint: Mapping) -> SelfSupervised | None:
     """The self-supervised training program that wrote the checkpoint; None: no such one."""
-    if "model" in checkpoint:
+    if "model" in checkpoint or is_own(checkpoint):
         return None
     return next((program for program in SELF_SUPERVISED if program.holds(checkpoint)), None)
 

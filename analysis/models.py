@@ -16,7 +16,7 @@ from arguments import parse_arguments
 from models import build_model
 from tasks.settings import model_settings
 from utils import UserError, logger
-from weights import last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
+from weights import is_own, last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
 
 CPU = torch.device("cpu")
 POSITIONS = ("timm", "released")
@@ -30,7 +30,7 @@ class TrainedModel:
         name: what tables and pictures call it.
         input_size: side of its images, px.
         classes: the names of its classes, in order; None where the file does not tell them.
-        crop_pct: of its evaluation; None: by size, see `datasets.build_transform`.
+        crop_pct: of its evaluation; None: by size, see `datasets.eval_transform`.
     """
 
     name: str
@@ -52,9 +52,9 @@ def load_model(
     """The model that a checkpoint's weights belong to; nothing of it is left at random.
 
     Args:
-        path, key: see `checkpoints.read_checkpoint`, `checkpoints.select_weights`.
+        path, key: see `weights.read_checkpoint`, `weights.select_weights`.
         num_heads: of a ViT whose file does not tell it. Of another program's file it wins over what
-            `checkpoints.num_heads_of` takes from layout and width, with a warning; this program's files know.
+            `weights.num_heads_of` takes from layout and width, with a warning; this program's files know.
         input_size: px; None: that of the training. For another one the position embedding is resampled.
         positions: how: "timm" (bicubic, antialiased) or "released", as the released code does it (bicubic without
             antialiasing, by a scale factor of 0.1 patches more).
@@ -65,7 +65,7 @@ def load_model(
     """
     path, checkpoint = Path(path), read_checkpoint(path)
     try:
-        if _is_own(checkpoint):
+        if is_own(checkpoint):
             model, size, patch_size = _own_model(checkpoint, device, num_heads, input_size)
         else:
             model, size, patch_size = _other_vit(checkpoint, key, num_heads, input_size)
@@ -75,14 +75,9 @@ def load_model(
         load_weights(model, state, keep_head=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    crop_pct = checkpoint["args"]["crop_pct"] if _is_own(checkpoint) else None
+    crop_pct = checkpoint["args"]["crop_pct"] if is_own(checkpoint) else None
     classes, name = _classes(checkpoint, model), short_names([path])[0]
     return TrainedModel(name, model.to(device).eval(), size, patch_size, classes, crop_pct)
-
-
-def _is_own(checkpoint: Mapping) -> bool:
-    args = checkpoint.get("args")
-    return isinstance(args, Mapping) and "last_block" in args and "data" in checkpoint
 
 
 def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None, input_size: int | None) -> tuple:
@@ -151,7 +146,7 @@ def _with_released_positions(state: dict[str, Tensor], model: nn.Module) -> dict
 
 
 def _classes(checkpoint: Mapping, model: nn.Module) -> list[str] | None:
-    if _is_own(checkpoint):
+    if is_own(checkpoint):
         return list(checkpoint["data"]["classes"])
     return ImageNetInfo("imagenet-1k").label_names() if model.num_classes == 1000 else None
 

@@ -17,7 +17,7 @@ from utils import Processes
 
 
 class Classification(Task):
-    """``--task classify``: DeiT's training (Table 1 to 10 of the paper).
+    """``--task classify``: DeiT's training (Tables 1 to 4, 7, 9 and 10).
 
     Args:
         args: the command line's.
@@ -31,7 +31,7 @@ class Classification(Task):
     def __init__(self, args: argparse.Namespace, dataset: AugmentedDataset, device: torch.device):
         num_classes = len(dataset.classes)
         super().__init__(args, build_task_model(args, num_classes, device), device)
-        self.views, self.reported = 3 if args.repeated_aug else 1, args.report
+        self.repeats, self.reported = 3 if args.repeated_aug else 1, args.report
         self.mixup = build_mixup(args, num_classes)
         # Mixup's soft targets are smoothed already
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)

@@ -32,14 +32,17 @@ class Evaluator:
 class Task(nn.Module):
     """What DistributedDataParallel and ``torch.compile`` wrap: the model and all that trains beside it.
 
+    The program makes one by ``Class(args, dataset, device)``: ``dataset`` is what `data` gave, the training images, or
+    the validation images for ``--eval``. The class hands its model on to this one's ``__init__(args, model, device)``.
+
     A class says in `data`, `forward`, `losses` and `evaluator` what it is about; the other members have defaults. The
-    spatial entropy and the other regularisers are not its business: `engine.loss_terms` adds them for every task whose
+    spatial entropy and the other regularisers are not its business: `engine.regularisers` adds them to every task whose
     outputs hold ``similarity`` (and ``positions``, ``distances``), as those of `run_model` do.
 
     Attributes:
         model: what is exported, and evaluated.
         localiser: DRLoc's MLP; None where its weight is 0.
-        views: how many times in a row the loader hands out each image (repeated augmentation).
+        repeats: how many times in a row the loader hands out each image (repeated augmentation).
         reported: which of `weight_names` picks best.pth.
     """
 
@@ -57,7 +60,7 @@ class Task(nn.Module):
         self.model = model
         width = cast(int, model.num_features)
         self.localiser = Localiser(width).to(device) if args.drloc_weight > 0 else None
-        self.views, self.reported = 1, self.weight_names[0]
+        self.repeats, self.reported = 1, self.weight_names[0]
         self.clip_grad = args.clip_grad
         self.asks_similarity = args.sar_weight > 0
         self.learning_rate = LearningRate(
@@ -105,7 +108,8 @@ class Task(nn.Module):
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> Any:
         """The images of a split ("train" or "val"), as dicts of what a step needs; called by all processes.
 
-        An item is asked for by a ``samplers.Draw``. Whatever is random in it depends on (seed, epoch, position) alone.
+        `datasets.build_split` reads it as all shared options say. An item is asked for by a ``samplers.Draw``. Whatever
+        is random in it depends on (seed, epoch, position) alone.
 
         Raises:
             UserError: files that are not there or not as they should be.
@@ -171,7 +175,8 @@ class Task(nn.Module):
     def parameter_groups(self, args: argparse.Namespace) -> Iterable[dict[str, Any]]:
         """The optimiser's groups. Default: timm's, no weight decay for biases, norms, tokens and positions.
 
-        A group's learning rate is multiplied by its ``lr_scale``, if it has one.
+        A group's learning rate is multiplied by its ``lr_scale``, if it has one. A scheduled weight decay is set in the
+        groups whose own is above 0, or as their ``decays`` says.
         """
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
         without = {f"model.{name}" for name in names}

@@ -142,8 +142,8 @@ def test_seven_images_on_two_processes_of_a_model_with_running_statistics():
     """Each image once, none left to wait for, with rank 0's statistics, which are those that are saved."""
     alone, together = (evaluations(world_size) for world_size in (1, 2))
     assert together[0] == together[1]
-    assert together[0]["test_images"] == 7
-    assert together[0] == pytest.approx(alone[0])
+    assert together[0]["test"]["images"] == 7
+    assert together[0]["test"] == pytest.approx(alone[0]["test"])
 
 
 def evaluations(world_size: int) -> list[dict]:
