@@ -282,13 +282,12 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     words = expand_arguments(sys.argv[1:] if argv is None else argv)
     saved_defaults = _saved_defaults(saved)
     parser = build_parser(task_of([f"--task={saved_defaults.get('task', 'classify')}", *words]))
-    read = parser.parse_args
-    if saved is None and "--eval" in words:  # the task, and so its options, may be the checkpoint's
-        read = lambda words: parser.parse_known_args(words)[0]  # noqa: E731
-    first = read(words)
+    # without the checkpoint its task is not known, and so not all options
+    read = _read_known if saved is None and "--eval" in words else argparse.ArgumentParser.parse_args
+    first = read(parser, words)
     defaults = saved_defaults or _context_defaults(first, parser)
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
-    args = read(words)
+    args = read(parser, words)
     args.data_set = canonical_name(args.data_set)
     if args.patch_size is None:
         args.patch_size = _own_patch_size(args)
@@ -298,6 +297,10 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
         check_arguments(args)
         check_options(args)
     return args
+
+
+def _read_known(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    return parser.parse_known_args(words)[0]
 
 
 def _saved_defaults(saved) -> dict:

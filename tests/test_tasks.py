@@ -121,7 +121,8 @@ class Taught(Classification):
 
 
 TAUGHT = (
-    "--task test_tasks:Taught --model-ema --model vit_tiny_sar --input-size 8 --patch-size 2 --total-batch 32 --batch-size 16 "
+    "--task test_tasks:Taught --model-ema --model vit_tiny_sar --input-size 8 --patch-size 2 "
+    "--total-batch 32 --batch-size 16 "
     "--model-kwargs embed_dim=12 depth=1 num_heads=1 --warmup-epochs 0 --epochs 1 --sampling-ratio 0.07"
 )
 
