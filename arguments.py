@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
-from datasets import DATASETS, canonical_name
-from losses import SAR_LOSSES
 from models import FAMILIES, MODELS
+from readers import DATASETS, canonical_name
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
-from tasks import TASKS, load_task
+from tasks import TASKS, add_options, check_options
 from utils import UserError
-from weights import last_block_of
+
+SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
 
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes the mathematics.
 # The split of a total batch into processes and accumulation changes only rounding and who draws what; --amp is
@@ -68,11 +68,24 @@ def build_parser(task: str = "classify") -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    add_shared_options(parser, task)
+    add_options(task, parser)
+    return parser
+
+
+def add_shared_options(parser: argparse.ArgumentParser, task: str) -> None:
+    """The options that all tasks have."""
     add_task_option(parser, task)
     for add in (_add_model, _add_data, _add_sar, _add_batch, _add_optimiser, _add_run):
         add(parser)
-    load_task(task).add_options(parser)
-    return parser
+
+
+@cache
+def shared_defaults() -> dict[str, Any]:
+    """The shared options at their defaults, before a task changes any."""
+    parser = Parser()
+    add_shared_options(parser, "classify")
+    return vars(parser.parse_args([]))
 
 
 def add_task_option(parser: argparse.ArgumentParser, default: str = "classify") -> None:
@@ -215,7 +228,12 @@ def _add_optimiser(parser):
     add("--opt-betas", type=_fraction, nargs=2, default=None, help="the optimiser's own if not given")
     add("--weight-decay", type=_size, default=0.05, help="not of biases, norms, tokens and positions")
     add("--clip-grad", type=_positive, default=None, help="largest gradient norm")
-    add("--lr", type=_positive, default=5e-4, help="for a total batch of 512; scaled linearly with it")
+    add(
+        "--lr",
+        type=_positive,
+        default=5e-4,
+        help="at its peak, for the task's reference batch (classify: 512); scaled linearly with the total batch",
+    )
     add("--unscale-lr", action="store_true", help="take --lr as it stands")
     add("--sched", choices=LR_SCHEDULES, default="cosine", help="after the warm-up")
     add("--sched-on-updates", action=argparse.BooleanOptionalAction, default=False, help="not once an epoch")
@@ -264,10 +282,12 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     words = expand_arguments(sys.argv[1:] if argv is None else argv)
     saved_defaults = _saved_defaults(saved)
     parser = build_parser(task_of([f"--task={saved_defaults.get('task', 'classify')}", *words]))
-    first = parser.parse_args(words)
-    defaults = saved_defaults or _context_defaults(first)
+    # without the checkpoint its task is not known, and so not all options
+    read = _read_known if saved is None and "--eval" in words else argparse.ArgumentParser.parse_args
+    first = read(parser, words)
+    defaults = saved_defaults or _context_defaults(first, parser)
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
-    args = parser.parse_args(words)
+    args = read(parser, words)
     args.data_set = canonical_name(args.data_set)
     if args.patch_size is None:
         args.patch_size = _own_patch_size(args)
@@ -275,8 +295,12 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
         args.output_dir = f"output/{args.model}_{args.data_set}_seed{args.seed}"
     if saved is not None or not args.eval:
         check_arguments(args)
-        load_task(args.task).check(args)
+        check_options(args)
     return args
+
+
+def _read_known(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    return parser.parse_known_args(words)[0]
 
 
 def _saved_defaults(saved) -> dict:
@@ -286,19 +310,25 @@ def _saved_defaults(saved) -> dict:
     return {name: value for name, value in saved.items() if name not in of_that_run}
 
 
-def _context_defaults(args) -> dict:
+def _context_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
     """Defaults that depend on the data set, the model and the weights, for options that were not given."""
     data_set = args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
     last_block = "sar" if regularised else "standard"
     if Path(args.finetune).is_file():  # fine-tuning keeps the pre-training's architecture (appendix E.4)
+        from weights import last_block_of  # imports torch
+
         last_block = last_block_of(args.finetune, args.checkpoint_key) or last_block
-    return {
+    brought = {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
         "sar_query": MODELS[args.model].query if args.model in MODELS else "cls",
         "last_block": last_block,
         **DATASETS[canonical_name(data_set)].defaults,
+    }
+    shared = shared_defaults()  # a default that the task has changed is its protocol's, and stays
+    return {
+        name: value for name, value in brought.items() if name not in shared or shared[name] == parser.get_default(name)
     }
 
 
@@ -331,7 +361,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 @cache
-def default_arguments(task: str) -> Mapping[str, Any]:
+def default_arguments(task: str) -> dict[str, Any]:
     """Every option of a task at its default, data sets' and models' own ones aside."""
     return vars(build_parser(task).parse_args([]))
 
@@ -339,7 +369,7 @@ def default_arguments(task: str) -> Mapping[str, Any]:
 def differences(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What differs in anything mathematical between these arguments and a checkpoint's, a line each."""
     # an option younger than the checkpoint was at its default; one that is gone had no effect at its own
-    saved = default_arguments(saved.get("task", "classify")) | saved
+    saved = {**default_arguments(saved.get("task", "classify")), **saved}
     names = sorted((arguments.keys() | saved.keys()) - NOT_MATHEMATICAL - GONE)
     if os.path.realpath(saved["finetune"]) == os.path.realpath(arguments["finetune"]):
         names.remove("finetune")  # the same file, in other words

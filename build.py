@@ -1,6 +1,7 @@
 """From arguments to parts: data, model, optimiser, the plan that follows from them, and the banner that tells it."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -112,7 +113,7 @@ def wrap(task: Task, plan: Plan, processes: Processes, compiled: bool) -> nn.Mod
     use that where it does not cut the graph itself (it compiles in parts, so that the exchange begins before the
     backward pass ends) and where every backward pass exchanges gradients.
     """
-    network = task
+    network: nn.Module = task
     if processes.world_size > 1:
         ids = [processes.device.index] if processes.device.type == "cuda" else None
         network = DistributedDataParallel(
@@ -121,7 +122,7 @@ def wrap(task: Task, plan: Plan, processes: Processes, compiled: bool) -> nn.Mod
             gradient_as_bucket_view=True,
             static_graph=plan.accumulation == 1 and not compiled,
         )
-    return torch.compile(network) if compiled else network
+    return cast(nn.Module, torch.compile(network)) if compiled else network
 
 
 def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set) -> Run:
@@ -135,7 +136,7 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
         processes.rank,
         processes.world_size,
         plan.seed,
-        views=task.views,
+        views=task.repeats,
     )
     return Run(
         arguments=vars(args),
@@ -146,6 +147,7 @@ def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_se
         optimizer=build_optimizer(args, task),
         scaler=torch.amp.GradScaler(device.type, enabled=plan.amp_dtype == torch.float16),
         loader=build_loader(train_set, sampler, args.batch_size, args.num_workers, device.type == "cuda"),
+        sampler=sampler,
         stop=stop,
     )
 

@@ -2,7 +2,7 @@
 
 A checkpoint holds, as tensors and plain values (there is no random state to keep: ``randomness.py``):
 
-    model, ema              weights, under the task's names for them; ema is None without an average
+    model, ema              weights, under the task's names for them (weight_names); ema is None without an average
     localiser, ...          whatever else of the task has a state, under its name
     optimizer, scaler       their states
     epoch, step, best, totals   where the run stands
@@ -13,21 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from arguments import differences
 from engine import NonFiniteLoss, Run
+from tasks import Task
 from utils import UserError, logger, write_atomically
 from weights import load_weights, read_checkpoint
 
 
+def parts(task: Task) -> dict[str, nn.Module | None]:
+    """Every module of a task that has a state, under its name in a checkpoint; None: an average that is off."""
+    model, averaged = task.weight_names
+    return {model: task.model, averaged: task.averaged, **task.beside()}
+
+
 def snapshot(run: Run) -> dict[str, Any]:
     """Everything a run needs to go on."""
-    task = run.task
-    model, averaged = task.weight_names
-    return {
-        model: task.model.state_dict(),
-        averaged: None if task.averaged is None else task.averaged.state_dict(),
-        **{name: module.state_dict() for name, module in task.beside().items()},
+    states = {name: None if module is None else module.state_dict() for name, module in parts(run.task).items()}
+    rest = {
+        "weight_names": list(run.task.weight_names),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "epoch": run.epoch,
@@ -38,6 +43,9 @@ def snapshot(run: Run) -> dict[str, Any]:
         "data": {"training images": run.plan.num_images, "classes": run.plan.classes},
         "precision": str(run.plan.amp_dtype or torch.float32),
     }
+    if states.keys() & rest.keys():
+        raise ValueError(f"{type(run.task).__name__} cannot call a part of it {', '.join(states.keys() & rest.keys())}")
+    return states | rest
 
 
 def save(run: Run, name: str) -> None:
@@ -61,13 +69,9 @@ def restore(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
         UserError: the checkpoint belongs to a run with other mathematics or data, or to none of this program.
     """
     _check_same_run(run, checkpoint, source)
-    task = run.task
-    model, averaged = task.weight_names
-    task.model.load_state_dict(checkpoint[model])
-    if task.averaged is not None:
-        task.averaged.load_state_dict(checkpoint[averaged])
-    for name, module in task.beside().items():
-        module.load_state_dict(checkpoint[name])
+    for name, module in parts(run.task).items():
+        if module is not None:
+            module.load_state_dict(checkpoint[name])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint["scaler"])
     run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
@@ -77,7 +81,7 @@ def restore(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
 def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
     """Refuse a checkpoint that this run cannot go on from; see `restore`."""
     own = snapshot(run)
-    missing = [key for key in own if key not in checkpoint]
+    missing = [key for key in own if key not in checkpoint and key != "weight_names"]  # older ones have no such entry
     if missing:
         raise UserError(
             f"{source} has no {', '.join(missing)}: not a checkpoint of this program; "
@@ -89,6 +93,9 @@ def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
             different.append(f"{name} are others than the checkpoint's")
     if own["precision"] != checkpoint["precision"]:
         different.append(f"{checkpoint['precision']} in the checkpoint, {own['precision']} now: see --amp")
+    for name, module in parts(run.task).items():
+        if module is not None and checkpoint[name] and checkpoint[name].keys() != own[name].keys():
+            different.append(f"its {name} has other weights, as an older version wrote them")
     if different:
         raise UserError(
             f"{source} was written with other arguments or data; give those, or another --output-dir ("
@@ -108,7 +115,7 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
         UserError: a file that cannot be used, or processes that would begin at different places.
     """
     own = run.plan.output_dir / "checkpoint.pth"
-    source = own if own.exists() else resume
+    source = own if own.exists() else Path(resume) if resume else None
     if source:
         restore(run, read_checkpoint(source), source)
         if source != own:

@@ -1,6 +1,7 @@
 """Command lines: parser, argument types, argument files, and the one way from an error to an exit code."""
 
 import argparse
+import ast
 import difflib
 import math
 import os
@@ -12,16 +13,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from timm.utils import ParseKwargs
-
-from utils import Processes, RunError, UserError, processes_here
+from utils import Processes, RunError, UserError, among_processes, processes_here
 
 EXPECTED = (UserError, RunError, OSError)
 """Errors whose message is all that a user needs."""
 
 # Options of DeiT that this program has no use for, and why.
 NOT_NEEDED = {
+    "--decay-epochs": "of --sched step, which is gone; cosine and constant are left",
+    "--decay-rate": "of --sched step and poly, which are gone; cosine and constant are left",
     "--dist-eval": "evaluation is always distributed, and counts every image once",
     "--pin-mem": "memory is pinned wherever there is a GPU",
     "--no-pin-mem": "memory is pinned wherever there is a GPU",
@@ -44,14 +44,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-class KeyValues(ParseKwargs):
-    """timm's KEY=VALUE pairs as a dict of Python values, refusing a word without ``=``."""
+class KeyValues(argparse.Action):
+    """Words KEY=VALUE as a dict; a value that is no Python literal is a string, as in timm."""
 
     def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
         for word in values:
-            if "=" not in word:
+            key, equals, value = word.partition("=")
+            if not equals:
                 parser.error(f"{option_string}: {word!r} is not KEY=VALUE")
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                pairs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[key] = value
+        setattr(namespace, self.dest, pairs)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -149,7 +155,7 @@ class Exit:
             return False
         traceback.clear_frames(trace)  # they hold a loader, whose processes would never end
         told = self.processes.explain(error) if self.processes is not None else error
-        if not isinstance(told, EXPECTED) and not torch.distributed.is_initialized():
+        if not isinstance(told, EXPECTED) and not among_processes():
             return False
         self.code = report_error(told)
         return True
@@ -174,6 +180,6 @@ def report_error(error: Exception) -> int:
     mark = f"[rank {rank}] " if rank > 0 else ""
     print(textwrap.indent(text, mark), end="", file=sys.stderr, flush=True)
     code = 2 if isinstance(error, UserError) else 1
-    if torch.distributed.is_initialized():
+    if among_processes():
         os._exit(code)
     return code

@@ -5,14 +5,12 @@ start-up is the pre-flight check; what is wrong is one line in a ``UserError``.
 An image's augmentation depends on (seed, epoch, position) alone: not on workers or what ran before.
 """
 
-import difflib
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,179 +21,16 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 
 from randomness import isolated_rng, seed_sequence
+from readers import DATASETS, canonical_name
 from readers.cache import cache_images
-from readers.folders import FOLDER_LAYOUT, read_folder
 from readers.images import LabelledImages, SubsetOf, UnreadableImage
-from readers.published import (
-    CARS_LAYOUT,
-    DOMAINNET_CLASSES,
-    FLOWERS_LAYOUT,
-    PETS_LAYOUT,
-    domain_layout,
-    read_cars,
-    read_cifar,
-    read_digits,
-    read_domainnet,
-    read_flowers,
-    read_pets,
-)
-from readers.tars import TAR_LAYOUT, read_tar
 from samplers import Draw, class_subset
 from utils import Processes, UserError, logger, write_json
 
 SMALL_IMAGE = 32  # px; up to this size DeiT crops from a padded image instead of resizing a random part of it
 MAX_REPLACEMENTS = 10  # unreadable images in a row that are replaced before the run stops after all
-
-
-# ---------------------------------------------------------------------------- the data sets by name
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """How to read a set, and what to know of it.
-
-    Attributes:
-        read: ``read(data_path, split)`` gives its images.
-        about: what it is.
-        layout: what ``--data-path`` must hold; empty: the set needs none.
-        defaults: values it brings for arguments that were not given.
-        num_classes: so many it must have; None: any number.
-        images: how many a split has, in the paper or as published; empty: unknown.
-        cleaned_images: how many it has by DomainNet's later, cleaned lists.
-        folder: where it lies below a common root of all sets, torchvision's own folders left out.
-        download: fetches and checks it, given the data path; None: nothing can.
-        source: where to get it by hand; empty: ``download`` does it, or the images are the user's own.
-    """
-
-    read: Callable[[Path | None, str], LabelledImages]
-    about: str
-    layout: str = ""
-    defaults: dict[str, Any] = field(default_factory=dict)
-    num_classes: int | None = None
-    images: dict[str, int] = field(default_factory=dict)
-    cleaned_images: dict[str, int] = field(default_factory=dict)
-    folder: str = ""
-    download: Callable[[Path], Any] | None = None
-    source: str = ""
-
-
-def _cifar(reader: type[CIFAR10], about: str, num_classes: int) -> DataSet:
-    return DataSet(
-        partial(read_cifar, reader),
-        about,
-        f"{reader.base_folder}/",
-        num_classes=num_classes,
-        images={"train": 50_000, "val": 10_000},
-        download=partial(reader, download=True),
-    )
-
-
-def _domainnet(domain: str, images: tuple[int, int], cleaned_images: tuple[int, int]) -> DataSet:
-    return DataSet(
-        partial(read_domainnet, domain),
-        f"DomainNet's {domain} domain",
-        domain_layout(domain),
-        num_classes=DOMAINNET_CLASSES,
-        images=dict(zip(("train", "val"), images, strict=True)),
-        cleaned_images=dict(zip(("train", "val"), cleaned_images, strict=True)),
-        folder="domainnet",
-        source="https://ai.bu.edu/M3SDA/ (the paper used the original lists)",
-    )
-
-
-DATASETS: dict[str, DataSet] = {
-    "digits": DataSet(
-        read_digits,
-        "1,797 scanned digits that come with scikit-learn",
-        defaults={  # minutes on a laptop; digits are not mirrored, nor cropped to a part
-            "input_size": 20,
-            "batch_size": 32,
-            "total_batch": 32,
-            "epochs": 5,
-            "warmup_epochs": 1,
-            "sched_on_updates": True,
-            "lr": 8e-3,
-            "model_ema": False,
-            "mixup": 0.0,
-            "cutmix": 0.0,
-            "aa": "none",
-            "hflip": 0.0,
-            "reprob": 0.0,
-            "crop_pct": 1.0,
-            "num_workers": 0,
-        },
-        num_classes=10,
-        images={"train": 1_437, "val": 360},
-        source="scikit-learn, which is installed",
-    ),
-    "folder": DataSet(read_folder, "your own images", FOLDER_LAYOUT),
-    "tar": DataSet(read_tar, "your own images in few large files", TAR_LAYOUT),
-    "imagenet": DataSet(
-        read_folder,
-        "ImageNet-1k (ILSVRC-2012)",
-        FOLDER_LAYOUT,
-        num_classes=1000,
-        images={"train": 1_281_167, "val": 50_000},
-        folder="imagenet",
-        source="https://image-net.org (ILSVRC-2012, after registration)",
-    ),
-    "imagenet100": DataSet(
-        partial(read_folder, class_list="imagenet100.txt"),
-        "the 100 classes of ImageNet-1k in readers/class_lists/imagenet100.txt",
-        f"{FOLDER_LAYOUT}, of all ImageNet-1k or of the 100 classes",
-        num_classes=100,
-        images={"train": 126_689, "val": 5_000},  # of the classes of Contrastive Multiview Coding
-        folder="imagenet",
-        source="https://image-net.org (ILSVRC-2012, after registration)",
-    ),
-    "cars": DataSet(
-        read_cars,
-        "Stanford Cars",
-        CARS_LAYOUT,
-        num_classes=196,
-        images={"train": 8_144, "val": 8_041},
-        source="a mirror (its own site is gone; https://github.com/pytorch/vision/issues/7545 names some)",
-    ),
-    "clipart": _domainnet("clipart", (34_019, 14_818), (33_525, 14_604)),
-    "painting": _domainnet("painting", (52_867, 22_892), (50_416, 21_850)),
-    "sketch": _domainnet("sketch", (49_115, 21_271), (48_212, 20_916)),
-    "flowers": DataSet(
-        read_flowers,
-        "Oxford's 102 flowers; its train and val images are trained on, the test images evaluated",
-        FLOWERS_LAYOUT,
-        num_classes=102,
-        images={"train": 2_040, "val": 6_149},
-        download=partial(Flowers102, download=True),
-    ),
-    "pets": DataSet(
-        read_pets,
-        "Oxford-IIIT pets",
-        PETS_LAYOUT,
-        num_classes=37,
-        images={"train": 3_680, "val": 3_669},
-        download=partial(OxfordIIITPet, download=True),
-    ),
-    "cifar10": _cifar(CIFAR10, "CIFAR-10", 10),
-    "cifar100": _cifar(CIFAR100, "CIFAR-100", 100),
-}
-DEIT_NAMES = {"imnet": "imagenet", "cifar": "cifar100"}
-
-
-def canonical_name(name: str) -> str:
-    """The key of :data:`DATASETS` that ``name`` means; any case and DeiT's IMNET and CIFAR are understood.
-
-    Raises:
-        UserError: no such set; names the nearest.
-    """
-    key = DEIT_NAMES.get(name.lower(), name.lower())
-    if key in DATASETS:
-        return key
-    close = difflib.get_close_matches(key, DATASETS)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(DATASETS)}"
-    raise UserError(f"unknown data set {name!r}: {hint}")
 
 
 def read_split(name: str, split: str, data_path: str | Path | None) -> LabelledImages:
@@ -296,7 +131,7 @@ def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None
     on_disk = [split for split in splits if not split.base.in_memory]
     if on_disk:
         skip_unreadable = all(split.skip_unreadable for split in on_disk)
-        cached = cache_images([split.base for split in on_disk], processes, skip_unreadable)
+        cached = cache_images([split.base for split in on_disk], processes, skip_unreadable)  # type: ignore[misc]
         for split, images in zip(on_disk, cached, strict=True):
             split.base = images
 
@@ -430,12 +265,13 @@ class AugmentedDataset(Dataset):
             except UnreadableImage:
                 if tried == last_try:
                     raise
+        raise AssertionError("unreachable: the last try returns or raises")
 
 
 def train_transform(
     size: int,
     *,
-    scale: tuple[float, float] = (0.08, 1.0),
+    scale: Sequence[float] = (0.08, 1.0),
     hflip: float = 0.5,
     color_jitter: float = 0.4,
     aa: str = "rand-m9-mstd0.5-inc1",
@@ -460,9 +296,9 @@ def train_transform(
         transform = create_transform(
             size,
             is_training=True,
-            scale=tuple(scale),
+            scale=(scale[0], scale[1]),
             hflip=hflip,
-            color_jitter=color_jitter or None,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=None if aa == "none" else aa,
             interpolation=interpolation,
             re_prob=reprob,

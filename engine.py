@@ -4,10 +4,10 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from losses import SpatialEntropyLoss, TotalVariationLoss, localisation_loss
 from randomness import seed_step
+from samplers import TrainSampler
 from schedules import Position
 from tasks import Evaluator, Task
 from utils import Processes, RunError, StopSignal, progress, to_device
@@ -68,6 +69,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loader: DataLoader
+    sampler: TrainSampler
+    """The loader's: which images come in which order."""
     stop: StopSignal
     epoch: int = 0
     step: int = 0
@@ -90,7 +93,9 @@ class Window:
     """The steps since the last logging step: their loss terms, still on the device, and their times."""
 
     def __init__(self, run: Run):
-        self.run, self.begin, self.rows, self.names = run, run.step, [], ()
+        self.run, self.begin = run, run.step
+        self.rows: list[Tensor] = []
+        self.names: tuple[str, ...] = ()
         self.data_time, self.unreadable = 0.0, 0
         self.start = time.perf_counter()
 
@@ -146,7 +151,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
     """
     task, plan, device = run.task, run.plan, run.processes.device
     run.network.train()
-    run.loader.sampler.set_epoch(run.epoch, first_update=run.step)
+    run.sampler.set_epoch(run.epoch, first_update=run.step)
     batches, window, going = iter(progress(run.loader, f"epoch {run.epoch}")), Window(run), True
     while going and run.step < plan.updates_per_epoch:
         # 1. everything that is scheduled
@@ -157,7 +162,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
             waiting = time.perf_counter()
             batch = next(batches)
             window.data_time += time.perf_counter() - waiting
-            window.unreadable += int(batch["replaced"].sum())
+            window.unreadable += int(batch["replaced"].sum()) if "replaced" in batch else 0
             batch = to_device(batch, device)
             seed_step(plan.seed, run.processes.rank, run.position.update * plan.accumulation + micro)
             batch = task.prepare(batch)
@@ -166,7 +171,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
                 with _autocast(device, plan.amp_dtype):
                     outputs = run.network(batch)
                     terms = task.losses(outputs, batch) | regularisers(outputs, plan.sar_loss)
-                loss = sum(weight_of(name, schedule) * term for name, term in terms.items())
+                loss = cast(Tensor, sum(weight_of(name, schedule) * term for name, term in terms.items()))
                 run.scaler.scale(loss / plan.accumulation).backward()
             window.add({"loss": loss} | terms)
         # 4. the update
@@ -186,7 +191,7 @@ def set_schedule(run: Run) -> dict[str, float]:
     schedule = run.task.schedule(run.position)
     for group in run.optimizer.param_groups:
         group["lr"] = schedule["lr"] * group.get("lr_scale", 1.0)
-        if "weight_decay" in schedule and group["weight_decay"] > 0:
+        if "weight_decay" in schedule and group.get("decays", group["weight_decay"] > 0):
             group["weight_decay"] = schedule["weight_decay"]
     return schedule
 
@@ -213,7 +218,7 @@ def regularisers(outputs: dict[str, Tensor], sar_loss: str) -> dict[str, Tensor]
 
 def weight_of(term: str, schedule: dict[str, float]) -> float:
     """The scheduled weight of a term of the loss: lambda for that of the similarity maps, 1 for what has none."""
-    if term in ("spatial_entropy", "total_variation"):
+    if term in {name for name, _ in SAR_TERMS.values()}:
         return schedule["sar_weight"]
     return schedule.get(f"{term}_weight", 1.0)
 
@@ -256,7 +261,7 @@ def evaluate(
         The evaluator's results; None if interrupted.
     """
     model.eval()
-    longest = math.ceil(math.ceil(len(loader.dataset) / processes.world_size) / loader.batch_size)
+    longest = math.ceil(math.ceil(len(cast(Sized, loader.dataset)) / processes.world_size) / loader.batch_size)
     nothing_left = [None] * (longest - len(loader))  # ranks differ by one batch at most
     for batch in itertools.chain(progress(loader, "evaluation"), nothing_left):
         if interrupted():

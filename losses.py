@@ -13,7 +13,6 @@ PAIRS = 64
 """Pairs of patches an image that DRLoc compares: m."""
 LOCALISER_WIDTH = 512
 
-SAR_LOSSES = ("spatial-entropy", "total-variation")
 
 # A map whose spread is within this many units of float rounding counts as constant: the rest of it is noise.
 CONSTANT_ULPS = 16

@@ -61,8 +61,8 @@ class Records:
         words = [f"{SHORT.get(name, name)} {value:.4g}" for name, value in means.items()]
         logger.info("  ".join([position, *words]))
 
-    def epoch(self, record: dict) -> None:
-        """Tell an epoch's results."""
+    def epoch(self, record: dict, results: dict[str, dict]) -> None:
+        """Tell an epoch's results: its line for log.txt, and those of each evaluated model."""
         if not self.run.processes.is_main:
             return
         for name, value in record.items():
@@ -70,16 +70,12 @@ class Records:
                 self.board.add_scalar(name.replace("_", "/", 1), value, self._global_step())
         self.board.flush()
         self.log.write(record)
-        task, names = self.run.task, {"test": ""}
-        names |= {f"test_{name}": ", averaged weights" for name in task.weight_names[1:]}
-        for prefix in task.evaluated():
-            results = {
-                name.removeprefix(f"{prefix}_"): value
-                for name, value in record.items()
-                if name.startswith(f"{prefix}_")
-            }
-            words = task.describe(results) if task.metric in results else "not evaluated (--eval-every)"
-            logger.info(f"epoch {record['epoch']}{names[prefix]}: {words}")
+        task, place = self.run.task, f"epoch {record['epoch']}"
+        if not results:
+            logger.info(f"{place}: not evaluated (--eval-every)")
+        for name, measured in results.items():
+            which = "" if name == "test" else f", {name.removeprefix('test_')} weights"
+            logger.info(f"{place}{which}: {task.describe(measured)}")
 
     def figure(self, name: str, figure) -> None:
         """Keep a Matplotlib figure in TensorBoard."""
@@ -93,7 +89,7 @@ class Records:
             self.board.close()
 
 
-def epoch_record(run: Run, results: dict) -> dict:
+def epoch_record(run: Run, results: dict[str, dict]) -> dict:
     """The epoch's line of log.txt, under DeiT's names where DeiT has the value."""
     totals = dict(run.totals)
     updates, seconds, data_time = (totals.pop(name) for name in ("updates", "seconds", "data_time"))
@@ -102,7 +98,7 @@ def epoch_record(run: Run, results: dict) -> dict:
         "epoch": run.epoch,
         **{f"train_{name}": total / updates for name, total in totals.items()},
         "train_unreadable": unreadable,
-        **results,
+        **{f"{name}_{key}": value for name, measured in results.items() for key, value in measured.items()},
         "reported": run.task.reported,
         "metric": run.task.metric,
         "train_images": run.plan.num_images,

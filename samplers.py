@@ -20,7 +20,7 @@ class Draw(NamedTuple):
     order of that epoch, over all processes. Augmentation depends on the last two (:mod:`datasets`).
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple's method of that name is not used
     epoch: int
     position: int
 
@@ -135,10 +135,9 @@ def class_subset(targets: Sequence[int], ratio: float, seed: int) -> list[int]:
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio {ratio} is not in (0, 1]")
-    targets = np.asarray(targets)
-    chosen = []
-    for label in np.unique(targets):
-        images = np.flatnonzero(targets == label)
+    labels, chosen = np.asarray(targets), []
+    for label in np.unique(labels):
+        images = np.flatnonzero(labels == label)
         order = np.random.default_rng(seed_sequence("subset", seed, int(label))).permutation(images)
         chosen.append(order[: max(1, round(ratio * len(images)))])
     return np.sort(np.concatenate(chosen)).tolist()

@@ -1,8 +1,14 @@
-"""What every process of a run needs: errors for users, the processes, seeds, signals, safe files, the log."""
+"""What every process of a run needs: errors for users, the processes, signals, safe files, the log.
+
+Torch is imported where it is used, so that a program that only reads its command line answers at once.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import csv
 import gc
+import importlib.metadata
 import io
 import json
 import logging
@@ -17,14 +23,13 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import timm
-import torch
-import torch.distributed as dist
-import torchvision
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 logger = logging.getLogger("sar")
 
@@ -64,6 +69,9 @@ class Processes:
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Equal-shaped tensors of all ranks, stacked: ``(...)`` -> ``(world_size, ...)``, on the host."""
+        import torch
+        import torch.distributed as dist
+
         if self.world_size == 1:
             return rows[None].cpu()
         parts = [torch.empty_like(rows) for _ in range(self.world_size)]
@@ -72,6 +80,8 @@ class Processes:
 
     def leave_together(self) -> None:
         """Wait until all ranks are here: a launcher may end the others soon after the first has gone."""
+        import torch
+
         self.gather(torch.zeros((), device=self.device))
 
     def explain(self, error: Exception) -> Exception:
@@ -146,6 +156,8 @@ def start_processes(device_name: str) -> Processes:
         UserError: no such device here, or a GPU that this torch has no kernels for.
         RunError: the others did not come.
     """
+    import torch.distributed as dist
+
     rank, world_size, local_rank = processes_here()
     device = pick_device(device_name, local_rank)
     if world_size == 1:
@@ -162,18 +174,30 @@ def start_processes(device_name: str) -> Processes:
 
 def end_processes() -> None:
     """Leave the process group, if one was joined."""
-    if dist.is_initialized():
+    if among_processes():
+        import torch.distributed as dist
+
         gc.collect()  # a DistributedDataParallel that outlives its group can spin at exit
         dist.destroy_process_group()
 
 
+def among_processes() -> bool:
+    """Whether this process has joined others."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized()
+
+
 def is_peer_failure(error: BaseException) -> bool:
     """Whether an exchange failed because another process is gone or silent."""
+    import torch.distributed as dist
+
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that ``name`` means for this process; see ``start_processes``, also for errors."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -230,8 +254,10 @@ class StopSignal:
     def __init__(self, processes: Processes):
         self.received = 0
         self._alone = processes.world_size == 1
+        import torch.distributed as dist
+
         self._group = None if self._alone else dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-        self._pending = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self):
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -253,10 +279,14 @@ class StopSignal:
 
         All ranks have the same code. 75 is the system's own for a failure that passes (``EX_TEMPFAIL``).
         """
-        return {signal.SIGINT: 130, signal.SIGUSR2: os.EX_TEMPFAIL}.get(self.received, 0)
+        codes: dict[int, int] = {signal.SIGINT: 130, signal.SIGUSR2: os.EX_TEMPFAIL}
+        return codes.get(self.received, 0)
 
     def poll(self) -> bool:
         """Whether all ranks are to stop now."""
+        import torch
+        import torch.distributed as dist
+
         if self._alone:
             return bool(self.received)
         earlier, numbers = self._pending, torch.tensor([self.received])
@@ -342,6 +372,8 @@ def _cpu_name() -> str:
 
 def environment() -> dict:
     """What a result depends on beside the arguments: commit, versions, hardware, command."""
+    import torch
+
     here = Path(__file__).parent
 
     def git(*command: str) -> str | None:
@@ -358,9 +390,7 @@ def environment() -> dict:
         "uncommitted_changes": bool(git("status", "--porcelain")),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
+        **{name: importlib.metadata.version(name) for name in ("torchvision", "timm", "numpy")},
         "host": platform.node(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
@@ -383,12 +413,17 @@ def start_logging(rank: int) -> None:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """A tree of tensors (in dicts, lists, tuples) on ``device``; from pinned memory, without waiting for the copy."""
+    import torch
+
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {name: to_device(part, device) for name, part in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(part, device) for part in batch)
+    if isinstance(batch, list):
+        return [to_device(part, device) for part in batch]
+    if isinstance(batch, tuple):
+        parts = (to_device(part, device) for part in batch)
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
     return batch
 
 

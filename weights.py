@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -61,15 +62,15 @@ class SelfSupervised:
         """Whether this program wrote the file; as many programs write a ``state_dict``, the names in it must say so."""
         for entry, prefix in self.encoders.values():
             state = checkpoint.get(entry)
-            if _is_state_dict(state):
+            if state is not None and _is_state_dict(state):
                 return entry != "state_dict" or any(name.startswith(prefix) for name in clean_state_dict(state))
         return False
 
     def select(self, checkpoint: Mapping, key: str | None) -> tuple[dict[str, Tensor], str]:
         """The ViT's state dict and its key; see `select_weights`, also for errors."""
-        key = key or next((key for key, (entry, _) in self.encoders.items() if entry in checkpoint), None)
-        entry, prefix = self.encoders.get(key, (None, ""))
-        if entry is None or not _is_state_dict(checkpoint.get(entry)):
+        key = key or next((key for key, (entry, _) in self.encoders.items() if entry in checkpoint), "")
+        entry, prefix = self.encoders.get(key, ("", ""))
+        if not _is_state_dict(checkpoint.get(entry)):
             there = ", ".join(key for key, (entry, _) in self.encoders.items() if entry in checkpoint)
             raise UserError(f"the {self.name} checkpoint has no weights under {key!r}; keys that have: {there}")
         state = clean_state_dict(checkpoint[entry])
@@ -99,7 +100,7 @@ SELF_SUPERVISED = (
 
 # What training scripts pickle beside tensors: their arguments, and NumPy numbers such as the best accuracy.
 _numpy_scalar = np.float64(0).__reduce__()[0]
-_SAFE_GLOBALS = [
+_SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     (_numpy_scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
@@ -167,11 +168,10 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     program = self_supervised(checkpoint)
     if program:
         return program.select(checkpoint, key)
+    if key is None and is_own(checkpoint):
+        key = own_key(checkpoint)
     holders = [name for name, value in checkpoint.items() if _is_state_dict(value)]
     there = ", ".join(map(str, holders)) or "none"
-    best = checkpoint.get("best")
-    if key is None and isinstance(best, Mapping):
-        key = best.get("weights")
     if key is not None:
         if key not in holders:
             raise UserError(f"the checkpoint has no weights under {key!r}; keys that have: {there}")
@@ -180,16 +180,28 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
         if name in holders:
             return clean_state_dict(checkpoint[name]), name
     if _is_state_dict(checkpoint):
-        return clean_state_dict(checkpoint), None
+        return clean_state_dict(dict(checkpoint)), None
     raise UserError(
         f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; name another key, those with "
         f"weights: {there}; all keys: {_shorten(checkpoint)}"
     )
 
 
+def is_own(checkpoint: Mapping) -> bool:
+    """Whether this program's main.py wrote the checkpoint."""
+    args = checkpoint.get("args")
+    return isinstance(args, Mapping) and "last_block" in args and "data" in checkpoint
+
+
+def own_key(checkpoint: Mapping) -> str:
+    """The weights whose results a run of this program reported; before its first evaluation, the model's."""
+    model, *_ = checkpoint.get("weight_names", ("model",))  # older checkpoints are of classification
+    return (checkpoint.get("best") or {}).get("weights", model)
+
+
 def self_supervised(checkpoint: Mapping) -> SelfSupervised | None:
     """The self-supervised training program that wrote the checkpoint; None: no such one."""
-    if "model" in checkpoint:
+    if "model" in checkpoint or is_own(checkpoint):
         return None
     return next((program for program in SELF_SUPERVISED if program.holds(checkpoint)), None)
 

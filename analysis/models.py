@@ -16,7 +16,7 @@ from arguments import parse_arguments
 from models import build_model
 from tasks.settings import model_settings
 from utils import UserError, logger
-from weights import last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
+from weights import is_own, last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
 
 CPU = torch.device("cpu")
 POSITIONS = ("timm", "released")
@@ -69,7 +69,7 @@ def load_model(
     # 1. build the architecture, then load the weights
     path, checkpoint = Path(path), read_checkpoint(path)
     try:
-        if _is_own(checkpoint):
+        if is_own(checkpoint):
             model, size, patch_size = _own_model(checkpoint, device, num_heads, input_size)
         else:
             model, size, patch_size = _foreign_vit(checkpoint, key, num_heads, input_size)
@@ -80,14 +80,9 @@ def load_model(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     # 2. metadata of this program's checkpoints
-    crop_pct = checkpoint["args"]["crop_pct"] if _is_own(checkpoint) else None
+    crop_pct = checkpoint["args"]["crop_pct"] if is_own(checkpoint) else None
     classes, name = _classes(checkpoint, model), short_names([path])[0]
     return TrainedModel(name, model.to(device).eval(), size, patch_size, classes, crop_pct)
-
-
-def _is_own(checkpoint: Mapping) -> bool:
-    args = checkpoint.get("args")
-    return isinstance(args, Mapping) and "last_block" in args and "data" in checkpoint
 
 
 def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None, input_size: int | None) -> tuple:
@@ -164,7 +159,7 @@ def _with_released_positions(state: dict[str, Tensor], model: nn.Module) -> dict
 
 
 def _classes(checkpoint: Mapping, model: nn.Module) -> list[str] | None:
-    if _is_own(checkpoint):
+    if is_own(checkpoint):
         return list(checkpoint["data"]["classes"])
     return ImageNetInfo("imagenet-1k").label_names() if model.num_classes == 1000 else None
 

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import cv2
 import torch
@@ -85,7 +86,9 @@ def forward_backward(loss: Callable, maps: Tensor) -> None:
 
 def time_case(maps: Tensor, repeats: int) -> dict[str, float]:
     """Median milliseconds of each way, of our forward pass alone, and of the labelling alone."""
-    runs = {name: partial(forward_backward, loss, maps) for name, loss in BASELINES.items()}
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(forward_backward, loss, maps) for name, loss in BASELINES.items()
+    }
     runs["ours"] = partial(forward_backward, SpatialEntropyLoss(), maps)
     runs["forward"] = partial(SpatialEntropyLoss(), maps.clone().requires_grad_())
     runs["labelling"] = partial(label_components, maps > maps.mean((-2, -1), keepdim=True))

@@ -1,0 +1,195 @@
+"""The data sets by name, and what is known of each; their readers are in the modules beside this file.
+
+A reader takes the folder that ``--data-path`` names and a split ("train" or "val"). It gives
+``readers.images.LabelledImages`` after all checks that need no decoding; what is wrong is one line in a ``UserError``.
+Nothing slow is imported here, so that a command line can list the names at once.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils import UserError
+
+DOMAINNET_CLASSES = 345
+
+FOLDER_LAYOUT = "train/<class>/* and val/<class>/*"
+TAR_LAYOUT = "train.tar and val.tar (<class>/* in them), or train/*.tar and val/*.tar (the same, or a tar a class)"
+CARS_LAYOUT = (
+    "stanford_cars/ with devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_test_annos_withlabels.mat, "
+    "cars_train/*.jpg and cars_test/*.jpg"
+)
+FLOWERS_LAYOUT = "flowers-102/ with jpg/*.jpg, imagelabels.mat and setid.mat"
+PETS_LAYOUT = "oxford-iiit-pet/ with images/*.jpg, annotations/trainval.txt and annotations/test.txt"
+
+
+def domain_layout(domain: str) -> str:
+    """What ``--data-path`` holds for a domain of DomainNet, in words."""
+    return f"{domain}_train.txt, {domain}_test.txt and {domain}/<class>/*"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How to read a set, and what to know of it.
+
+    Attributes:
+        read: ``read(data_path, split)`` gives its ``readers.images.LabelledImages``.
+        about: what it is.
+        layout: what ``--data-path`` must hold; empty: the set needs none.
+        defaults: values it brings for arguments that were not given.
+        num_classes: so many it must have; None: any number.
+        images: how many a split has, in the paper or as published; empty: unknown.
+        cleaned_images: how many it has by DomainNet's later, cleaned lists.
+        folder: where it lies below a common root of all sets, torchvision's own folders left out.
+        download: fetches and checks it, given the data path; None: nothing can.
+        source: where to get it by hand; empty: ``download`` does it, or the images are the user's own.
+    """
+
+    read: Callable[[Path | None, str], Any]
+    about: str
+    layout: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    images: dict[str, int] = field(default_factory=dict)
+    cleaned_images: dict[str, int] = field(default_factory=dict)
+    folder: str = ""
+    download: Callable[[Path], Any] | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A function of a module that is imported when the function is called: ``place`` is ``module:function``."""
+
+    place: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Any:
+        module, _, name = self.place.partition(":")
+        return getattr(importlib.import_module(module), name)(*args, **self.options)
+
+
+def _torchvision(name: str) -> Deferred:
+    """Fetches a data set of torchvision."""
+    return Deferred(f"torchvision.datasets:{name}", {"download": True})
+
+
+def _cifar(name: str, about: str, folder: str, num_classes: int) -> DataSet:
+    return DataSet(
+        Deferred("readers.published:read_cifar", {"reader": name}),
+        about,
+        f"{folder}/",
+        num_classes=num_classes,
+        images={"train": 50_000, "val": 10_000},
+        download=_torchvision(name),
+    )
+
+
+def _domainnet(domain: str, images: tuple[int, int], cleaned_images: tuple[int, int]) -> DataSet:
+    return DataSet(
+        Deferred("readers.published:read_domainnet", {"domain": domain}),
+        f"DomainNet's {domain} domain",
+        domain_layout(domain),
+        num_classes=DOMAINNET_CLASSES,
+        images=dict(zip(("train", "val"), images, strict=True)),
+        cleaned_images=dict(zip(("train", "val"), cleaned_images, strict=True)),
+        folder="domainnet",
+        source="https://ai.bu.edu/M3SDA/ (the paper used the original lists)",
+    )
+
+
+READ_FOLDER = Deferred("readers.folders:read_folder")
+
+DATASETS: dict[str, DataSet] = {
+    "digits": DataSet(
+        Deferred("readers.published:read_digits"),
+        "1,797 scanned digits that come with scikit-learn",
+        defaults={  # minutes on a laptop; digits are not mirrored, nor cropped to a part
+            "input_size": 20,
+            "batch_size": 32,
+            "total_batch": 32,
+            "epochs": 5,
+            "warmup_epochs": 1,
+            "sched_on_updates": True,
+            "lr": 8e-3,
+            "model_ema": False,
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "aa": "none",
+            "hflip": 0.0,
+            "reprob": 0.0,
+            "crop_pct": 1.0,
+            "num_workers": 0,
+        },
+        num_classes=10,
+        images={"train": 1_437, "val": 360},
+        source="scikit-learn, which is installed",
+    ),
+    "folder": DataSet(READ_FOLDER, "your own images", FOLDER_LAYOUT),
+    "tar": DataSet(Deferred("readers.tars:read_tar"), "your own images in few large files", TAR_LAYOUT),
+    "imagenet": DataSet(
+        READ_FOLDER,
+        "ImageNet-1k (ILSVRC-2012)",
+        FOLDER_LAYOUT,
+        num_classes=1000,
+        images={"train": 1_281_167, "val": 50_000},
+        folder="imagenet",
+        source="https://image-net.org (ILSVRC-2012, after registration)",
+    ),
+    "imagenet100": DataSet(
+        Deferred("readers.folders:read_folder", {"class_list": "imagenet100.txt"}),
+        "the 100 classes of ImageNet-1k in readers/class_lists/imagenet100.txt",
+        f"{FOLDER_LAYOUT}, of all ImageNet-1k or of the 100 classes",
+        num_classes=100,
+        images={"train": 126_689, "val": 5_000},  # of the classes of Contrastive Multiview Coding
+        folder="imagenet",
+        source="https://image-net.org (ILSVRC-2012, after registration)",
+    ),
+    "cars": DataSet(
+        Deferred("readers.published:read_cars"),
+        "Stanford Cars",
+        CARS_LAYOUT,
+        num_classes=196,
+        images={"train": 8_144, "val": 8_041},
+        source="a mirror (its own site is gone; https://github.com/pytorch/vision/issues/7545 names some)",
+    ),
+    "clipart": _domainnet("clipart", (34_019, 14_818), (33_525, 14_604)),
+    "painting": _domainnet("painting", (52_867, 22_892), (50_416, 21_850)),
+    "sketch": _domainnet("sketch", (49_115, 21_271), (48_212, 20_916)),
+    "flowers": DataSet(
+        Deferred("readers.published:read_flowers"),
+        "Oxford's 102 flowers; its train and val images are trained on, the test images evaluated",
+        FLOWERS_LAYOUT,
+        num_classes=102,
+        images={"train": 2_040, "val": 6_149},
+        download=_torchvision("Flowers102"),
+    ),
+    "pets": DataSet(
+        Deferred("readers.published:read_pets"),
+        "Oxford-IIIT pets",
+        PETS_LAYOUT,
+        num_classes=37,
+        images={"train": 3_680, "val": 3_669},
+        download=_torchvision("OxfordIIITPet"),
+    ),
+    "cifar10": _cifar("CIFAR10", "CIFAR-10", "cifar-10-batches-py", 10),
+    "cifar100": _cifar("CIFAR100", "CIFAR-100", "cifar-100-python", 100),
+}
+DEIT_NAMES = {"imnet": "imagenet", "cifar": "cifar100"}
+
+
+def canonical_name(name: str) -> str:
+    """The key of :data:`DATASETS` that ``name`` means; any case and DeiT's IMNET and CIFAR are understood.
+
+    Raises:
+        UserError: no such set; names the nearest.
+    """
+    key = DEIT_NAMES.get(name.lower(), name.lower())
+    if key in DATASETS:
+        return key
+    close = difflib.get_close_matches(key, DATASETS)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(DATASETS)}"
+    raise UserError(f"unknown data set {name!r}: {hint}")

@@ -5,13 +5,11 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from readers import FOLDER_LAYOUT
 from readers.images import ImageFiles, first_few
 from utils import UserError
 
 CLASS_LISTS = Path(__file__).parent / "class_lists"
-
-
-FOLDER_LAYOUT = "train/<class>/* and val/<class>/*"
 
 
 def read_folder(data_path: Path, split: str, class_list: str | None = None) -> ImageFiles:

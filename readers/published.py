@@ -7,24 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import CIFAR10, Flowers102, OxfordIIITPet, StanfordCars
+from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet, StanfordCars
 
+from readers import CARS_LAYOUT, DOMAINNET_CLASSES, FLOWERS_LAYOUT, PETS_LAYOUT, domain_layout
 from readers.images import ArrayImages, ImageFiles, first_few, one_line
 from utils import UserError
-
-DOMAINNET_CLASSES = 345
-
-
-CARS_LAYOUT = (
-    "stanford_cars/ with devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_test_annos_withlabels.mat, "
-    "cars_train/*.jpg and cars_test/*.jpg"
-)
-
-
-FLOWERS_LAYOUT = "flowers-102/ with jpg/*.jpg, imagelabels.mat and setid.mat"
-
-
-PETS_LAYOUT = "oxford-iiit-pet/ with images/*.jpg, annotations/trainval.txt and annotations/test.txt"
 
 
 def _listed(root: Path, names: list[str], targets: list[int], classes: list[str], source: Path) -> ImageFiles:
@@ -100,7 +87,7 @@ def read_pets(data_path: Path, split: str) -> ImageFiles:
     return _listed(data_path, names, pets._labels, pets.classes, pets._anns_folder / f"{part}.txt")
 
 
-def read_domainnet(domain: str, data_path: Path, split: str) -> ImageFiles:
+def read_domainnet(data_path: Path, split: str, domain: str) -> ImageFiles:
     """One domain of DomainNet by its published lists, original or cleaned; ``val`` is the test list.
 
     Both lists are read, as they name the classes.
@@ -150,23 +137,19 @@ def _read_list(path: Path, domain: str) -> list[tuple[str, int]]:
     return samples
 
 
-def domain_layout(domain: str) -> str:
-    """What ``--data-path`` holds for a domain of DomainNet, in words."""
-    return f"{domain}_train.txt, {domain}_test.txt and {domain}/<class>/*"
-
-
-def read_cifar(reader: type[CIFAR10], data_path: Path, split: str) -> ArrayImages:
+def read_cifar(data_path: Path, split: str, reader: str) -> ArrayImages:
     """CIFAR's python batches, as torchvision reads (and checksums) them.
 
     Raises:
         UserError: files missing or damaged.
     """
+    kind = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[reader]
     try:
-        cifar = reader(data_path, train=split == "train")
+        cifar = kind(data_path, train=split == "train")
     except RuntimeError as error:
         raise UserError(
-            f"{data_path / reader.base_folder}: files missing or damaged; give --download, or extract "
-            f"{reader.filename} (from https://www.cs.toronto.edu/~kriz/cifar.html) in {data_path}"
+            f"{data_path / kind.base_folder}: files missing or damaged; give --download, or extract "
+            f"{kind.filename} (from https://www.cs.toronto.edu/~kriz/cifar.html) in {data_path}"
         ) from error
     return ArrayImages(cifar.data, cifar.targets, cifar.classes)
 

@@ -17,14 +17,12 @@ import numpy as np
 from timm.data.readers.reader_image_in_tar import CACHE_FILENAME_SUFFIX, extract_tarinfos
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from readers import TAR_LAYOUT
 from readers.folders import check_same_classes
 from readers.images import EncodedImages, one_line
 from utils import UserError, logger
 
 LARGE_TARS = 10 * 2**30  # bytes; from here on an index of them is recommended
-
-
-TAR_LAYOUT = "train.tar and val.tar (<class>/* in them), or train/*.tar and val/*.tar (the same, or a tar a class)"
 
 
 class TarImages(EncodedImages):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole check: environment, linter, tests. Two cores: under 12 minutes, installation included.
+# The whole check: environment, linter, type checker, tests. Two cores: under 12 minutes, installation included.
 #
 #   bash scripts/test.sh                                  # what continuous integration runs
 #   bash scripts/test.sh -m slow                          # further arguments go to pytest
@@ -10,6 +10,7 @@ export VENV=${VENV:-.venv}
 bash scripts/install.sh "${REQUIREMENTS:-requirements.txt}" requirements-dev.txt
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
 export OMP_NUM_THREADS=1
 selection=("$@")
 [ $# -gt 0 ] || selection=(-m "not slow and not gpu")

@@ -1,25 +1,31 @@
 """A task: what a step trains, how its loss comes about, and how the result is measured.
 
 `main.py` trains any task on the one loop of `engine.py`; ``--task`` names it: a key of `TASKS`, or ``module:Class`` of
-one's own. A new task is a class in a file of its own and a line in `TASKS`.
+one's own. A new task is a class derived from `Task`, in a file of its own, and a line in `TASKS`; its options are in
+``options.py``, as nothing slow may be imported to know them.
 """
 
 import argparse
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING
 
-import torch
-from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from tasks.options import OPTIONS
+from utils import UserError
 
-from losses import Localiser
-from schedules import LearningRate, Position, drloc_weight_schedule, sar_weight_schedule
-from utils import Processes, UserError
+if TYPE_CHECKING:
+    from tasks.task import Evaluator, Task
+
+__all__ = ["TASKS", "Evaluator", "Task", "add_options", "check_options", "load_task"]
 
 TASKS = {"classify": "tasks.classify:Classification"}
+
+
+def __getattr__(name: str):
+    """`Task` and `Evaluator` are there when they are asked for: importing torch takes seconds."""
+    if name in ("Task", "Evaluator"):
+        return getattr(importlib.import_module("tasks.task"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load_task(name: str) -> "type[Task]":
@@ -41,206 +47,20 @@ def load_task(name: str) -> "type[Task]":
         task = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--task {name}: {error}; its module must be on PYTHONPATH") from error
+    from tasks.task import Task
+
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise UserError(f"--task {name}: {attribute} is no tasks.Task")
     return task
 
 
-class Evaluator:
-    """Measures a model over a whole data set, exactly over any number of processes.
-
-    ``update`` is called for every batch of this process, without gradients and under the run's autocast; processes may
-    have different numbers of batches. ``compute`` is called once by all processes.
-    """
-
-    def update(self, model: nn.Module, batch: Any) -> None:
-        """Take one batch, on the model's device, into account."""
-        raise NotImplementedError
-
-    def compute(self, processes: Processes) -> dict[str, float]:
-        """The results over all processes, by name. None of them may be infinite or not a number."""
-        raise NotImplementedError
+def add_options(name: str, parser: argparse.ArgumentParser) -> None:
+    """Add the options of the task ``name`` to a parser; see `load_task`, also for errors."""
+    add = OPTIONS[name][0] if name in OPTIONS else load_task(name).add_options
+    add(parser)
 
 
-class Task(nn.Module):
-    """What DistributedDataParallel and ``torch.compile`` wrap: the model and all that trains beside it.
-
-    A class says in `data`, `forward`, `losses` and `evaluator` what it is about; the other members have defaults. The
-    spatial entropy and the other regularisers are not its business: `engine.loss_terms` adds them for every task whose
-    outputs hold ``similarity`` (and ``positions``, ``distances``), as those of `run_model` do.
-
-    Attributes:
-        model: what is exported, and evaluated.
-        localiser: DRLoc's MLP; None where its weight is 0.
-        views: how many times in a row the loader hands out each image (repeated augmentation).
-        reported: which of `weight_names` picks best.pth.
-    """
-
-    metric: ClassVar[str]
-    """The evaluator's result that picks best.pth and is the report's column; higher is better."""
-    main_loss: ClassVar[str] = "the task's loss"
-    """Its loss in words, for the banner."""
-    weight_names: ClassVar[tuple[str, str]] = ("model", "ema")
-    """What checkpoints and results call `model` and `averaged`."""
-    reference_batch: ClassVar[int | None] = 512
-    """The total batch that ``--lr`` is for; it is scaled linearly to others. None: taken as it stands."""
-
-    def __init__(self, args: argparse.Namespace, model: nn.Module, device: torch.device):
-        super().__init__()
-        self.model = model
-        self.localiser = Localiser(model.num_features).to(device) if args.drloc_weight > 0 else None
-        self.views, self.reported = 1, self.weight_names[0]
-        self.clip_grad = args.clip_grad
-        self.asks_similarity = args.sar_weight > 0
-        self.learning_rate = LearningRate(
-            peak=self.peak_learning_rate(args),
-            shape=args.sched,
-            epochs=args.epochs,
-            warmup_epochs=args.warmup_epochs,
-            warmup_start=args.warmup_lr,
-            minimum=args.min_lr,
-            on_updates=args.sched_on_updates,
-        )
-        self.sar_schedule, self.sar_weight, self.drloc_weight = args.sar_schedule, args.sar_weight, args.drloc_weight
-
-    @property
-    def averaged(self) -> nn.Module | None:
-        """The model's exponential moving average, teacher or momentum encoder; None without one.
-
-        A class keeps it in a tuple, so that it is no submodule: the optimiser, ``train()`` and DistributedDataParallel
-        have nothing to do with it.
-        """
-        return None
-
-    # ------------------------------------------------------------------------------------------ command line
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the task's own groups of options, and set its defaults of the shared ones: its official protocol."""
-
-    @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        """Refuse what cannot work, before any time is spent.
-
-        Raises:
-            UserError: one line that names the option and the mend.
-        """
-
-    @classmethod
-    def peak_learning_rate(cls, args: argparse.Namespace) -> float:
-        """``--lr``, scaled by the total batch."""
-        if args.unscale_lr or cls.reference_batch is None:
-            return args.lr
-        return args.lr * args.total_batch / cls.reference_batch
-
-    @classmethod
-    def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> Dataset:
-        """The images of a split ("train" or "val"), as dicts of what a step needs; called by all processes.
-
-        An item is asked for by a ``samplers.Draw``. Whatever is random in it depends on (seed, epoch, position) alone.
-
-        Raises:
-            UserError: files that are not there or not as they should be.
-        """
-        raise NotImplementedError
-
-    # ------------------------------------------------------------------------------------------------ a step
-
-    def schedule(self, position: Position) -> dict[str, float]:
-        """All that changes in the course of a run, by name; pure, and logged.
-
-        ``lr`` and, if given, ``weight_decay`` are set in the optimiser; ``<term>_weight`` is the weight of a term of
-        the loss (1 if not given), ``sar_weight`` that of the term of the similarity maps.
-        """
-        epoch, epochs = position.exact_epoch, position.epochs
-        schedule = {
-            "lr": self.learning_rate.at(position),
-            "sar_weight": sar_weight_schedule(self.sar_schedule, self.sar_weight, epoch, epochs),
-        }
-        if self.localiser is not None:
-            schedule["drloc_weight"] = drloc_weight_schedule(self.drloc_weight, epoch, epochs)
-        return schedule
-
-    def prepare(self, batch: Any) -> Any:
-        """What is done to a batch on its device before `forward`; random numbers are the step's own."""
-        return batch
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """All that needs gradients, in one call; what `losses` and the regularisers read, by name."""
-        raise NotImplementedError
-
-    def losses(self, outputs: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """The main task's terms of the loss, by name: scalars, each an unweighted mean over images."""
-        raise NotImplementedError
-
-    def run_model(self, images: Tensor, pairs: Tensor | None = None) -> dict[str, Tensor]:
-        """The model's ``logits (B, classes)``, and what the regularisers read.
-
-        Args:
-            images: ``(B, 3, height, width)``.
-            pairs: for DRLoc, uniform in [0, 1), ``(B, m, 2, 2)``: row and column of both patches of each pair, as a
-                share of the grid.
-
-        Returns:
-            ``logits``; ``similarity (B, H, h, w)`` where it has a weight; with ``pairs``, ``positions`` and
-            ``distances`` as in `losses.Localiser`.
-        """
-        with_pairs = self.localiser is not None and pairs is not None
-        if not (self.asks_similarity or with_pairs):
-            return {"logits": self.model(images)}
-        values = self.model(images, return_similarity=self.asks_similarity, return_tokens=with_pairs)
-        names = ["logits", *["similarity"] * self.asks_similarity, *["tokens"] * with_pairs]
-        outputs = dict(zip(names, values, strict=True))
-        if with_pairs:
-            tokens = outputs.pop("tokens")
-            h, w = tokens.shape[2:]
-            outputs["positions"] = torch.stack([pairs[..., 0] * h, pairs[..., 1] * w], dim=-1).long()
-            outputs["distances"] = self.localiser(tokens, outputs["positions"])
-        return outputs
-
-    # ---------------------------------------------------------------------------------------------- an update
-
-    def parameter_groups(self, args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-        """The optimiser's groups. Default: timm's, no weight decay for biases, norms, tokens and positions.
-
-        A group's learning rate is multiplied by its ``lr_scale``, if it has one.
-        """
-        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
-        without = {f"model.{name}" for name in names}
-        return param_groups_weight_decay(self, args.weight_decay, no_weight_decay_list=without)
-
-    def begin_update(self, schedule: Mapping[str, float]) -> None:
-        """Called before the first micro-batch of an update."""
-
-    def finish_gradients(self, schedule: Mapping[str, float]) -> None:
-        """Called when all gradients are there, unscaled. Default: clip their global norm."""
-        if self.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.clip_grad)
-
-    def end_update(self, schedule: Mapping[str, float]) -> None:
-        """Called after the optimiser's step: the place to follow it with `averaged`."""
-
-    # --------------------------------------------------------------------------------- checkpoints, evaluation
-
-    def beside(self) -> dict[str, nn.Module]:
-        """All modules with state but `model` and `averaged`, under the names that a checkpoint gives them."""
-        return {"localiser": self.localiser} if self.localiser is not None else {}
-
-    def reset_averaged(self) -> None:
-        """Let `averaged` begin at the model's weights, which were just replaced (fine-tuning)."""
-        if self.averaged is not None:
-            self.averaged.load_state_dict(self.model.state_dict())
-
-    def evaluated(self) -> dict[str, nn.Module]:
-        """The models that are evaluated, by what the names of their results begin with."""
-        averaged = {} if self.averaged is None else {f"test_{self.weight_names[1]}": self.averaged}
-        return {"test": self.model} | averaged
-
-    def evaluator(self) -> Evaluator:
-        """A new evaluator, for one pass over the validation images."""
-        raise NotImplementedError
-
-    @classmethod
-    def describe(cls, results: Mapping[str, float]) -> str:
-        """One line of an evaluation's results, for the terminal."""
-        return "* " + " ".join(f"{name} {value:.4g}" for name, value in results.items())
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what the task cannot work with; see `Task.check`."""
+    check = OPTIONS[args.task][1] if args.task in OPTIONS else load_task(args.task).check
+    check(args)

@@ -9,16 +9,15 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from cli import at_least
 from datasets import AugmentedDataset, build_split, eval_transform, train_transform
 from losses import spatial_entropy
-from tasks import Evaluator, Task
+from tasks import Evaluator, Task, options
 from tasks.settings import build_task_model, split_settings
-from utils import Processes, UserError
+from utils import Processes
 
 
 class Classification(Task):
-    """``--task classify``: DeiT's training (Table 1 to 10 of the paper).
+    """``--task classify``: DeiT's training (Tables 1 to 4, 7, 9 and 10).
 
     Args:
         args: the command line's.
@@ -32,7 +31,7 @@ class Classification(Task):
     def __init__(self, args: argparse.Namespace, dataset: AugmentedDataset, device: torch.device):
         num_classes = len(dataset.classes)
         super().__init__(args, build_task_model(args, num_classes, device), device)
-        self.views, self.reported = 3 if args.repeated_aug else 1, args.report
+        self.repeats, self.reported = 3 if args.repeated_aug else 1, args.report
         self.mixup = build_mixup(args, num_classes)
         # Mixup's soft targets are smoothed already
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
@@ -40,57 +39,11 @@ class Classification(Task):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        fraction, size = at_least(float, 0, 1), at_least(float, 0)
-        add = parser.add_argument_group("averaged weights").add_argument
-        add("--model-ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights")
-        add("--model-ema-decay", type=fraction, default=0.99996, help="decay of the average at each update")
-        add("--report", choices=cls.weight_names, default="model", help="whose accuracy picks best.pth")
-        add = parser.add_argument_group("augmentation").add_argument
-        add(
-            "--repeated-aug",
-            action=argparse.BooleanOptionalAction,
-            default=False,
-            help="three views of a third of the images in each epoch",
-        )
-        add("--color-jitter", type=size, default=0.4, help="only where --aa is none, as in timm")
-        add(
-            "--aa",
-            default="rand-m9-mstd0.5-inc1",
-            metavar="POLICY",
-            help="timm's name of an augmentation policy, or none",
-        )
-        add(
-            "--train-interpolation",
-            choices=("bicubic", "bilinear", "random"),
-            default="bicubic",
-            help="of the crop",
-        )
-        add("--scale", type=fraction, nargs=2, default=[0.08, 1.0], help="area of the random crop")
-        add("--hflip", type=fraction, default=0.5, help="probability of a mirror image")
-        add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
-        add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what erased parts become")
-        add("--recount", type=at_least(int, 1), default=1, help="erased parts of an image")
-        add("--smoothing", type=fraction, default=0.1, help="label smoothing")
-        add("--mixup", type=size, default=0.8, help="alpha of Mixup; 0 turns it off")
-        add("--cutmix", type=size, default=1.0, help="alpha of CutMix; 0 turns it off")
-        add("--mixup-prob", type=fraction, default=1.0, help="of mixing at all")
-        add("--mixup-switch-prob", type=fraction, default=0.5, help="of CutMix where both are on")
-        add(
-            "--mixup-mode",
-            choices=("batch", "pair", "elem"),
-            default="batch",
-            help="what shares a draw; all but batch make a GPU wait",
-        )
+        options.add_classify(parser)
 
     @classmethod
     def check(cls, args: argparse.Namespace) -> None:
-        if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
-            raise UserError(
-                f"--batch-size {args.batch_size} is odd and Mixup pairs images; "
-                "use an even one, or --mixup 0 --cutmix 0"
-            )
-        if args.report == "ema" and not args.model_ema:
-            raise UserError("--report ema needs --model-ema")
+        options.check_classify(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:

@@ -1,12 +1,15 @@
 """The command line: defaults, argument files, DeiT's spellings, and one clear line for each mistake."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from arguments import build_parser, differences, parse_arguments
+from arguments import SAR_LOSSES, build_parser, differences, parse_arguments
+from engine import SAR_TERMS
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -201,3 +204,19 @@ def test_loading_processes_follow_the_cores_that_a_process_has(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "5")
     assert parse_arguments(["--data-path", "somewhere"]).num_workers == 5
+
+
+def test_every_loss_of_the_maps_is_one_of_the_engines():
+    assert set(SAR_LOSSES) == set(SAR_TERMS)
+
+
+def test_help_and_typing_errors_import_nothing_slow():
+    """In a process of its own: torch, timm and torchvision take seconds to import."""
+    code = (
+        "import sys, main\n"
+        "code = main.main(['--modle', 'x'])\n"
+        "slow = {'torch', 'timm', 'torchvision', 'numpy', 'PIL', 'scipy', 'matplotlib'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {slow}' if slow or code != 2 else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -597,10 +597,10 @@ SHALLOW = {
 @pytest.mark.parametrize(
     "name",
     [
-        "t2t_vit_14_sar",
+        pytest.param("t2t_vit_14_sar", marks=pytest.mark.slow),  # a minute each where nothing is compiled yet
         pytest.param("t2t_vit_t_14_sar", marks=pytest.mark.slow),
-        "pvt_small_sar",
-        "cvt_13_sar",
+        pytest.param("pvt_small_sar", marks=pytest.mark.slow),
+        pytest.param("cvt_13_sar", marks=pytest.mark.slow),
         "swin_tiny_sar",
     ],
 )

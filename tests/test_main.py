@@ -289,6 +289,13 @@ def test_a_finetuned_checkpoint_needs_its_pretraining_no_more(trained, data, tmp
     assert capsys.readouterr().out.splitlines()[-1] == described(last_record(tmp_path / "out"), "test_")
 
 
+def test_the_average_of_a_fine_tuned_model_begins_at_its_weights(trained):
+    run = runs.build(" ".join(runs.SMALL).replace("folder", "digits"))
+    checkpoints.start_or_resume(run, finetune=str(trained / "best.pth"))
+    weights = torch.load(trained / "best.pth", weights_only=True)["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in run.task.averaged.state_dict().items())
+
+
 def test_finetuning_is_in_training_mode(trained, data, tmp_path, monkeypatch):
     """Unlike the released code's: dropout and drop-path work."""
     modes, original = set(), Classification.losses

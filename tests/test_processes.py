@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import build
-import main
+import training
 import utils
 from arguments import parse_arguments
 from samplers import EvalSampler
@@ -133,7 +133,7 @@ def evaluate_uneven(rank: int, world_size: int, port: int, results) -> None:
     run = SimpleNamespace(task=task, plan=plan, processes=processes, epoch=0)
     run.stop = utils.StopSignal(processes)
     for _ in range(3):  # a rank that asked less often than the other would be waited for in the next passes
-        means = main.evaluate_run(run, loader)
+        means = training.evaluate_run(run, loader)
     results.put(means)
     utils.end_processes()
 
@@ -142,8 +142,8 @@ def test_seven_images_on_two_processes_of_a_model_with_running_statistics():
     """Each image once, none left to wait for, with rank 0's statistics, which are those that are saved."""
     alone, together = (evaluations(world_size) for world_size in (1, 2))
     assert together[0] == together[1]
-    assert together[0]["test_images"] == 7
-    assert together[0] == pytest.approx(alone[0])
+    assert together[0]["test"]["images"] == 7
+    assert together[0]["test"] == pytest.approx(alone[0]["test"])
 
 
 def evaluations(world_size: int) -> list[dict]:

@@ -1,7 +1,6 @@
 """The scripts run, the pictures have something on them, and what is written twice says the same."""
 
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -9,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from arguments import parse_arguments
 from benchmarks import hybrids, step
-from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,29 +73,3 @@ def test_the_step_benchmark_prints_its_table(more, row, capsys):
 def test_the_benchmark_of_architectures_prints_its_table(capsys):
     hybrids.main(["--models", "swin_tiny", *QUICK])
     assert re.fullmatch(r"\| swin_tiny( \| [\d.]+){3} \|", capsys.readouterr().out.splitlines()[-1])
-
-
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-
-
-def test_readmes_python_runs():
-    (block,) = readme_blocks("python")
-    names = {}
-    exec(block, names)
-    assert names["similarity"].shape == (8, 6, 14, 14)
-    assert names["model"].patch_embed.proj.weight.grad.abs().sum() > 0
-
-
-def test_readmes_commands_are_understood():
-    """Every option of every main.py command there exists; only the files it names are not here."""
-    commands = [line for block in readme_blocks("bash") for line in block.splitlines() if "main.py" in line]
-    commands = [line for line in commands if not line.startswith("#")]
-    assert len(commands) >= 7
-    for line in commands:
-        words = shlex.split(line.partition("main.py")[2], comments=True)
-        try:
-            parse_arguments(words)
-        except UserError as error:
-            if "no such file" not in str(error):
-                raise

@@ -7,13 +7,17 @@ import pytest
 import runs
 import torch
 
+import engine
 import main
 import run_with_submitit
 from arguments import parse_arguments
 from launch import runs as launch_runs
 from paper import report
+from schedules import Position
 from tasks import TASKS, Task, load_task
+from tasks.classify import Classification
 from utils import UserError
+from weights import read_checkpoint, select_weights
 
 # ------------------------------------------------------------------------------------------- how a task is found
 
@@ -77,6 +81,89 @@ def toy(tmp_path_factory):
     child = runs.Child(runs.write_digits(folder / "digits", val=7), folder / "text")
     child.words = TOY
     return child
+
+
+class Taught(Classification):
+    """Every member that the classification leaves at its default: a teacher, groups, schedules, hooks."""
+
+    weight_names = ("student", "teacher")
+    metric = "acc5"
+
+    def __init__(self, args, dataset, device):
+        super().__init__(args, dataset, device)
+        self.reported, self.calls = "teacher", []
+
+    @classmethod
+    def add_options(cls, parser):
+        super().add_options(parser)
+        parser.set_defaults(lr=3e-3, sar_weight=0.3, model_ema_decay=0.5)
+
+    @classmethod
+    def peak_learning_rate(cls, args):
+        return args.lr
+
+    def parameter_groups(self, args):
+        without, decayed = super().parameter_groups(args)
+        return [without | {"lr_scale": 0.5}, decayed | {"decays": True}]
+
+    def schedule(self, position):
+        return super().schedule(position) | {"weight_decay": 0.1 * position.update}
+
+    def begin_update(self, schedule):
+        self.calls.append("begin")
+
+    def finish_gradients(self, schedule):
+        self.calls.append("finish")
+
+    def end_update(self, schedule):
+        super().end_update(schedule)
+        self.calls.append("end")
+
+
+TAUGHT = (
+    "--task test_tasks:Taught --model-ema --model vit_tiny_sar --input-size 8 --patch-size 2 "
+    "--total-batch 32 --batch-size 16 "
+    "--model-kwargs embed_dim=12 depth=1 num_heads=1 --warmup-epochs 0 --epochs 1 --sampling-ratio 0.07"
+)
+
+
+def test_hooks_groups_and_schedules_of_a_task_reach_the_optimiser():
+    run = runs.build(TAUGHT)
+    engine.train_one_epoch(run)
+    updates = run.plan.updates_per_epoch
+    assert updates == 3
+    assert run.task.calls == ["begin", "finish", "end"] * updates, "once an update, not once a micro-batch"
+    without, decayed = run.optimizer.param_groups
+    schedule = run.task.schedule(Position(0, updates - 1, updates, 1))
+    assert (without["lr"], decayed["lr"]) == (0.5 * schedule["lr"], schedule["lr"])
+    assert (without["weight_decay"], decayed["weight_decay"]) == (0, pytest.approx(0.2)), "also after a 0"
+
+
+def test_a_tasks_defaults_of_shared_options_win_over_the_data_sets_and_the_models():
+    args = parse_arguments(TAUGHT.split())
+    assert (args.lr, args.sar_weight) == (3e-3, 0.3)
+    assert args.warmup_epochs == 0, "what the user says wins over all"
+    assert args.hflip == 0.0, "digits are not mirrored"
+
+
+def test_the_reported_weights_of_a_task_are_what_is_evaluated_and_fine_tuned_from(tmp_path, capsys):
+    assert main.main([*TAUGHT.split(), "--output-dir", str(tmp_path)]) == 0
+    record, checkpoint = json.loads((tmp_path / "log.txt").read_text()), read_checkpoint(tmp_path / "best.pth")
+    assert checkpoint["best"] == {"acc5": record["test_teacher_acc5"], "epoch": 0, "weights": "teacher"}
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("epoch 0, teacher weights: * Acc@1") for line in lines)
+    assert main.main(["--eval", "--resume", str(tmp_path / "best.pth"), "--num-workers", "0"]) == 0
+    assert f"Acc@5 {record['test_teacher_acc5']:.3f} " in capsys.readouterr().out.splitlines()[-1]
+    state, key = select_weights(checkpoint)
+    assert (key, state.keys()) == ("teacher", checkpoint["student"].keys())
+
+
+def test_eval_takes_options_of_the_checkpoints_task(toy, tmp_path, capsys):
+    assert toy(tmp_path, "--epochs", "1", "--warmup-epochs", "0") == 0
+    words = ["--eval", "--resume", str(tmp_path / "best.pth"), "--num-workers", "0"]
+    assert main.main([*words, "--directions", "2"]) == 0
+    assert main.main([*words, "--direction", "2"]) == 2
+    assert "no option --direction; did you mean --directions" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

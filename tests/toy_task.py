@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from cli import at_least
-from datasets import AugmentedDataset, eval_transform, read_split
+from datasets import AugmentedDataset, build_split, eval_transform
 from tasks import Evaluator, Task
-from tasks.settings import build_task_model
+from tasks.settings import build_task_model, split_settings
 
 
 class RotatedImages(AugmentedDataset):
@@ -29,13 +29,13 @@ class Rotation(Task):
 
     @classmethod
     def data(cls, args, split, processes):
-        images = read_split(args.data_set, split, args.data_path)
-        rotated = RotatedImages(images, eval_transform(args.input_size), args.seed)
+        images = build_split(split_settings(args), split, eval_transform(args.input_size), processes)
+        rotated = RotatedImages(images.base, images.transform, args.seed, images.skip_unreadable, images.pairs)
         rotated.classes = [f"{90 * turns} degrees" for turns in range(args.directions)]
         return rotated
 
     def forward(self, batch):
-        return self.run_model(batch["images"])
+        return self.run_model(batch["images"], batch.get("pairs"))
 
     def losses(self, outputs, batch):
         return {"rotation": nn.functional.cross_entropy(outputs["logits"], batch["targets"])}
