@@ -24,7 +24,7 @@ import tasks
 from arguments import parse_arguments
 from paper import options
 from readers import published
-from run_with_submitit import build_points, read_cluster, read_command_line
+from run_with_submitit import build_cluster, build_specs, parse_command_line
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -85,10 +85,10 @@ def parse_training(words: list[str]) -> None:
 
 
 def parse_launcher(words: list[str]) -> None:
-    launcher, of_main = read_command_line(words)
+    launcher, main_words = parse_command_line(words)
     if not launcher.status:
-        read_cluster(launcher)
-        build_points(launcher, of_main, words)
+        build_cluster(launcher)
+        build_specs(launcher, main_words, words)
 
 
 def parse_script(path: str, words: list[str]) -> None:
