@@ -194,7 +194,7 @@ class ImagesOfSize(ImageFiles):
         image, target = super().__getitem__(index)
         if image.size != (self.side, self.side):
             raise UnreadableImage(
-                f"{self._where(index)}: {image.width} x {image.height} px, where the model takes {self.side} x "
+                f"{self._location(index)}: {image.width} x {image.height} px, where the model takes {self.side} x "
                 f"{self.side} and corrupted images are not resized; load it at their size with --input-size"
             )
         return image, target

@@ -1,8 +1,8 @@
-"""The data sets by name, and what is known of each; their readers are in the modules beside this file.
+"""The registry of data sets: name, reader, layout and size of each. The readers are in the modules of this package.
 
-A reader takes the folder that ``--data-path`` names and a split ("train" or "val"). It gives
-``readers.images.LabelledImages`` after all checks that need no decoding; what is wrong is one line in a ``UserError``.
-Nothing slow is imported here, so that a command line can list the names at once.
+A reader takes the folder of ``--data-path`` and a split ("train" or "val"), and returns
+``readers.images.LabelledImages``. It makes all checks that need no decoding, and raises a one-line ``UserError``.
+Slow modules are imported on first use, so that a command line can list the names at once.
 """
 
 import difflib
@@ -27,25 +27,25 @@ PETS_LAYOUT = "oxford-iiit-pet/ with images/*.jpg, annotations/trainval.txt and 
 
 
 def domain_layout(domain: str) -> str:
-    """What ``--data-path`` holds for a domain of DomainNet, in words."""
+    """The required contents of ``--data-path`` for a domain of DomainNet."""
     return f"{domain}_train.txt, {domain}_test.txt and {domain}/<class>/*"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """How to read a set, and what to know of it.
+    """A data set of the registry.
 
     Attributes:
-        read: ``read(data_path, split)`` gives its ``readers.images.LabelledImages``.
-        about: what it is.
-        layout: what ``--data-path`` must hold; empty: the set needs none.
-        defaults: values it brings for arguments that were not given.
-        num_classes: so many it must have; None: any number.
-        images: how many a split has, in the paper or as published; empty: unknown.
-        cleaned_images: how many it has by DomainNet's later, cleaned lists.
-        folder: where it lies below a common root of all sets, torchvision's own folders left out.
-        download: fetches and checks it, given the data path; None: nothing can.
-        source: where to get it by hand; empty: ``download`` does it, or the images are the user's own.
+        read: ``read(data_path, split)`` returns ``readers.images.LabelledImages``.
+        about: a description in one line.
+        layout: required contents of ``--data-path``; empty if the set needs no path.
+        defaults: defaults of main.py's arguments for this set.
+        num_classes: required number of classes; None for any number.
+        images: split -> number of images, in the paper or as published; empty if unknown.
+        cleaned_images: the same for DomainNet's later, cleaned lists.
+        folder: subfolder of a common root of all data sets, without torchvision's own folder names.
+        download: downloads and verifies the set, given the data path; None if not supported.
+        source: where to obtain it manually; empty if ``download`` exists or the images are the user's own.
     """
 
     read: Callable[[Path | None, str], Any]
@@ -62,7 +62,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Deferred:
-    """A function of a module that is imported when the function is called: ``place`` is ``module:function``."""
+    """A lazily imported function, given as ``module:function``; calling it imports the module."""
 
     place: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Deferred:
 
 
 def _torchvision(name: str) -> Deferred:
-    """Fetches a data set of torchvision."""
+    """The download function of a torchvision data set."""
     return Deferred(f"torchvision.datasets:{name}", {"download": True})
 
 
@@ -182,10 +182,10 @@ DEIT_NAMES = {"imnet": "imagenet", "cifar": "cifar100"}
 
 
 def canonical_name(name: str) -> str:
-    """The key of :data:`DATASETS` that ``name`` means; any case and DeiT's IMNET and CIFAR are understood.
+    """The key of :data:`DATASETS` for ``name``, ignoring case; DeiT's names IMNET and CIFAR are accepted.
 
     Raises:
-        UserError: no such set; names the nearest.
+        UserError: no such set; the message suggests similar names.
     """
     key = DEIT_NAMES.get(name.lower(), name.lower())
     if key in DATASETS:

@@ -1,9 +1,9 @@
-"""Decoded images in memory: one copy a machine, shared by all ranks and their loader workers.
+"""A cache of decoded images in memory: one copy per machine, shared by all ranks and their loader workers.
 
-A small set that is trained on for thousands of epochs is decoded once. The pixels lie in a memory file
-(memfd_create) that the lowest rank of the machine fills; the other ranks map the same pages through that
-rank's /proc entry. Nothing has a name on any disk or in /dev/shm, so its size limit (64 MB in Docker) does not
-matter, and nothing is left behind however the processes end.
+A small data set that is trained on for thousands of epochs is decoded once. The lowest rank of each machine fills an
+anonymous memory file (memfd_create); the other ranks map the same pages through that rank's /proc entry. There is no
+file on disk or in /dev/shm. The size limit of /dev/shm (64 MB in Docker) therefore does not apply, and nothing is left
+behind if a process is killed.
 """
 
 import mmap
@@ -23,23 +23,25 @@ from readers.images import EncodedImages, LabelledImages, SubsetOf, UnreadableIm
 from utils import Processes, UserError, logger, progress
 
 GIB = 2**30
-USABLE = 0.9  # share of the available memory that images may take; training needs some, too
+USABLE = 0.9  # fraction of the available memory that images may take; training needs the rest
 NOT_HELD = -1  # offset of an image that is not in memory
 
 
 def cache_images(
     sets: list[EncodedImages | SubsetOf], processes: Processes, skip_unreadable: bool
 ) -> list["CachedImages"]:
-    """Decode the images of all sets into memory that every process of the run on this machine shares.
+    """Decode the images of all sets into memory that all processes of the run on this machine share.
 
-    Called by all ranks; the lowest of each machine decodes, with as many workers as it has cores, when it has found
-    that all sets fit.
+    All ranks call it. The lowest rank of each machine first checks that all sets fit, then decodes them with one worker
+    per core.
 
     Args:
-        skip_unreadable: leave images that cannot be decoded on disk, so that access raises as without a cache.
+        sets: the data sets.
+        processes: of the run.
+        skip_unreadable: do not cache images that cannot be decoded; accessing them raises, as without a cache.
 
     Raises:
-        UserError: no Linux, or more images than memory; before any is decoded.
+        UserError: not on Linux, or too little memory; raised before any image is decoded.
         UnreadableImage: an image that cannot be decoded, without ``skip_unreadable``.
     """
     if not hasattr(os, "memfd_create"):
@@ -50,19 +52,20 @@ def cache_images(
     paths = _gather([memory and f"/proc/{os.getpid()}/fd/{memory.fileno()}" for memory in memories], processes)
     cached = [CachedImages(*each) for each in zip(sets, paths[decoder], memories, strict=True)]
     if processes.world_size > 1:
-        dist.barrier()  # nobody leaves, and takes the memory with it, before all hold it
+        dist.barrier()  # the decoding rank must not exit before all ranks have mapped its memory
     return cached
 
 
 class CachedImages(LabelledImages):
-    """``images`` with their pixels taken from shared memory where they are in it.
+    """``images`` with cached pixels from shared memory; uncached images are read from ``images``.
 
-    The memory begins with a table, int64 ``(N, 3)``: offset (or ``NOT_HELD``), width, height in pixels; an
-    image is uint8 ``(height, width, 3)`` from its offset on.
+    The memory starts with a table, int64 ``(N, 3)``: offset in bytes (or ``NOT_HELD``), width and height in pixels. An
+    image is uint8 ``(height, width, 3)`` at its offset.
 
     Args:
-        path: the memory file, as any process of this machine can open it.
-        memory: the file itself in the process that made it; it keeps the path valid.
+        images: the data set.
+        path: of the memory file, valid for every process on this machine.
+        memory: the open file in the process that created it, where it keeps the path valid; else None.
     """
 
     in_memory = True
@@ -88,7 +91,7 @@ class CachedImages(LabelledImages):
         return Image.fromarray(pixels.reshape(height, width, 3)), self.targets[index]
 
     def __getstate__(self) -> dict:
-        """For workers that are not forked: they map the memory by its path."""
+        """For spawned workers, which map the memory by its path."""
         return {**self.__dict__, "_memory": None, "_bytes": None, "_table": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -104,14 +107,14 @@ def _table_of(memory: np.ndarray, count: int) -> np.ndarray:
 
 
 def _decode_all(sets: list[EncodedImages | SubsetOf], skip_unreadable: bool) -> list[BinaryIO]:
-    """The open memory file of each set."""
+    """Check that all sets fit into memory, then decode them; returns the open memory file of each."""
     sizes = [_sizes(images, skip_unreadable) for images in sets]
     _check_memory(sum(int(_ends(of_set)[-1]) for of_set in sizes))
     return [_decode(images, of_set, skip_unreadable) for images, of_set in zip(sets, sizes, strict=True)]
 
 
 def _sizes(images: EncodedImages | SubsetOf, skip_unreadable: bool) -> np.ndarray:
-    """Width and height in pixels, int64 ``(N, 2)``; of an unreadable image 0."""
+    """Width and height in pixels, int64 ``(N, 2)``; 0 for an unreadable image."""
     sizes = np.zeros((len(images), 2), np.int64)
     for index, size in _for_each(images.size, len(images), "image sizes"):
         sizes[index] = _unless_unreadable(size, skip_unreadable) or (0, 0)
@@ -119,21 +122,23 @@ def _sizes(images: EncodedImages | SubsetOf, skip_unreadable: bool) -> np.ndarra
 
 
 def _ends(sizes: np.ndarray) -> np.ndarray:
-    """Offset after each image in the memory file, ``(N,)``; the last is the file's bytes."""
+    """The end offset of each image in the memory file, ``(N,)``; the last one is the file's size in bytes."""
     return 24 * len(sizes) + 3 * sizes.prod(axis=1).cumsum()
 
 
 def _decode(images: EncodedImages | SubsetOf, sizes: np.ndarray, skip_unreadable: bool) -> BinaryIO:
-    """The open memory file with table and pixels of all images."""
+    """Decode the images of a set; returns the open memory file with table and pixels."""
+    # 1. create the memory file and its table
     began = time.monotonic()
     ends = _ends(sizes)
-    memory = open(os.memfd_create("decoded images"), "r+b")  # noqa: SIM115 - open as long as the set lives
+    memory = open(os.memfd_create("decoded images"), "r+b")  # noqa: SIM115 - stays open for the lifetime of the set
     os.truncate(memory.fileno(), int(ends[-1]))
     shared = np.frombuffer(mmap.mmap(memory.fileno(), 0), np.uint8)
     table = _table_of(shared, len(images))
     table[:] = np.column_stack([np.full(len(images), NOT_HELD), sizes])
     starts = ends - 3 * sizes.prod(axis=1)
 
+    # 2. decode all images in worker processes, which share the mapping
     def decode(index: int) -> None:
         image, _ = images[index]
         shared[starts[index] : ends[index]] = np.asarray(image).reshape(-1)
@@ -142,7 +147,9 @@ def _decode(images: EncodedImages | SubsetOf, sizes: np.ndarray, skip_unreadable
     for _, error in _for_each(decode, len(images), "decoding images"):
         _unless_unreadable(error, skip_unreadable)
     seconds = time.monotonic() - began
-    logger.info(f"{len(images):,} decoded images take {ends[-1] / GIB:.2f} GiB of memory; it took {seconds:.0f} s")
+    logger.info(
+        f"{len(images):,} decoded images take {ends[-1] / GIB:.2f} GiB of memory; decoding took {seconds:.0f} s"
+    )
     return memory
 
 
@@ -155,7 +162,7 @@ def _unless_unreadable(result: Any, skip_unreadable: bool) -> Any:
 
 
 class _Results(Dataset):
-    """``(index, function(index))``; an ``UnreadableImage`` is a result, too, so that it stops no worker."""
+    """Items ``(index, function(index))``; an ``UnreadableImage`` is returned, not raised, so that no worker stops."""
 
     def __init__(self, function: Callable[[int], Any], count: int):
         self.function = function
@@ -172,9 +179,9 @@ class _Results(Dataset):
 
 
 def _for_each(function: Callable[[int], Any], count: int, what: str) -> Iterator[tuple[int, Any]]:
-    """``(index, function(index))`` of all indices, from as many forked processes as there are cores.
+    """Yield ``(index, function(index))`` for all indices, computed by one forked process per core.
 
-    (Pillow holds the interpreter's lock while it decodes: threads would take turns.)
+    (Threads would not run in parallel, because Pillow holds the GIL while it decodes.)
     """
     loader = DataLoader(
         _Results(function, count),
@@ -182,7 +189,7 @@ def _for_each(function: Callable[[int], Any], count: int, what: str) -> Iterator
         num_workers=len(os.sched_getaffinity(0)),
         collate_fn=list,
         multiprocessing_context="fork",
-        generator=torch.Generator(),  # without one, it takes a number from the global generator
+        generator=torch.Generator(),  # without it, the loader would advance the global generator
     )
     for batch in progress(loader, what):
         yield from batch
@@ -195,16 +202,16 @@ def _check_memory(needed: int) -> None:
     available = available_memory()
     if needed > USABLE * available:
         raise UserError(
-            f"--cache-images needs {needed / GIB:.1f} GiB for decoded images, and of the {available / GIB:.1f} GiB "
-            f"available here they may take {USABLE:.0%}; leave it out, or use a machine with more memory"
+            f"--cache-images needs {needed / GIB:.1f} GiB for decoded images, but may take only {USABLE:.0%} of the "
+            f"{available / GIB:.1f} GiB available here; leave it out, or use a machine with more memory"
         )
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can still take: what the machine has, or its control groups (v1, v2) leave.
+    """Memory in bytes that this process can still allocate, limited by the machine and its control groups (v1, v2).
 
     Args:
-        root: where proc/ and sys/ are.
+        root: the folder of proc/ and sys/.
     """
     lines = (root / "proc/meminfo").read_text().splitlines()
     meminfo = dict(line.split(":") for line in lines)
@@ -220,7 +227,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _group_room(top: Path, path: str, limit: str, used: str) -> list[int]:
-    """What this group and those above it leave: limit - use + cached files, which give way."""
+    """The memory left in this control group and its parents, in bytes: limit - usage + file cache (reclaimable)."""
     group = top / path.lstrip("/")
     room = []
     for folder in (group, *group.parents):
@@ -228,7 +235,7 @@ def _group_room(top: Path, path: str, limit: str, used: str) -> list[int]:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             files = sum(int(stat.get(f"total_{name}", stat[name])) for name in ("inactive_file", "active_file"))
             room.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + files)
-        except (OSError, ValueError):  # not visible from in here, or no limit ("max")
+        except (OSError, ValueError):  # not visible inside a container, or no limit ("max")
             pass
         if folder == top:
             break
@@ -239,13 +246,13 @@ def _group_room(top: Path, path: str, limit: str, used: str) -> list[int]:
 
 
 def _machine() -> str:
-    """The same for processes that see each other in /proc, and for no others."""
+    """An id that is equal for exactly the processes that see each other in /proc."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _gather(value: Any, processes: Processes) -> list:
-    """The values of all ranks, by rank."""
+    """Gather a value from all ranks; returns the list of values by rank."""
     values = [value]
     if processes.world_size > 1:
         values *= processes.world_size

@@ -1,4 +1,4 @@
-"""Folders of classes: ``train/<class>/*`` and ``val/<class>/*``, whole or by a list of classes."""
+"""Image folders: ``train/<class>/*`` and ``val/<class>/*``, with all classes or those of a list."""
 
 import os
 from pathlib import Path
@@ -13,11 +13,13 @@ CLASS_LISTS = Path(__file__).parent / "class_lists"
 
 
 def read_folder(data_path: Path, split: str, class_list: str | None = None) -> ImageFiles:
-    """One split of ``train/<class>/*`` and ``val/<class>/*``; labels are the sorted class names.
+    """One split of ``train/<class>/*`` and ``val/<class>/*``; labels are positions in the sorted class names.
 
     Args:
-        class_list: file of :data:`CLASS_LISTS` with the classes to keep; without it all are kept, and the two
-            splits must have the same ones.
+        data_path: the folder that holds ``train/`` and ``val/``.
+        split: "train" or "val".
+        class_list: file in :data:`CLASS_LISTS` with the classes to keep. Default: all classes, which must then be the
+            same in both splits.
 
     Raises:
         UserError: a split is missing, flat or empty, a class empty or missing, or the splits differ.
@@ -48,8 +50,8 @@ def _read_classes(data_path: Path, split: str, classes: list[str]) -> ImageFiles
             f"{root}: no images in the class folders {first_few(empty)}; "
             f"remove them or fill them with images ({' '.join(IMG_EXTENSIONS)})"
         )
-    below = len(os.path.join(root, ""))
-    return ImageFiles(data_path, [f"{split}/{path[below:]}" for path, _ in samples], targets, classes)
+    prefix = len(os.path.join(root, ""))
+    return ImageFiles(data_path, [f"{split}/{path[prefix:]}" for path, _ in samples], targets, classes)
 
 
 def _class_folders(data_path: Path, split: str) -> list[str]:
@@ -62,17 +64,28 @@ def _class_folders(data_path: Path, split: str) -> list[str]:
         return classes
     if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
         raise UserError(
-            f"{root}: images lie directly in it; sort them into one folder a class, {split}/<class>/* "
+            f"{root}: images lie directly in it; sort them into one folder per class, {split}/<class>/* "
             "(for ILSVRC-2012's validation images, extract_ILSVRC.sh of PyTorch's ImageNet example does so)"
         )
     raise UserError(f"{root}: no images; expected {FOLDER_LAYOUT}")
 
 
 def check_same_classes(data_path: Path, split: str, classes: list[str], classes_of) -> None:
-    """Labels are positions among the class names: one that a split lacks would shift all after it."""
+    """Check that both splits have the same classes; labels are positions among the class names of a split.
+
+    A class missing from one split would shift all later labels. Without the other split there is nothing to check.
+
+    Args:
+        data_path: the folder that holds both splits.
+        split: the split that was read.
+        classes: its class names.
+        classes_of: ``classes_of(data_path, split)`` returns those of the other split.
+    Raises:
+        UserError: the class names differ.
+    """
     other = "val" if split == "train" else "train"
     if not (data_path / other).is_dir() and not (data_path / f"{other}.tar").is_file():
-        return  # evaluation needs no training images; a training run builds the other split, too
+        return  # evaluation needs no training images; training reads the other split later
     difference = {split: set(classes), other: set(classes_of(data_path, other))}
     only = [
         f"only in {name}/: {first_few(sorted(difference[name] - difference[against]))}"

@@ -1,8 +1,6 @@
-"""Readers of the data sets: from files, as published, to (RGB image, label).
+"""Sets of labelled images, and reading of image files.
 
-A reader takes the folder that ``--data-path`` names and a split ("train" or "val") and gives
-:class:`LabelledImages`. It has checked all that can be known without decoding an image; what is wrong is one
-line in a ``UserError``. :mod:`datasets` names the readers.
+The readers of the data sets return :class:`LabelledImages`; the registry is in :mod:`readers`.
 """
 
 import os
@@ -22,8 +20,8 @@ from utils import UserError
 class UnreadableImage(UserError):
     """An image file that cannot be decoded; the message names it.
 
-    A ``DataLoader`` raises a worker's exception again with the worker's whole traceback as the message. The
-    last line of that is the original message, and all that is kept.
+    A ``DataLoader`` re-raises a worker's exception with the worker's traceback as its message. This class keeps only
+    the last line, which is the original message.
     """
 
     def __init__(self, message: str):
@@ -35,10 +33,13 @@ class UnreadableImage(UserError):
 
 
 class LabelledImages(Dataset):
-    """A set of (RGB image, label).
+    """A data set of pairs (RGB image, label).
 
-    ``names[i]`` says which image of the published files ``i`` is, ``targets[i]`` is its label: a position in
-    ``classes``. ``in_memory``: access decodes nothing.
+    Attributes:
+        names: identifies each image in the published files.
+        targets: label of each image, an index into ``classes``.
+        classes: names of the classes.
+        in_memory: whether the images are decoded already.
     """
 
     in_memory = False
@@ -53,7 +54,7 @@ class LabelledImages(Dataset):
 
 
 class ArrayImages(LabelledImages):
-    """Images in memory, uint8 ``(N, h, w)`` grey or ``(N, h, w, 3)``; their names are their numbers."""
+    """Images in memory, uint8 ``(N, h, w)`` grey or ``(N, h, w, 3)`` RGB; their names are their indices."""
 
     in_memory = True
 
@@ -66,10 +67,10 @@ class ArrayImages(LabelledImages):
 
 
 class EncodedImages(LabelledImages):
-    """Images that are decoded when asked for; where their bytes are is ``_open``'s matter.
+    """Images that are decoded on access; subclasses implement ``_open`` (the encoded bytes) and ``_location``.
 
     Raises:
-        UnreadableImage: on access: missing, truncated, or no image.
+        UnreadableImage: on access, if the file is missing, truncated, or not an image.
     """
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -88,14 +89,14 @@ class EncodedImages(LabelledImages):
                 yield image
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             raise UnreadableImage(
-                f"cannot read the image {self._where(index)!r} ({one_line(error)}): "
-                "mend or remove the file, or give --skip-unreadable"
+                f"cannot read the image {self._location(index)!r} ({one_line(error)}): "
+                "repair or remove the file, or give --skip-unreadable"
             ) from error
 
     def _open(self, index: int) -> BinaryIO:
         raise NotImplementedError
 
-    def _where(self, index: int) -> str:
+    def _location(self, index: int) -> str:
         raise NotImplementedError
 
 
@@ -107,14 +108,14 @@ class ImageFiles(EncodedImages):
         self.root = root
 
     def _open(self, index: int) -> BinaryIO:
-        return open(self._where(index), "rb")
+        return open(self._location(index), "rb")
 
-    def _where(self, index: int) -> str:
+    def _location(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])
 
 
 class SubsetOf(LabelledImages):
-    """The images of another set at these indices."""
+    """A subset of another set, given by indices."""
 
     def __init__(self, images: LabelledImages, indices: list[int]):
         super().__init__(
@@ -132,18 +133,20 @@ class SubsetOf(LabelledImages):
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, hidden ones left out, in the order of their names.
+    """All image files below a folder except hidden ones, sorted by path; symbolic links are followed.
 
     Raises:
         UserError: no such folder, or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one with images in it")
+        raise UserError(f"{folder}: no such folder; give one with images in it")
     found, seen = [], set()
-    for place, below, names in os.walk(folder, followlinks=True):
+    for place, subfolders, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(place))
-        below[:] = [name for name in below if os.path.realpath(os.path.join(place, name)) not in seen]  # no circles
+        subfolders[:] = [
+            name for name in subfolders if os.path.realpath(os.path.join(place, name)) not in seen
+        ]  # no cycles of links
         found += [Path(place, name) for name in names]
     found = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")]
     if not found:
@@ -152,33 +155,37 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The RGB image in a file.
+    """Read the RGB image in a file.
 
     Raises:
-        UnreadableImage: missing, truncated, or no image.
+        UnreadableImage: missing, truncated, or not an image.
     """
-    with opened(path) as image:
+    with open_image(path) as image:
         return image.convert("RGB")
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """The image in a file, as it is stored, for as long as the block lasts.
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file in its stored mode; it is closed at the end of the ``with`` block.
 
     Raises:
-        UnreadableImage: missing, truncated, or no image.
+        UnreadableImage: missing, truncated, or not an image.
     """
     try:
         with Image.open(path) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-        raise UnreadableImage(f"{path}: cannot be read ({str(error).splitlines()[0]}); bring a whole file") from error
+        raise UnreadableImage(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); replace it with an intact file"
+        ) from error
 
 
 def one_line(error: Exception) -> str:
+    """An exception's message without line breaks, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_few(names: list[str], limit: int = 5) -> str:
+    """Up to ``limit`` names, and the number of the others."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,10 +1,10 @@
-"""Images with a mask each: PASCAL VOC's layout, or a folder of images beside one of foreground masks.
+"""Images with segmentation masks: PASCAL VOC's layout, or a folder of images and a folder of foreground masks.
 
     VOCdevkit/VOC2012/JPEGImages/a.jpg  SegmentationClass/a.png  ImageSets/Segmentation/val.txt
     images/a.jpg                        masks/a.png
 
-VOC's masks hold the number of a class in every pixel, 0 for background, 255 for void: the border of an object, and
-what is too hard to outline. Other masks have one object: what is not 0 in them.
+Each pixel of VOC's masks holds the number of a class; 0 is background, 255 is void (object borders and ambiguous
+regions). A foreground mask has one object, its nonzero pixels.
 """
 
 from collections import Counter
@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from readers.images import list_images, opened, read_image
+from readers.images import list_images, open_image, read_image
 from utils import UserError
 
 BACKGROUND, VOID = 0, 255
 VOC_CLASSES = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
-"""PASCAL VOC's 20 classes by label, with the background."""
+"""PASCAL VOC's background and 20 classes, by label."""
 
 VOC_LAYOUT = "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/<split>.txt"
 FOREGROUND_LAYOUT = "images/ and masks/ (a PNG of the same name for every image)"
@@ -31,12 +31,12 @@ FOREGROUND_MODES = ("1", "L", "P", "I;16", "I", "RGB")
 
 @dataclass(frozen=True)
 class MaskedImages:
-    """Images and their masks, found by :func:`read_masked_images`.
+    """Paths of images and their masks, from :func:`read_masked_images`.
 
     Attributes:
-        names: of the images, without a suffix.
+        names: of the images, without suffix.
         images, masks: their files.
-        split: of VOC's layout; None: the masks are foreground masks.
+        split: name of VOC's list; None for foreground masks.
     """
 
     names: list[str]
@@ -52,12 +52,12 @@ class MaskedImages:
         return read_image(self.images[index])
 
     def labels(self, index: int, size: int) -> Tensor:
-        """The mask squashed to ``size x size`` (nearest): uint8 labels, of a foreground mask 0 and 1.
+        """The mask resized to ``(size, size)`` (nearest): uint8 labels; 0 and 1 for a foreground mask.
 
         Raises:
-            UnreadableImage: a file that is truncated or no image.
+            UnreadableImage: a file that is truncated or not an image.
         """
-        with opened(self.masks[index]) as mask:
+        with open_image(self.masks[index]) as mask:
             pixels = np.array(mask)
         if self.split is None:
             pixels = (pixels.reshape(*pixels.shape[:2], -1) > 0).any(axis=-1)
@@ -65,25 +65,26 @@ class MaskedImages:
         return torch.from_numpy(np.array(labels))
 
     def class_name(self, label: int) -> str:
-        """VOC's name of a class, the number of one that VOC does not have."""
+        """VOC's name of a class; the number itself if VOC has no such class."""
         if self.split is None:
             return "foreground"
         return VOC_CLASSES[label] if label < len(VOC_CLASSES) else str(label)
 
 
 def read_masked_images(data_path: str | Path, split: str | None = None) -> MaskedImages:
-    """Find images and masks, and check all that can be known without decoding them.
+    """Find images and masks, and check everything that needs no decoding.
 
     Args:
-        data_path: VOCdevkit, the folder above it or VOC2012 in it; or the folder above images/ and masks/.
-        split: the list in ImageSets/Segmentation to take (default: val).
+        data_path: VOCdevkit, its parent or its VOC2012 folder; or the parent folder of images/ and masks/.
+        split: name of the list in ImageSets/Segmentation (default: val).
 
     Raises:
-        UserError: neither layout, files without partner, sizes that differ, masks that hold no class numbers.
+        UserError: neither layout, an image without mask or vice versa, different sizes, masks without class numbers.
+        UnreadableImage: a file whose header cannot be read.
     """
     root = Path(data_path).expanduser()
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; name one with {VOC_LAYOUT}; or with {FOREGROUND_LAYOUT}")
+        raise UserError(f"{root}: no such folder; give one with {VOC_LAYOUT}; or with {FOREGROUND_LAYOUT}")
     places = (root, root / "VOC2012", root / "VOCdevkit/VOC2012")
     voc = next((place for place in places if (place / "SegmentationClass").is_dir()), None)
     if voc is not None:
@@ -100,7 +101,7 @@ def read_masked_images(data_path: str | Path, split: str | None = None) -> Maske
 
 
 def _read_voc(root: Path, split: str) -> MaskedImages:
-    # torchvision's VOCSegmentation reads the same files, but knows VOC's own lists only and checks no file.
+    # torchvision's VOCSegmentation supports only VOC's own lists, and does not check the files.
     lists = root / "ImageSets/Segmentation"
     if not (lists / f"{split}.txt").is_file():
         there = ", ".join(sorted(path.stem for path in lists.glob("*.txt")))
@@ -133,7 +134,7 @@ def _read_foregrounds(root: Path) -> MaskedImages:
         for path in list_images(folder):
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in found:
-                raise UserError(f"{found[name]} and {path}: which of the two is meant? Take one away")
+                raise UserError(f"{found[name]} and {path}: two files of the same name; remove one of them")
             found[name] = path
         return found
 
@@ -151,8 +152,8 @@ def _read_foregrounds(root: Path) -> MaskedImages:
 
 
 def _check_pair(image: Path, mask: Path, voc: bool) -> None:
-    """Refuse a pair of files by their headers."""
-    with opened(image) as picture, opened(mask) as labels:
+    """Check sizes and modes of an image and its mask, from the headers; raise UserError if they do not fit."""
+    with open_image(image) as picture, open_image(mask) as labels:
         if picture.size != labels.size:
             sizes = " and ".join("{} x {}".format(*file.size) for file in (picture, labels))
             raise UserError(f"{image} and {mask} differ in size: {sizes} px; bring the mask that belongs to the image")
@@ -166,13 +167,14 @@ def _check_pair(image: Path, mask: Path, voc: bool) -> None:
 
 
 def count_labels(labels: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """How many pixels of each label every patch has, for a whole batch.
+    """Count the pixels of each label in every patch, for a batch.
 
     Args:
-        labels: uint8 ``(B, H, W)``, ``H`` and ``W`` multiples of ``h`` and ``w``.
+        labels: uint8 ``(B, H, W)``; ``H`` and ``W`` are multiples of ``h`` and ``w``.
+        h, w: rows and columns of the patch grid.
 
     Returns:
-        ``present``, int64 ``(K,)``: the labels of the batch, rising; ``counts``, int64 ``(B, K, h, w)``.
+        ``present``, int64 ``(K,)``: the labels in the batch, ascending; ``counts``, int64 ``(B, K, h, w)``.
     """
     batch, height, width = labels.shape
     device = labels.device
@@ -182,7 +184,7 @@ def count_labels(labels: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
     image = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None]
     row = torch.arange(height, dtype=torch.int32, device=device)[:, None] // (height // h)
     column = torch.arange(width, dtype=torch.int32, device=device) // (width // w)
-    bins = (image * h + row) * (w * len(present)) + column * len(present)  # (B, H, W): that of the patch's first label
+    bins = (image * h + row) * (w * len(present)) + column * len(present)  # (B, H, W): index of the patch's first bin
     bins = bins.flatten() + place.index_select(0, labels.flatten().int())
     counts = bins.bincount(minlength=batch * h * w * len(present)).view(batch, h, w, -1)
     return present, counts.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Published sets as their authors lay them out: Cars, Flowers, Pets, DomainNet, CIFAR, scikit-learn's digits."""
+"""Readers of published data sets in their original layout: Cars, Flowers, Pets, DomainNet, CIFAR, digits."""
 
 import os
 from collections import defaultdict
@@ -14,11 +14,16 @@ from readers.images import ArrayImages, ImageFiles, first_few, one_line
 from utils import UserError
 
 
-def _listed(root: Path, names: list[str], targets: list[int], classes: list[str], source: Path) -> ImageFiles:
-    """The image files that ``source`` lists, checked with one listing a folder instead of a look at each file.
+def _checked_files(root: Path, names: list[str], targets: list[int], classes: list[str], source: Path) -> ImageFiles:
+    """The image files that ``source`` lists; their existence is checked with one directory listing per folder.
 
+    Args:
+        root: folder that ``names`` are relative to.
+        names, targets: path and label of each image.
+        classes: names of the classes.
+        source: the list or annotation file, for messages.
     Raises:
-        UserError: a label out of range, or a file that is not there.
+        UserError: a label out of range, or a missing file.
     """
     wrong = [label for label in targets if not 0 <= label < len(classes)]
     if wrong:
@@ -30,71 +35,71 @@ def _listed(root: Path, names: list[str], targets: list[int], classes: list[str]
     missing = [name for name in names if os.path.basename(name) not in files[os.path.dirname(name)]]
     if missing:
         raise UserError(
-            f"{source} names {len(missing):,} files that are not in {root}, {missing[0]} first; extract the images anew"
+            f"{source} names {len(missing):,} files that are not in {root}, {missing[0]} first; extract them again"
         )
     return ImageFiles(root, names, targets, classes)
 
 
 @contextmanager
-def _explaining(root: Path, layout: str) -> Iterator[None]:
-    """Whatever torchvision and scipy raise on missing or broken files, as one line."""
+def _errors_in_one_line(root: Path, layout: str) -> Iterator[None]:
+    """Convert all exceptions of torchvision and scipy on missing or broken files to a one-line UserError."""
     try:
         yield
-    except Exception as error:  # a dozen types
+    except Exception as error:  # torchvision and scipy raise a dozen types
         reason = "files missing or damaged" if isinstance(error, RuntimeError) else one_line(error)
         raise UserError(f"{root}: {reason}; expected {layout}") from error
 
 
 def read_cars(data_path: Path, split: str) -> ImageFiles:
-    """Stanford Cars, annotations as torchvision reads them.
+    """Stanford Cars, with annotations read by torchvision.
 
     Raises:
         UserError: files missing or damaged, a label out of range.
     """
     part = "train" if split == "train" else "test"
-    with _explaining(data_path, CARS_LAYOUT):
+    with _errors_in_one_line(data_path, CARS_LAYOUT):
         cars = StanfordCars(data_path, part)
         folder = f"stanford_cars/cars_{part}"
         names = [f"{folder}/{os.path.basename(path)}" for path, _ in cars._samples]
         targets = [int(label) for _, label in cars._samples]
-    return _listed(data_path, names, targets, cars.classes, cars._annotations_mat_path)
+    return _checked_files(data_path, names, targets, cars.classes, cars._annotations_mat_path)
 
 
 def read_flowers(data_path: Path, split: str) -> ImageFiles:
-    """Oxford's 102 flowers through torchvision; ``train`` is its train and validation images, ``val`` the test's.
+    """Oxford's 102 flowers, read by torchvision; ``train`` is its train and val splits, ``val`` its test split.
 
     Raises:
         UserError: files missing or damaged.
     """
-    with _explaining(data_path, FLOWERS_LAYOUT):
+    with _errors_in_one_line(data_path, FLOWERS_LAYOUT):
         parts = [Flowers102(data_path, part) for part in (("train", "val") if split == "train" else ("test",))]
     names = [str(path.relative_to(data_path)) for part in parts for path in part._image_files]
     targets = [label for part in parts for label in part._labels]
     source = data_path / "flowers-102" / "imagelabels.mat"
-    return _listed(data_path, names, targets, Flowers102.classes, source)
+    return _checked_files(data_path, names, targets, Flowers102.classes, source)
 
 
 def read_pets(data_path: Path, split: str) -> ImageFiles:
-    """Oxford-IIIT pets, 37 breeds, lists as torchvision reads them; ``val`` is the test split.
+    """Oxford-IIIT pets (37 breeds), with lists read by torchvision; ``val`` is the test split.
 
     Raises:
         UserError: files missing or damaged.
     """
     part = "trainval" if split == "train" else "test"
-    with _explaining(data_path, PETS_LAYOUT):
+    with _errors_in_one_line(data_path, PETS_LAYOUT):
         pets = OxfordIIITPet(data_path, part)
     names = [str(path.relative_to(data_path)) for path in pets._images]
-    return _listed(data_path, names, pets._labels, pets.classes, pets._anns_folder / f"{part}.txt")
+    return _checked_files(data_path, names, pets._labels, pets.classes, pets._anns_folder / f"{part}.txt")
 
 
 def read_domainnet(data_path: Path, split: str, domain: str) -> ImageFiles:
     """One domain of DomainNet by its published lists, original or cleaned; ``val`` is the test list.
 
-    Both lists are read, as they name the classes.
+    Both lists are read, because only together do they name all classes.
 
     Raises:
-        UserError: a list is missing, empty or no text, a line of it not understood, a label out of range or with two
-            names or without images, or a file that is not there.
+        UserError: a missing, empty or binary list; a malformed line; a label out of range, with two names or without
+            images; a missing image file.
     """
     lists = {part: data_path / f"{domain}_{part}.txt" for part in ("train", "test")}
     samples = {part: _read_list(path, domain) for part, path in lists.items()}
@@ -113,11 +118,11 @@ def read_domainnet(data_path: Path, split: str, domain: str) -> ImageFiles:
     classes = [folders[label] for label in range(DOMAINNET_CLASSES)]
     part = "train" if split == "train" else "test"
     names, targets = (list(column) for column in zip(*samples[part], strict=True))
-    return _listed(data_path, names, targets, classes, lists[part])
+    return _checked_files(data_path, names, targets, classes, lists[part])
 
 
 def _read_list(path: Path, domain: str) -> list[tuple[str, int]]:
-    """Lines like ``clipart/aircraft_carrier/clipart_001_000018.jpg 0``."""
+    """(path, label) of each line of a list, such as ``clipart/aircraft_carrier/clipart_001_000018.jpg 0``."""
     if not path.is_file():
         raise UserError(f"{path}: no such list; expected {domain_layout(domain)}")
     try:
@@ -138,7 +143,7 @@ def _read_list(path: Path, domain: str) -> list[tuple[str, int]]:
 
 
 def read_cifar(data_path: Path, split: str, reader: str) -> ArrayImages:
-    """CIFAR's python batches, as torchvision reads (and checksums) them.
+    """CIFAR-10 or CIFAR-100 from its Python batches, read and verified (MD5) by torchvision.
 
     Raises:
         UserError: files missing or damaged.
@@ -155,11 +160,11 @@ def read_cifar(data_path: Path, split: str, reader: str) -> ArrayImages:
 
 
 def read_digits(data_path: Path | None, split: str) -> ArrayImages:
-    """scikit-learn's 1,797 scanned 8 x 8 digits; numbers 0, 5, 10, ... (360) are ``val``, the rest ``train``.
+    """scikit-learn's 1,797 scanned 8 x 8 digits; indices 0, 5, 10, ... (360 images) are ``val``, the rest ``train``.
 
-    Consecutive digits are one writer's, so ``val`` has the same writers: an easy set.
+    Consecutive digits share a writer, so both splits have the same writers, which makes the set easy.
     """
-    from sklearn.datasets import load_digits  # a second to import, for this set only
+    from sklearn.datasets import load_digits  # takes a second to import; needed for this set only
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)

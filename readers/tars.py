@@ -1,6 +1,6 @@
-"""Images in uncompressed tar files, read where they lie.
+"""Images in uncompressed tar files, read without extraction.
 
-python -m readers.tars /data/train.tar        # write the index that makes the next start quick
+python -m readers.tars /data/train.tar        # write an index, which makes later starts fast
 """
 
 import io
@@ -22,14 +22,19 @@ from readers.folders import check_same_classes
 from readers.images import EncodedImages, one_line
 from utils import UserError, logger
 
-LARGE_TARS = 10 * 2**30  # bytes; from here on an index of them is recommended
+LARGE_TARS = 10 * 2**30  # bytes; above this size an index is recommended
 
 
 class TarImages(EncodedImages):
-    """Images in uncompressed tar files; ``places`` int64 ``(N, 3)``: number of the tar, first byte, bytes.
+    """Images in uncompressed tar files.
 
-    A tar is opened anew for each image, so processes share no file position, and a thousand tars (one a
-    class) do not meet the limit of open files.
+    A tar is opened for each image. Processes therefore share no file position, and a thousand tars (one per class) do
+    not exceed the limit of open files.
+
+    Args:
+        tars: paths of the tar files.
+        places: int64 ``(N, 3)``: index of the tar, offset and size of the image in bytes.
+        names, targets, classes: see ``LabelledImages``.
     """
 
     def __init__(self, tars: list[str], places: np.ndarray, names: list[str], targets: list[int], classes: list[str]):
@@ -42,22 +47,22 @@ class TarImages(EncodedImages):
         with open(self.tars[number], "rb", buffering=0) as file:
             return io.BytesIO(os.pread(file.fileno(), size, start))
 
-    def _where(self, index: int) -> str:
+    def _location(self, index: int) -> str:
         return f"{self.tars[self.places[index, 0]]}: {self.names[index]}"
 
 
 def read_tar(data_path: Path, split: str) -> TarImages:
-    """``train.tar`` and ``val.tar`` with class folders, or folders of tars, as timm's reader understands them.
+    """One split in tar files: ``<split>.tar`` with class folders, or a folder ``<split>/`` of tars, read by timm.
 
-    A tar of tars, or a folder of one tar a class, is understood too. Labels are the sorted class names, and
-    images are ordered by class, tar and name, as in an image folder. To find the images, the tars are read to their
-    end at every start, unless timm's index lies beside them: :func:`write_tar_index` makes one.
+    A tar of tars, and a folder with one tar per class, are supported too. Labels are positions in the sorted class
+    names; images are ordered by class, tar and name, as in an image folder. Every start scans the tars completely to
+    find the images, unless timm's index exists (:func:`write_tar_index`).
 
     Raises:
-        UserError: no tars, a damaged or compressed one, none with images, or other classes in the other split.
+        UserError: no tars, a damaged or compressed tar, no images, or different classes in the two splits.
     """
     images = _scan_tars(_tar_root(data_path, split))
-    if split == "train":  # an evaluation does not read the training tars for this
+    if split == "train":  # evaluation does not scan the training tars for this check
         check_same_classes(
             data_path, split, images.classes, lambda path, other: _scan_tars(_tar_root(path, other)).classes
         )
@@ -65,12 +70,12 @@ def read_tar(data_path: Path, split: str) -> TarImages:
 
 
 def write_tar_index(root: str) -> None:
-    """Let timm write the index of a tar file beside it, or of a folder of tars into it, anew.
+    """Rewrite timm's index: of a tar file into its folder, of a folder of tars into that folder.
 
-    The index, ``_*_tarinfos.pickle``, is a pickle. No run writes one; one that lies there is read, as long as no tar is
-    younger. So leave one there only where you made it yourself.
+    The index, ``_*_tarinfos.pickle``, is a pickle. Unpickling untrusted files is unsafe: keep only an index that you
+    have written yourself. Runs never write an index; they read an existing one unless a tar is newer.
     """
-    _index_of(Path(root)).unlink(missing_ok=True)  # timm would read it
+    _index_path(Path(root)).unlink(missing_ok=True)  # timm would read the old one instead
     extract_tarinfos(root, cache_tarinfo=True, extensions=set(IMG_EXTENSIONS))
 
 
@@ -83,48 +88,48 @@ def _tar_root(data_path: Path, split: str) -> Path:
     raise UserError(f"{data_path}: neither {split}.tar nor {split}/*.tar; expected {TAR_LAYOUT}")
 
 
-def _index_of(root: Path) -> Path:
-    """Where timm has the index of a tar, or of a folder of tars."""
+def _index_path(root: Path) -> Path:
+    """The path of timm's index of a tar, or of a folder of tars."""
     folder, name = (root.parent, root.stem) if root.is_file() else (root, root.name)
     return folder / f"_{name}{CACHE_FILENAME_SUFFIX}"
 
 
-@lru_cache(maxsize=2)  # both splits' classes are compared, and both splits are read
+@lru_cache(maxsize=2)  # each split is scanned for reading, and again for comparing the classes
 def _scan_tars(root: Path) -> TarImages:
-    use_index = _has_good_index(root, [root] if root.is_file() else list(root.glob("*.tar")))
+    use_index = _has_valid_index(root, [root] if root.is_file() else list(root.glob("*.tar")))
     try:
-        # timm would write the index by itself, from every process at once; a data folder is only read here
+        # with cache_tarinfo timm would also write the index, from all processes at once; runs only read data
         samples, targets, labels, _ = extract_tarinfos(
             str(root), cache_tarinfo=use_index, extensions=set(IMG_EXTENSIONS)
         )
     except (tarfile.TarError, pickle.UnpicklingError, EOFError, ValueError, AssertionError) as error:
         if use_index:
-            raise UserError(f"{_index_of(root)}: damaged, or of other tars ({one_line(error)}); remove it") from error
+            raise UserError(f"{_index_path(root)}: damaged, or of other tars ({one_line(error)}); remove it") from error
         raise UserError(f"{root}: damaged, or without images ({one_line(error)}); expected {TAR_LAYOUT}") from error
     return _tar_images(root, samples, targets, sorted(labels, key=labels.get))
 
 
-def _has_good_index(root: Path, tars: list[Path]) -> bool:
-    """Whether an index lies there that is not older than a tar; says how to make one where it is missed."""
+def _has_valid_index(root: Path, tars: list[Path]) -> bool:
+    """Whether an index exists and is newer than all tars; logs how to write one for large tars."""
     size = sum(_checked_size(tar) for tar in tars)
-    index = _index_of(root)
+    index = _index_path(root)
     command = f"python -m readers.tars {shlex.quote(str(root))}"
     if index.is_file():
         written = index.stat().st_mtime
-        younger = [tar for tar in tars if tar.stat().st_mtime > written]
-        if younger:
-            logger.warning(f"{index}: not used, as it is older than {younger[0]}; renew it by {command}")
-        return not younger
+        newer = [tar for tar in tars if tar.stat().st_mtime > written]
+        if newer:
+            logger.warning(f"{index}: not used, because it is older than {newer[0]}; update it with: {command}")
+        return not newer
     if size > LARGE_TARS:
         logger.info(
             f"{root}: reading {size / 2**30:,.0f} GiB to find the images; "
-            f"an index makes the next start quick: {command}"
+            f"write an index to make the next start fast: {command}"
         )
     return False
 
 
 def _checked_size(tar: Path) -> int:
-    """Bytes of a tar that has its end: two empty blocks, without which a reader stops silently, too."""
+    """Size of a tar in bytes, after checking its end of two zero blocks; readers accept a truncated tar silently."""
     size = tar.stat().st_size
     with open(tar, "rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
@@ -132,20 +137,20 @@ def _checked_size(tar: Path) -> int:
         has_end = file.read() == bytes(1024)
     if is_gzip:
         raise UserError(
-            f"{tar}: compressed, so its images cannot be read one by one; unpack it: "
+            f"{tar}: compressed, so its images cannot be accessed directly; decompress it: "
             f"mv {tar} {tar}.gz && gunzip {tar}.gz"
         )
     if not has_end:
-        raise UserError(f"{tar}: not whole (a tar ends with 1,024 zero bytes); copy it again")
+        raise UserError(f"{tar}: truncated (a tar ends with 1,024 zero bytes); copy it again")
     return size
 
 
 def _tar_images(root: Path, samples: np.ndarray, targets: np.ndarray, timm_classes: list[str]) -> TarImages:
-    """timm's samples in the order of an image folder, with byte positions in place of its TarInfo objects.
+    """timm's samples, sorted as in an image folder, with byte offsets instead of TarInfo objects.
 
-    (Those are 1.5 GB for ImageNet, which every worker would copy.)
+    (The TarInfo objects of ImageNet take 1.5 GB, which every worker would copy.)
     """
-    classes = sorted(timm_classes)  # timm sorts numbers in names by value
+    classes = sorted(timm_classes)  # timm's own order is natural sorting
     label_of = {name: label for label, name in enumerate(classes)}
     if "" in label_of:
         raise UserError(f"{root}: images lie directly in it, without a class folder; expected {TAR_LAYOUT}")

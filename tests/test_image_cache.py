@@ -278,7 +278,8 @@ def test_more_images_than_memory_are_refused_with_both_numbers(folder, monkeypat
     monkeypatch.setattr(cache, "GIB", 1000)
     with pytest.raises(UserError) as error:
         cache_images([images], ALONE, False)
-    numbers = f"needs {needed / 1000:.1f} GiB for decoded images, and of the {needed / 900:.1f} GiB available"
+    need, available = f"{needed / 1000:.1f} GiB", f"{needed / 900:.1f} GiB"
+    numbers = f"needs {need} for decoded images, but may take only 90% of the {available} available"
     assert f"--cache-images {numbers}" in str(error.value)
     assert "leave it out, or use a machine with more memory" in str(error.value)
     monkeypatch.setattr(cache, "available_memory", lambda: int(needed / 0.9) + 1)

@@ -266,11 +266,11 @@ def test_an_index_older_than_a_tar_is_not_used_and_can_be_renewed(folder, tmp_pa
     assert (len(before), messages) == (6, [])
     image = (folder / "val" / "bee" / "0.jpg").read_bytes()
     write_tar(tar, {"bee/new.jpg": image})
-    os.utime(tars._index_of(split), (1e9, 1e9))
+    os.utime(tars._index_path(split), (1e9, 1e9))
     after, (message,) = names_and_messages()
     assert [name for name in after if "bee/" in name] == [name for name in after if "new" in name] != []
-    assert f"_val_tarinfos.pickle: not used, as it is older than {split}" in message
-    assert f"renew it by python -m readers.tars {split}" in message
+    assert f"_val_tarinfos.pickle: not used, because it is older than {split}" in message
+    assert f"update it with: python -m readers.tars {split}" in message
     tars.write_tar_index(str(split))
     assert names_and_messages() == (after, [])
 
@@ -311,7 +311,7 @@ def test_what_is_wrong_with_tars_is_one_line(folder, tmp_path):
 def test_a_truncated_tar_is_noticed(folder, tmp_path, keep):
     root = write_tars(folder, tmp_path / "tars", "classes")
     truncate(root / "val" / "cat.tar", keep)
-    assert "val/cat.tar: not whole" in refusal("tar", "val", root)
+    assert "val/cat.tar: truncated" in refusal("tar", "val", root)
 
 
 def test_a_compressed_tar_is_told_how_to_be_unpacked(folder, tmp_path):
@@ -319,7 +319,7 @@ def test_a_compressed_tar_is_told_how_to_be_unpacked(folder, tmp_path):
     tar.write_bytes(gzip.compress(tar.read_bytes()))
     message = refusal("tar", "val", tar.parent)
     assert f"{tar}: compressed" in message
-    assert message.endswith(f"unpack it: mv {tar} {tar}.gz && gunzip {tar}.gz")
+    assert message.endswith(f"decompress it: mv {tar} {tar}.gz && gunzip {tar}.gz")
 
 
 def test_tars_of_other_classes_are_refused_before_training(folder, tmp_path):
