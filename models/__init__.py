@@ -1,7 +1,7 @@
 """The models by name, and how one is built.
 
-A model is one line of `FAMILIES`. Its module registers it with timm when it is imported, which `build_model` does; the
-ViTs' is ``models_sar``. Nothing slow is imported before that, so a command line can list the names at once.
+A model is one line of `FAMILIES`. Importing its module registers it with timm, and `build_model` does so; the module of
+the ViTs is ``models_sar``. Nothing slow is imported before that, so a command line can list the names at once.
 """
 
 import importlib
@@ -23,8 +23,8 @@ class Family:
     Attributes:
         module: registers them with timm.
         names: of the baselines; each also exists with ``_sar``.
-        patch_size: px between two patches (of a pyramid, in its first stage).
-        query: whose similarity S is, by default (``last_block`` aside): ``cls``, or ``mean`` without a class token.
+        patch_size: px between two patches; in a pyramid, of its first stage.
+        query: default of ``similarity_query``: ``cls``, or ``mean`` for models without a class token.
     """
 
     module: str
@@ -47,14 +47,15 @@ MODELS: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What a model is built from.
+    """The settings that `build_model` builds a model from.
 
     Attributes:
         name: a key of `MODELS`.
         num_classes: 0 for none.
         input_size, patch_size: px.
         last_block, similarity, similarity_query: see `models_sar.LastBlock.attach`.
-        drop: dropout of the tokens' projections; ``drop_path``: stochastic depth.
+        drop: rate of dropout after the projections of attention and MLP.
+        drop_path: rate of stochastic depth.
         sizes: other sizes by timm's names (``embed_dim``, ``depth``, ...).
     """
 
@@ -80,12 +81,18 @@ def register(name: str) -> None:
 
 
 def build_model(settings: ModelSettings, device: "torch.device", seed: int = 0) -> "tuple[nn.Module, tuple[int, int]]":
-    """The model of these settings on ``device``, in evaluation mode, and the grid ``(h, w)`` of its similarity maps.
+    """Build a model and try it on two black images.
 
-    It has been tried on two black images. Its weights are drawn from ``seed``; torch's generator goes on from there.
+    Args:
+        settings: see `ModelSettings`.
+        device: of the weights.
+        seed: of the weights; torch's generator continues from there.
+
+    Returns:
+        The model in evaluation mode, and the grid ``(h, w)`` of its similarity maps.
 
     Raises:
-        UserError: sizes that make no model, or none that gives similarity maps.
+        UserError: the sizes make no model, or none that returns similarity maps.
     """
     import timm
     import torch
@@ -109,7 +116,7 @@ def build_model(settings: ModelSettings, device: "torch.device", seed: int = 0) 
         with torch.inference_mode():
             black = torch.zeros(2, 3, settings.input_size, settings.input_size, device=device)
             _, similarity = model.eval()(black, return_similarity=True)
-    except Exception as error:  # whatever a size that makes no sense trips over
+    except Exception as error:  # impossible sizes raise errors of many types
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{settings}: {reason}") from error
     return model, tuple(similarity.shape[-2:])
