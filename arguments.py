@@ -30,8 +30,8 @@ NOT_MATHEMATICAL = set(
 )
 
 
-# Options that earlier versions had; their checkpoints hold them.
-GONE = {"decay_epochs", "decay_rate"}
+GONE = {"decay_epochs": None, "decay_rate": None, "mixup_mode": "batch"}
+"""Options of earlier versions, which their checkpoints hold: the only value that can be resumed; None: every value."""
 
 # Arguments of a model that have options of their own.
 MODEL_OPTIONS = {
@@ -368,9 +368,10 @@ def default_arguments(task: str) -> dict[str, Any]:
 
 def differences(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What differs in anything mathematical between these arguments and a checkpoint's, a line each."""
-    # an option younger than the checkpoint was at its default; one that is gone had no effect at its own
+    # an option that the checkpoint does not know yet had the effect of its default
     saved = {**default_arguments(saved.get("task", "classify")), **saved}
-    names = sorted((arguments.keys() | saved.keys()) - NOT_MATHEMATICAL - GONE)
+    without_effect = {name for name, value in GONE.items() if value is None or saved.get(name, value) == value}
+    names = sorted((arguments.keys() | saved.keys()) - NOT_MATHEMATICAL - without_effect)
     if os.path.realpath(saved["finetune"]) == os.path.realpath(arguments["finetune"]):
         names.remove("finetune")  # the same file, in other words
     return [

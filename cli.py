@@ -22,6 +22,7 @@ EXPECTED = (UserError, RunError, OSError)
 NOT_NEEDED = {
     "--decay-epochs": "of --sched step, which is gone; cosine and constant are left",
     "--decay-rate": "of --sched step and poly, which are gone; cosine and constant are left",
+    "--mixup-mode": "Mixup draws once for each batch; pair and elem are gone",
     "--dist-eval": "evaluation is always distributed, and counts every image once",
     "--pin-mem": "memory is pinned wherever there is a GPU",
     "--no-pin-mem": "memory is pinned wherever there is a GPU",

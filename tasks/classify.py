@@ -104,7 +104,6 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
         cutmix_alpha=args.cutmix,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )

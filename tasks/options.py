@@ -44,12 +44,6 @@ def add_classify(parser: argparse.ArgumentParser) -> None:
     add("--cutmix", type=_size, default=1.0, help="alpha of CutMix; 0 turns it off")
     add("--mixup-prob", type=_fraction, default=1.0, help="of mixing at all")
     add("--mixup-switch-prob", type=_fraction, default=0.5, help="of CutMix where both are on")
-    add(
-        "--mixup-mode",
-        choices=("batch", "pair", "elem"),
-        default="batch",
-        help="what shares a draw; all but batch make a GPU wait",
-    )
 
 
 def check_classify(args: argparse.Namespace) -> None:
