@@ -43,7 +43,9 @@ def start_records(tmp_path, monkeypatch):
         processes = SimpleNamespace(is_main=True, device=torch.device(device))
         plan = SimpleNamespace(output_dir=tmp_path)
         position = Position(epoch=1, step=2, updates_per_epoch=5, epochs=4)
-        return records.Records(SimpleNamespace(processes=processes, plan=plan, epoch=1, arguments={}, position=position))
+        return records.Records(
+            SimpleNamespace(processes=processes, plan=plan, epoch=1, arguments={}, position=position)
+        )
 
     return start
 
