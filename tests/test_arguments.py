@@ -123,7 +123,7 @@ def test_model_kwargs_are_python_values():
         ("--resume nothing.pth", "--resume nothing.pth: no such file"),
         ("--finetune nothing.pth", "--finetune nothing.pth: no such file"),
         ("@nothing.args", "argument file nothing.args: No such file"),
-        ("--lr 1e-3 @recipes/deit_in1k.args", "must stand before all options"),
+        ("--lr 1e-3 @recipes/deit_in1k.args", "must come before all options"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_mend(words, message):
