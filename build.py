@@ -1,4 +1,4 @@
-"""From arguments to parts: data, model, optimiser, the plan that follows from them, and the banner that tells it."""
+"""Builds the parts of a run from the arguments: plan, loaders, optimiser, wrapped network; and logs the banner."""
 
 from pathlib import Path
 from typing import cast
@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from arguments import brought_defaults
+from arguments import data_set_defaults
 from datasets import DATASETS, build_loader
 from engine import Plan, Run
 from samplers import EvalSampler, TrainSampler
@@ -18,16 +18,16 @@ from utils import Processes, StopSignal, UserError, logger
 
 
 def build_eval_loader(args, processes: Processes, dataset):
-    """This rank's share of a validation set; larger batches, as nothing is kept for a backward pass."""
+    """A loader of this rank's share of the validation images, in batches of twice the training's size."""
     sampler = EvalSampler(len(dataset), processes.rank, processes.world_size)
     return build_loader(dataset, sampler, 2 * args.batch_size, args.num_workers, processes.device.type == "cuda")
 
 
 def build_plan(args, processes: Processes, train_set) -> Plan:
-    """Work out what follows from arguments, data and processes.
+    """Compute what follows from arguments, data and processes.
 
     Raises:
-        UserError: a total batch that these processes cannot make up, or that the data cannot fill.
+        UserError: the total batch is not divisible among the processes, or larger than the training set.
     """
     num_images = len(train_set)
     if num_images < args.total_batch:
@@ -56,25 +56,25 @@ def build_plan(args, processes: Processes, train_set) -> Plan:
 
 
 def accumulation(args, world_size: int) -> int:
-    """Micro-steps of an update on so many processes.
+    """The number of micro-batches per update on ``world_size`` processes.
 
     Raises:
-        UserError: the total batch cannot be made up so; names the batch sizes that can.
+        UserError: the total batch is not divisible so; the message lists batch sizes for which it is.
     """
-    at_once = args.batch_size * world_size
-    if args.total_batch % at_once == 0:
-        return args.total_batch // at_once
+    per_micro_batch = args.batch_size * world_size
+    if args.total_batch % per_micro_batch == 0:
+        return args.total_batch // per_micro_batch
     share = args.total_batch // world_size if args.total_batch % world_size == 0 else 0
     fitting = [size for size in range(2, share + 1, 2) if share % size == 0]
     raise UserError(
         f"--batch-size {args.batch_size} x {world_size} processes does not divide "
         f"--total-batch {args.total_batch}; batch sizes that do: "
-        f"{', '.join(map(str, fitting[-6:])) or 'none'}; or give --total-batch {at_once}"
+        f"{', '.join(map(str, fitting[-6:])) or 'none'}; or give --total-batch {per_micro_batch}"
     )
 
 
 def choose_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The data type of the forward pass (None: float32), and why."""
+    """The data type of the forward pass (None: float32), and the reason for it."""
     if choice == "off":
         return None, "--amp off"
     if choice != "auto":
@@ -90,10 +90,10 @@ def choose_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, s
 
 
 def build_optimizer(args, task: Task) -> torch.optim.Optimizer:
-    """timm's optimiser of that name over the task's groups, fused where torch has a fused one.
+    """timm's optimiser ``--opt`` for the task's parameter groups, fused where torch has a fused kernel.
 
     Raises:
-        UserError: an optimiser that timm does not have, or options that it does not take.
+        UserError: timm has no such optimiser, or it does not take these options.
     """
     options = {"eps": args.opt_eps} | ({"betas": tuple(args.opt_betas)} if args.opt_betas else {})
     if args.opt in ("adam", "adamw", "sgd", "momentum"):
@@ -107,11 +107,11 @@ def build_optimizer(args, task: Task) -> torch.optim.Optimizer:
 
 
 def wrap(task: Task, plan: Plan, processes: Processes, compiled: bool) -> nn.Module:
-    """What a step calls: ``task``, exchanging gradients between processes, compiled.
+    """The task as the training step calls it: in DistributedDataParallel for several processes, and compiled.
 
-    Every parameter has a gradient in every step, so none is searched for, and the graph is always the same. torch can
-    use that where it does not cut the graph itself (it compiles in parts, so that the exchange begins before the
-    backward pass ends) and where every backward pass exchanges gradients.
+    Every parameter gets a gradient in every micro-batch, so the graph is static and has no unused parameters.
+    DistributedDataParallel can use that only if every backward pass reduces gradients, and if torch.compile does not
+    split the graph.
     """
     network: nn.Module = task
     if processes.world_size > 1:
@@ -126,7 +126,7 @@ def wrap(task: Task, plan: Plan, processes: Processes, compiled: bool) -> nn.Mod
 
 
 def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set) -> Run:
-    """Put the parts of a training run together; the order fixes which random numbers the weights get."""
+    """Build the parts of a training run. The task comes first, as it draws the weights from the seeded generator."""
     device = processes.device
     task = load_task(args.task)(args, train_set, device)
     sampler = TrainSampler(
@@ -162,35 +162,40 @@ def _describe_loss(args, task: Task) -> str:
     return " + ".join(parts)
 
 
-def banner(args, run: Run) -> None:
-    """Say what is about to happen, derived values included."""
+def log_banner(args, run: Run) -> None:
+    """Log the settings of the run, derived values included, and warn of those that have no full effect."""
+    # 1. derived values in words
     task, plan, processes = run.task, run.plan, run.processes
     parameters, peak = sum(p.numel() for p in task.model.parameters()), task.learning_rate.peak
     dtype = str(plan.amp_dtype or torch.float32).removeprefix("torch.")
-    batch = f"{args.batch_size} a process x {processes.world_size} x {plan.accumulation} accumulated"
+    batch = f"{args.batch_size} per process x {processes.world_size} x {plan.accumulation} accumulated"
     lr = f"{peak:g}" if peak == args.lr else f"{args.lr:g} x {plan.total_batch}/{task.reference_batch} = {peak:g}"
+    # 2. one line each
     lines = {
         "model": f"{args.model}, {parameters:,} parameters, last block {args.last_block}",
         "data": f"{args.data_set} ({DATASETS[args.data_set].about}): {plan.num_images:,} training images",
         "input": f"{args.input_size} px in patches of {args.patch_size}",
         "loss": _describe_loss(args, task),
-        "batch": f"{batch} = {plan.total_batch}; {plan.updates_per_epoch} updates an epoch",
+        "batch": f"{batch} = {plan.total_batch}; {plan.updates_per_epoch} updates per epoch",
         "length": f"{plan.epochs} epochs",
         "lr": f"{lr}, {args.sched} with {args.warmup_epochs} epochs of warm-up",
         "precision": f"{dtype} ({plan.amp_reason})",
         "device": f"{processes.device}, {torch.get_num_threads()} threads",
         "output": args.output_dir,
     }
-    brought = brought_defaults(args)
-    if brought:
-        lines[f"{args.data_set} brings"] = ", ".join(f"{name} {value}" for name, value in brought.items())
+    defaults = data_set_defaults(args)
+    if defaults:
+        lines["defaults"] = f"of {args.data_set}: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
     for name, text in lines.items():
         logger.info(f"{name:>14}  {text}")
+    # 3. warnings
     if args.warmup_epochs >= plan.epochs:
         logger.warning(
-            f"--warmup-epochs {args.warmup_epochs} never end in {plan.epochs} epochs: lr stays below {peak:g}"
+            f"--warmup-epochs {args.warmup_epochs} is not less than the {plan.epochs} epochs of the run: "
+            f"lr does not reach its peak, {peak:g}"
         )
     if args.drloc_weight and plan.epochs <= DRLOC_WARMUP_EPOCHS:
         logger.warning(
-            f"--drloc-weight {args.drloc_weight:g} is its weight at epoch {DRLOC_WARMUP_EPOCHS}, of {plan.epochs} here"
+            f"--drloc-weight {args.drloc_weight:g} is reached at epoch {DRLOC_WARMUP_EPOCHS} only; "
+            f"this run has {plan.epochs} epochs"
         )

@@ -1,4 +1,4 @@
-"""Command lines: parser, argument types, argument files, and the one way from an error to an exit code."""
+"""Command lines: parser, argument types, argument files, and the exit code of an error."""
 
 import argparse
 import ast
@@ -13,26 +13,27 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import Processes, RunError, UserError, among_processes, processes_here
+from utils import Processes, RunError, UserError, in_process_group, processes_here
 
 EXPECTED = (UserError, RunError, OSError)
-"""Errors whose message is all that a user needs."""
+"""Errors that are reported by their message alone, without a traceback."""
 
-# Options of DeiT that this program has no use for, and why.
+# Options of DeiT or of earlier versions that this program does not have, and the reason.
 NOT_NEEDED = {
-    "--decay-epochs": "of --sched step, which is gone; cosine and constant are left",
-    "--decay-rate": "of --sched step and poly, which are gone; cosine and constant are left",
+    "--decay-epochs": "it belongs to --sched step, which was removed; use cosine or constant",
+    "--decay-rate": "it belongs to --sched step and poly, which were removed; use cosine or constant",
+    "--mixup-mode": "Mixup draws once for each batch; pair and elem were removed",
     "--dist-eval": "evaluation is always distributed, and counts every image once",
     "--pin-mem": "memory is pinned wherever there is a GPU",
     "--no-pin-mem": "memory is pinned wherever there is a GPU",
-    "--start-epoch": "a checkpoint knows its epoch",
-    "--dist-url": "the environment of torchrun or srun says where the other processes are",
-    "--world-size": "the environment of torchrun or srun says how many processes there are",
+    "--start-epoch": "a checkpoint holds its epoch",
+    "--dist-url": "the processes find each other by the environment of torchrun or srun",
+    "--world-size": "the number of processes comes from the environment of torchrun or srun",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and name the nearest option to a mistyped one."""
+    """An ArgumentParser whose errors are one line, with similar options for a mistyped one."""
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments:").split()
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class KeyValues(argparse.Action):
-    """Words KEY=VALUE as a dict; a value that is no Python literal is a string, as in timm."""
+    """Words KEY=VALUE as a dict; a value that is not a Python literal is a string, as in timm."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         pairs = {}
@@ -61,7 +62,7 @@ class KeyValues(argparse.Action):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of every option that has one, and N for a value where nothing says more."""
+    """Shows the default of every option that has one, and N for values without a metavar."""
 
     def _get_help_string(self, action):
         shown = repr(action.default) not in ("None", "False", "''", "{}", repr(argparse.SUPPRESS))
@@ -73,12 +74,13 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def nearest(name: str, known) -> str:
+    """A hint at the names most similar to a mistyped one; empty if none is similar."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def at_least(convert, low, high=math.inf, open_low=False):
-    """A type for argparse: ``convert(text)`` within bounds, or an error that states them."""
+    """A type for argparse: ``convert(text)`` within bounds, else an error that states the bounds."""
     kind = "a whole number" if convert is int else "a number"
     bounds = f"{'above' if open_low else 'of at least'} {low}"
     bounds += f" and at most {high}" if high < math.inf else ""
@@ -96,18 +98,18 @@ def at_least(convert, low, high=math.inf, open_low=False):
 
 
 def expand_arguments(argv: list[str]) -> list[str]:
-    """Put the content of leading ``@file`` arguments in their place and turn DeiT's underscores to hyphens.
+    """Replace leading ``@file`` arguments by the file's content, and DeiT's underscores by hyphens.
 
-    A file may begin with ``@file`` itself, named as seen from its own folder.
+    A file may itself begin with ``@file``, with a path relative to its own folder.
 
     Raises:
-        UserError: a file that cannot be read, that includes itself, or that stands after an option.
+        UserError: a file cannot be read, includes itself, or follows an option.
     """
     return [_with_hyphens(word) for word in _expand(list(argv), Path(), ())]
 
 
 def _expand(words: list[str], folder: Path, inside: tuple[Path, ...]) -> list[str]:
-    """``words`` with its leading files, which lie in ``folder``; ``inside`` are the files being read."""
+    """Expand the leading files of ``words``, relative to ``folder``; ``inside`` are the files being read."""
     expanded = []
     while words and words[0].startswith("@"):
         path = folder / words.pop(0)[1:]
@@ -120,7 +122,7 @@ def _expand(words: list[str], folder: Path, inside: tuple[Path, ...]) -> list[st
         expanded += _expand(content, path.parent, (*inside, path.resolve()))
     late = [word for word in words if word.startswith("@")]
     if late:
-        raise UserError(f"{late[0]} must stand before all options (what comes later wins)")
+        raise UserError(f"{late[0]} must come before all options (later options override it)")
     return expanded + words
 
 
@@ -130,14 +132,14 @@ def _with_hyphens(word: str) -> str:
 
 
 class Exit:
-    """The way from an error to one line and an exit code; for a whole program: ``with Exit() as end: end.code = ...``.
+    """Turns an error of a program into one line and an exit code: ``with Exit() as end: end.code = ...``.
 
-    130 after Ctrl-C, 2 where the user's input cannot be used, 1 for what else can happen to a run. An error that nobody
-    foresaw goes on, with its traceback; among several processes it is told here and ends this one.
+    The code is 130 after Ctrl-C, 2 if the user's input cannot be used, and 1 for other expected errors. An unexpected
+    error propagates with its traceback; in a process group it is reported here and ends the process.
 
     Attributes:
         code: the exit code.
-        processes: this process among several, once it has joined them; they are told why it ends.
+        processes: set when this process has joined a process group, which then learns why it ends.
     """
 
     def __init__(self):
@@ -153,33 +155,33 @@ class Exit:
             return True
         if not isinstance(error, Exception):
             return False
-        traceback.clear_frames(trace)  # they hold a loader, whose processes would never end
-        told = self.processes.explain(error) if self.processes is not None else error
-        if not isinstance(told, EXPECTED) and not among_processes():
+        traceback.clear_frames(trace)  # their variables keep the loader's workers alive
+        reported = self.processes.explain(error) if self.processes is not None else error
+        if not isinstance(reported, EXPECTED) and not in_process_group():
             return False
-        self.code = report_error(told)
+        self.code = report_error(reported)
         return True
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """What ``work`` returns, or the exit code of the error that ended it; see `Exit`."""
+    """The result of ``work``, or the exit code of the error that ended it; see `Exit`."""
     with Exit() as end:
         end.code = work()
     return end.code
 
 
 def report_error(error: Exception) -> int:
-    """Say on standard error what ended this process; returns the exit code.
+    """Print the error that ends this process to standard error; returns the exit code.
 
-    One among several ends at once: the others wait for it, and a clean farewell would wait for them.
+    In a process group the process exits at once: leaving the group would wait for processes that wait for this one.
     """
     expected, (rank, _, _) = isinstance(error, EXPECTED), processes_here()
     if expected and rank > 0:
-        time.sleep(2)  # rank 0 has mostly the same to say, and what started the processes then ends this one
+        time.sleep(2)  # rank 0 usually reports the same error, and the launcher then ends this process
     text = f"error: {error}\n" if expected else "".join(traceback.format_exception(error))
     mark = f"[rank {rank}] " if rank > 0 else ""
     print(textwrap.indent(text, mark), end="", file=sys.stderr, flush=True)
     code = 2 if isinstance(error, UserError) else 1
-    if among_processes():
+    if in_process_group():
         os._exit(code)
     return code

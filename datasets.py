@@ -1,8 +1,8 @@
-"""Every data set by name, its images' transforms, and the loader that feeds them to a model.
+"""Data sets by name, the transforms of their images, and the loader.
 
-A set is one entry of :data:`DATASETS`. Building it checks its files (:mod:`readers`), so building both splits at
-start-up is the pre-flight check; what is wrong is one line in a ``UserError``.
-An image's augmentation depends on (seed, epoch, position) alone: not on workers or what ran before.
+A data set is one entry of :data:`DATASETS`. Reading it checks its files (:mod:`readers`), so building both splits at
+start-up reports every error as one line, a ``UserError``. The augmentation of an image depends on (seed, epoch,
+position) alone, not on workers or on earlier images.
 """
 
 import os
@@ -29,20 +29,20 @@ from readers.images import LabelledImages, SubsetOf, UnreadableImage
 from samplers import Draw, class_subset
 from utils import Processes, UserError, logger, write_json
 
-SMALL_IMAGE = 32  # px; up to this size DeiT crops from a padded image instead of resizing a random part of it
-MAX_REPLACEMENTS = 10  # unreadable images in a row that are replaced before the run stops after all
+SMALL_IMAGE = 32  # px; up to this size DeiT crops the padded image instead of a resized random crop
+MAX_REPLACEMENTS = 10  # consecutive unreadable images that are replaced before the run stops
 
 
 def read_split(name: str, split: str, data_path: str | Path | None) -> LabelledImages:
-    """One split of a data set by name, its files checked.
+    """Read one split of a data set by name, and check its files.
 
     Args:
         name: a key of :data:`DATASETS`, or DeiT's spelling.
         split: "train" or "val".
-        data_path: folder with the set's files (layouts: :data:`DATASETS`).
+        data_path: folder of the data set (layouts: :data:`DATASETS`).
 
     Raises:
-        UserError: unknown name, or files that are not as they should be.
+        UserError: unknown name, or files that are missing or not as expected.
         ValueError: unknown split.
     """
     if split not in ("train", "val"):
@@ -63,20 +63,20 @@ def read_split(name: str, split: str, data_path: str | Path | None) -> LabelledI
     if entry.num_classes not in (None, len(images.classes)):
         raise UserError(
             f"{data_path}: {len(images.classes)} classes instead of the {entry.num_classes} of {name}; expected "
-            f"{entry.layout}; a folder of other images is trained on with --data-set folder"
+            f"{entry.layout}; for other images use --data-set folder"
         )
     return images
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """What the splits of a run's data set are read with.
+    """The settings of the splits of a run's data set.
 
     Attributes:
         name, path: see :func:`read_split`.
-        seed, skip_unreadable, pairs: see :class:`AugmentedDataset`; pairs are drawn in the training split alone.
-        download: fetch the set before it is read, see :func:`download`.
-        sampling_ratio, sampling_seed: the training split is a :func:`samplers.class_subset` of that share.
+        seed, skip_unreadable, pairs: see :class:`AugmentedDataset`; only the training split has pairs.
+        download: download the data set first, see :func:`download`.
+        sampling_ratio, sampling_seed: the training split is this :func:`samplers.class_subset`.
     """
 
     name: str
@@ -92,11 +92,11 @@ class SplitSettings:
 def build_split(
     settings: SplitSettings, split: str, transform: Callable[[Image.Image], Any] | None, processes: Processes
 ) -> "AugmentedDataset":
-    """One split of a run's data set; called by all processes. No image is decoded.
+    """Build one split of a run's data set; called by all processes. No image is decoded.
 
     Args:
         split: "train" or "val".
-        transform: of its images.
+        transform: applied to its images.
         processes: this process among the run's.
 
     Raises:
@@ -106,7 +106,7 @@ def build_split(
         download(settings.name, settings.path, processes)
     images = read_split(settings.name, split, settings.path)
     if processes.is_main:
-        tell_counts(settings.name, split, len(images))
+        log_image_count(settings.name, split, len(images))
     ratio = settings.sampling_ratio
     if split == "train" and ratio < 1:
         whole, images = images, SubsetOf(images, class_subset(images.targets, ratio, settings.sampling_seed))
@@ -116,17 +116,16 @@ def build_split(
 
 
 def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None:
-    """Decode the splits' images into memory, once a machine, and let the splits take them from there.
+    """Decode the images of the splits into memory, once per machine, and let the splits read them from there.
 
-    Called by all processes, when all else is checked. Each split's ``base`` is replaced in place: a loader of it
-    that is built already takes part, as workers start at its first iteration. Digits and CIFAR are in memory as they
-    are and stay so.
+    Called by all processes, after all other checks. The ``base`` of each split is replaced in place. A loader may
+    already exist, as its workers start at its first iteration. Digits and CIFAR are in memory anyway.
 
     Args:
-        splits: of one run.
+        splits: the splits of one run.
 
     Raises:
-        UserError, UnreadableImage: see :func:`readers.cache.cache_images`; nothing is replaced then.
+        UserError, UnreadableImage: see :func:`readers.cache.cache_images`; no split is changed then.
     """
     on_disk = [split for split in splits if not split.base.in_memory]
     if on_disk:
@@ -137,60 +136,64 @@ def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None
 
 
 def save_subset(dataset: "AugmentedDataset", ratio: float, seed: int, path: Path) -> None:
-    """Write which images ``--sampling-ratio`` chose, by name in the published files; nothing at ratio 1."""
+    """Write the file names of the images that ``--sampling-ratio`` chose; nothing at ratio 1."""
     if ratio < 1:
         write_json(path, {"sampling_ratio": ratio, "sampling_seed": seed, "images": list(dataset.base.names)})
 
 
-def tell_counts(name: str, split: str, found: int) -> None:
-    """Log a number of images that is not the paper's, and which of DomainNet's lists is in use."""
+def log_image_count(name: str, split: str, found: int) -> None:
+    """Warn if the number of images differs from the paper's; log which of DomainNet's two lists is used."""
     entry = DATASETS[canonical_name(name)]
     expected, cleaned = entry.images.get(split), entry.cleaned_images.get(split)
     if found == cleaned:
         logger.warning(
-            f"{name} {split}: {found:,} images by the cleaned list; the paper's is the original with {expected:,}"
+            f"{name} {split}: {found:,} images of the cleaned list; the paper uses the original list with {expected:,}"
         )
     elif expected is not None and found != expected:
         logger.warning(f"{name} {split}: {found:,} images instead of {expected:,}; expected {entry.layout}, complete")
     elif cleaned is not None:
-        logger.info(f"{name} {split}: {found:,} images by the original list, as in the paper")
+        logger.info(f"{name} {split}: {found:,} images of the original list, as in the paper")
 
 
 def download(name: str, data_path: str | Path | None, processes: Processes) -> None:
-    """Let torchvision fetch a set, checked by its checksums; called by all processes, which wait for the files.
+    """Download a data set with torchvision, which verifies checksums; called by all processes, which wait for it.
 
-    The main process goes first, then one of each machine whose disk is another: torchvision leaves a set
-    alone that is there.
+    The main process downloads first, then one process per machine, in case the machines have no common disk.
+    torchvision skips a data set that is complete.
 
     Raises:
-        UserError: a set that torchvision cannot fetch, no place for it, or no success.
+        UserError: torchvision cannot download the data set, ``data_path`` is missing, or the download failed.
     """
+    # 1. is there something to download, and a place for it?
     name = canonical_name(name)
     entry = DATASETS[name]
     if entry.download is None and not entry.source:
-        raise UserError(f"--download: {name} is {entry.about}, so nothing can be fetched; leave --download out")
+        raise UserError(f"--download: {name} is {entry.about}, so nothing can be downloaded; remove --download")
     if entry.download is None:
-        raise UserError(f"--download: {name} cannot be fetched; get it from {entry.source}, and leave --download out")
+        raise UserError(
+            f"--download: {name} cannot be downloaded automatically; get it from {entry.source}, and remove --download"
+        )
     if data_path is None:
-        raise UserError(f"--download needs --data-path, the folder to put {name} in")
+        raise UserError(f"--download needs --data-path, the folder for {name}")
     data_path = Path(data_path).expanduser()
+    # 2. download: the main process, then the first one of each machine
     for my_turn in (processes.is_main, processes.local_rank == 0):
         if my_turn:
             try:
-                with _no_empty_folders_left(data_path):
+                with _remove_new_folders_on_error(data_path):
                     entry.download(data_path)
             except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
                 reason = " ".join(str(error).split())
                 raise UserError(
-                    f"--download {name} to {data_path}: {reason}; try again, or bring {entry.layout} there by hand"
+                    f"--download {name} to {data_path}: {reason}; try again, or copy {entry.layout} there yourself"
                 ) from error
         if processes.world_size > 1:
             dist.barrier()
 
 
 @contextmanager
-def _no_empty_folders_left(data_path: Path) -> Iterator[None]:
-    """When the block fails, take away the empty folders that it made: this one, those in it and those above it."""
+def _remove_new_folders_on_error(data_path: Path) -> Iterator[None]:
+    """If the block fails, remove the empty folders that it made: ``data_path``, those in it and those above it."""
 
     def folders() -> list[Path]:
         return [path for path in (*data_path.glob("*"), data_path, *data_path.parents) if path.is_dir()]
@@ -210,21 +213,22 @@ def _no_empty_folders_left(data_path: Path) -> Iterator[None]:
 
 
 class AugmentedDataset(Dataset):
-    """Draws of a sampler to dicts of ``images``, ``targets`` and ``replaced``, which a loader stacks under these names.
+    """A data set indexed by the draws of a sampler; its items are dicts, which a loader collates to batches.
 
-    ``images`` is ``transform``'s tensor ``(3, h, w)`` (without one, the RGB image itself), ``targets`` its
-    label and ``replaced`` 1 if this image stands in for an unreadable one, else 0. ``pairs`` are DRLoc's, if any are
-    asked for: float32 ``(pairs, 2, 2)`` in [0, 1), row and column of each pair's first and second place. All random
-    numbers depend on ``(seed, draw.epoch, draw.position)`` only; the process's own generators do not notice.
+    ``images`` is the tensor ``(3, h, w)`` of ``transform`` (without one, the RGB image itself), ``targets`` its label,
+    and ``replaced`` is 1 if the image replaces an unreadable one, else 0. With ``pairs``, the item has DRLoc's
+    ``pairs``: float32 ``(pairs, 2, 2)`` in [0, 1), row and column of both positions of each pair. All random numbers
+    depend on ``(seed, draw.epoch, draw.position)`` alone; the global generators are not changed.
 
     Args:
         base: the images, without a transform.
+        transform: applied to each image.
         seed: not negative.
-        skip_unreadable: let the next readable image of ``base`` stand in for an unreadable one.
-        pairs: how many to draw.
+        skip_unreadable: replace an unreadable image by the next readable one of ``base``.
+        pairs: number of DRLoc's pairs per image.
 
     Raises:
-        UnreadableImage: on access, without ``skip_unreadable`` or when :data:`MAX_REPLACEMENTS` fail too.
+        UnreadableImage: on access, without ``skip_unreadable`` or if :data:`MAX_REPLACEMENTS` images fail, too.
     """
 
     def __init__(
@@ -257,15 +261,16 @@ class AugmentedDataset(Dataset):
         return item
 
     def _read(self, index: int) -> tuple[Image.Image, int, int]:
-        last_try = MAX_REPLACEMENTS if self.skip_unreadable else 0
-        for tried in range(last_try + 1):
+        """The image, its label, and whether it replaces an unreadable one (1 or 0)."""
+        last_attempt = MAX_REPLACEMENTS if self.skip_unreadable else 0
+        for attempt in range(last_attempt + 1):
             try:
-                image, target = self.base[(index + tried) % len(self.base)]
-                return image, int(target), int(tried > 0)
+                image, target = self.base[(index + attempt) % len(self.base)]
+                return image, int(target), int(attempt > 0)
             except UnreadableImage:
-                if tried == last_try:
+                if attempt == last_attempt:
                     raise
-        raise AssertionError("unreachable: the last try returns or raises")
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def train_transform(
@@ -280,17 +285,22 @@ def train_transform(
     remode: str = "pixel",
     recount: int = 1,
 ) -> transforms.Compose:
-    """DeiT's augmentation through timm: an RGB image to a normalised float32 tensor ``(3, size, size)``.
+    """DeiT's augmentation by timm: from an RGB image to a normalised float32 tensor ``(3, size, size)``.
 
-    Random resized crop (up to :data:`SMALL_IMAGE` px: random crop of the image padded by 4), flip, RandAugment (colour
-    jitter without it), random erasing.
+    Random resized crop (up to :data:`SMALL_IMAGE` px: random crop of the image padded by 4 px), flip, RandAugment (or
+    colour jitter without it), random erasing.
 
     Args:
-        scale: area of the crop; hflip, reprob: probabilities; aa: timm's policy, or "none".
-        interpolation: of the crop; remode, recount: see timm's ``RandomErasing``.
+        size: side of the result, px.
+        scale: range of the crop's area, as a fraction of the image.
+        hflip, reprob: probabilities of a flip and of random erasing.
+        color_jitter: strength, used with ``aa="none"`` only.
+        aa: timm's name of an augmentation policy, or "none".
+        interpolation: of the random crop.
+        remode, recount: see timm's ``RandomErasing``.
 
     Raises:
-        UserError: ``aa`` is not timm's language.
+        UserError: timm does not know the policy ``aa``.
     """
     try:
         transform = create_transform(
@@ -306,7 +316,7 @@ def train_transform(
             re_count=recount,
         )
     except (AssertionError, ValueError) as error:
-        raise UserError(f"--aa {aa}: not understood by timm ({error}); e.g. rand-m9-mstd0.5-inc1") from error
+        raise UserError(f"--aa {aa}: not a policy of timm ({error}); an example is rand-m9-mstd0.5-inc1") from error
     if size <= SMALL_IMAGE:
         resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
         transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=4)]
@@ -314,12 +324,13 @@ def train_transform(
 
 
 def eval_transform(size: int, crop_pct: float | None = None) -> transforms.Compose:
-    """The evaluation's transform: an RGB image to a normalised float32 tensor ``(3, size, size)``.
+    """The transform of evaluation: from an RGB image to a normalised float32 tensor ``(3, size, size)``.
 
-    Bicubic resize of the shorter side to ``size / crop_pct``, centre crop.
+    Bicubic resize of the shorter side to ``size / crop_pct``, then a centre crop.
 
     Args:
-        crop_pct: None is DeiT's: 0.875, images up to :data:`SMALL_IMAGE` px whole.
+        size: side of the result, px.
+        crop_pct: None: DeiT's, which is 0.875, or 1 up to :data:`SMALL_IMAGE` px.
     """
     if crop_pct is None:
         crop_pct = 1.0 if size <= SMALL_IMAGE else 0.875
@@ -333,9 +344,9 @@ def build_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches of the data set's items in the sampler's order, e.g. ``images (B, 3, h, w)``, ``targets (B,)``.
+    """A loader of batches in the sampler's order, such as ``images (B, 3, h, w)`` and ``targets (B,)``.
 
-    Workers live as long as the loader; each iteration asks the sampler anew, so ``sampler.set_epoch`` counts.
+    Workers persist between epochs. Each iteration starts the sampler again, so ``sampler.set_epoch`` takes effect.
     """
     return DataLoader(
         dataset,
@@ -344,16 +355,16 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_main,
-        generator=torch.Generator(),  # without one, every iteration takes a number from the global generator
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # without one, each iteration draws from the global generator
     )
 
 
-def _leave_signals_to_main(worker_id: int) -> None:
-    """Leave signals to the whole process group (Ctrl-C, timeout) or job (Slurm's) to the main process.
+def _ignore_signals(worker_id: int) -> None:
+    """Let a worker ignore signals to the process group (Ctrl-C, timeout) or to the job (SLURM).
 
-    A worker that died of one would break the loader while the run saves. Workers still end with the loader,
-    or when orphaned.
+    A worker that a signal ends would break the loader while the run saves. Workers end with the loader, or when the
+    main process is gone.
     """
     os.setpgrp()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

@@ -1,4 +1,4 @@
-"""One training epoch, one evaluation pass: the same loop for every task, on a CPU, one GPU or many."""
+"""The loop of one training epoch and of one evaluation, for every task, on a CPU, one GPU or many."""
 
 import contextlib
 import itertools
@@ -27,12 +27,12 @@ SAR_TERMS = {
 
 
 class NonFiniteLoss(RunError):
-    """A loss was infinite or not a number; nothing computed after it is ever saved."""
+    """A loss is infinite or not a number; no weights from after it are saved."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run goes by: values of the command line, and what follows from them, the data and the processes."""
+    """The constants of a run: values of the command line, and what follows from them, the data and the processes."""
 
     output_dir: Path
     seed: int
@@ -40,14 +40,14 @@ class Plan:
     accumulation: int
     updates_per_epoch: int
     epochs: int
-    """Including the cool-down."""
+    """Number of epochs, cool-down included."""
     num_images: int
     classes: list[str]
-    """Names of the training images' classes; empty where they have none."""
+    """Class names of the training images; empty for images without classes."""
     amp_dtype: torch.dtype | None
     amp_reason: str
     sar_loss: str
-    """A key of `SAR_TERMS`: what is minimised of the similarity maps."""
+    """A key of `SAR_TERMS`: the loss of the similarity maps."""
     print_every: int
     eval_every: int
     save_every: int
@@ -56,31 +56,31 @@ class Plan:
 
 @dataclass
 class Run:
-    """A training run: its parts, and where it stands (``epoch``, and ``step`` updates into it)."""
+    """A training run: its parts and its position, ``step`` updates into ``epoch``."""
 
     arguments: dict[str, Any]
-    """The command line's, as checkpoints and args.json keep them; nothing is computed from them."""
+    """The arguments of the command line, for checkpoints and args.json; nothing is computed from them."""
     plan: Plan
     processes: Processes
     task: Task
-    """The model and what trains beside it: what is optimised and averaged."""
+    """The model, other trained modules and the averaged weights."""
     network: nn.Module
-    """The same as a step calls it: compiled, wrapped for many processes."""
+    """The task as the training step calls it: wrapped in DistributedDataParallel and compiled where needed."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loader: DataLoader
     sampler: TrainSampler
-    """The loader's: which images come in which order."""
+    """The loader's sampler: the order of the images."""
     stop: StopSignal
     epoch: int = 0
     step: int = 0
     best: dict = field(default_factory=dict)
     totals: dict = field(default_factory=dict)
-    """Sums over the steps of this epoch, for its line in the log."""
+    """Sums over the updates of this epoch, for its line in log.txt."""
 
     @property
     def position(self) -> Position:
-        """Where the run stands, for the schedules."""
+        """The position in the run, for the schedules."""
         return Position(self.epoch, self.step, self.plan.updates_per_epoch, self.plan.epochs)
 
     def add_totals(self, **values: float) -> None:
@@ -90,46 +90,53 @@ class Run:
 
 
 class Window:
-    """The steps since the last logging step: their loss terms, still on the device, and their times."""
+    """The updates since the last logging step: their loss terms, kept on the device, and their times."""
 
     def __init__(self, run: Run):
-        self.run, self.begin = run, run.step
+        self.run, self.first_update = run, run.step
         self.rows: list[Tensor] = []
         self.names: tuple[str, ...] = ()
         self.data_time, self.unreadable = 0.0, 0
         self.start = time.perf_counter()
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Remember the terms of one micro-step, without waiting for the device."""
+        """Keep the loss terms of one micro-batch, without a synchronisation with the device."""
         self.names = tuple(terms)
         self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
 
     def close(self) -> dict[str, float]:
-        """Wait for the device, check every rank's terms, add them to the epoch's totals; returns their means.
+        """Check the loss terms of all ranks and add them to the epoch's totals; returns means over the window.
+
+        This is the only place where training waits for the device.
 
         Raises:
-            NonFiniteLoss: on all ranks alike, with the first bad step, its rank and its terms.
+            NonFiniteLoss: on all ranks, with the first such update, its rank and its terms.
         """
         if not self.rows:
             return {}
+        # 1. all ranks' terms on the host; the first that is not finite is an error
         run = self.run
-        values = run.processes.gather(torch.stack(self.rows)).double()  # ranks, micro-steps, terms
-        bad = (~values.isfinite()).any(dim=2).T.nonzero()  # the earliest micro-step first
+        values = run.processes.gather(torch.stack(self.rows)).double()  # (ranks, micro-batches, terms)
+        bad = (~values.isfinite()).any(dim=2).T.nonzero()  # the earliest micro-batch first
         if len(bad):
             micro, rank = bad[0].tolist()
-            step = self.begin + micro // run.plan.accumulation
+            update = self.first_update + micro // run.plan.accumulation
             terms = zip(self.names, values[rank, micro].tolist(), strict=True)
             raise NonFiniteLoss(
-                f"the loss is not finite at epoch {run.epoch}, step {step}, rank {rank}: "
+                f"the loss is not finite at epoch {run.epoch}, update {update}, rank {rank}: "
                 + ", ".join(f"{name} {value:g}" for name, value in terms)
-                + "; no checkpoint holds weights from after it. --clip-grad or a lower --lr may help"
+                + "; no weights from after it are saved. Try --clip-grad or a lower --lr"
             )
+        # 2. sums of the epoch
         seconds = time.perf_counter() - self.start
-        updates = run.step - self.begin
-        for row in (values.mean(dim=0) / run.plan.accumulation).tolist():  # one by one: where windows end is all one
+        updates = run.step - self.first_update
+        for row in (
+            values.mean(dim=0) / run.plan.accumulation
+        ).tolist():  # singly: the sum must not depend on the windows
             run.add_totals(**dict(zip(self.names, row, strict=True)))
         unreadable = run.processes.gather(torch.tensor(self.unreadable, device=run.processes.device)).sum()
         run.add_totals(seconds=seconds, data_time=self.data_time, updates=updates, unreadable=int(unreadable))
+        # 3. means of the window
         means = dict(zip(self.names, values.mean(dim=(0, 1)).tolist(), strict=True))
         return means | {
             "images_per_second": run.plan.total_batch * updates / seconds,
@@ -139,26 +146,28 @@ class Window:
 
 
 def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: None) -> bool:
-    """Train from ``run.step`` to the end of ``run.epoch``: the loss is Sec. 4.1's L_main + lambda L_se.
+    """Train from ``run.step`` to the end of ``run.epoch`` on the loss L_main + lambda L_se of Section 4.1.
 
     Args:
-        run: advanced in place: weights, ``step`` and ``totals``.
+        run: changed in place: weights, ``step`` and ``totals``.
         report: called at every logging step with the means since the last one.
+
     Returns:
-        False where a signal ended it between two steps, after which the run can be saved.
+        False if a signal ended the epoch between two updates; the run can then be saved.
+
     Raises:
-        NonFiniteLoss: see ``Window.close``; at a logging step or the last step.
+        NonFiniteLoss: at a logging step; see `Window.close`.
     """
     task, plan, device = run.task, run.plan, run.processes.device
     run.network.train()
     run.sampler.set_epoch(run.epoch, first_update=run.step)
-    batches, window, going = iter(progress(run.loader, f"epoch {run.epoch}")), Window(run), True
-    while going and run.step < plan.updates_per_epoch:
-        # 1. everything that is scheduled
+    batches, window, running = iter(progress(run.loader, f"epoch {run.epoch}")), Window(run), True
+    while running and run.step < plan.updates_per_epoch:
+        # 1. set the learning rate and all other scheduled values
         schedule = set_schedule(run)
         task.begin_update(schedule)
         for micro in range(plan.accumulation):
-            # 2. a micro-batch, and the random numbers of this step
+            # 2. load a micro-batch, and seed the random numbers of its forward pass
             waiting = time.perf_counter()
             batch = next(batches)
             window.data_time += time.perf_counter() - waiting
@@ -166,7 +175,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
             batch = to_device(batch, device)
             seed_step(plan.seed, run.processes.rank, run.position.update * plan.accumulation + micro)
             batch = task.prepare(batch)
-            # 3. forward and backward; processes exchange gradients in the last micro-batch
+            # 3. forward and backward; processes average gradients in the last micro-batch
             with _synchronised(run.network, micro == plan.accumulation - 1):
                 with _autocast(device, plan.amp_dtype):
                     outputs = run.network(batch)
@@ -174,20 +183,20 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
                 loss = cast(Tensor, sum(weight_of(name, schedule) * term for name, term in terms.items()))
                 run.scaler.scale(loss / plan.accumulation).backward()
             window.add({"loss": loss} | terms)
-        # 4. the update
+        # 4. update the weights
         update_weights(run, schedule)
         run.add_totals(**schedule)
         run.step += 1
-        # 5. signals and the log
-        going = not run.stop.poll()
-        if run.step % plan.print_every == 0 or run.step == plan.updates_per_epoch or not going:
+        # 5. look for a signal; log
+        running = not run.stop.poll()
+        if run.step % plan.print_every == 0 or run.step == plan.updates_per_epoch or not running:
             report(window.close() | schedule)
             window = Window(run)
-    return going
+    return running
 
 
 def set_schedule(run: Run) -> dict[str, float]:
-    """Set the optimiser's learning rate and weight decay for the run's position; returns the whole schedule."""
+    """Set the optimiser's learning rate and weight decay for this position; returns all scheduled values."""
     schedule = run.task.schedule(run.position)
     for group in run.optimizer.param_groups:
         group["lr"] = schedule["lr"] * group.get("lr_scale", 1.0)
@@ -197,11 +206,10 @@ def set_schedule(run: Run) -> dict[str, float]:
 
 
 def regularisers(outputs: dict[str, Tensor], sar_loss: str) -> dict[str, Tensor]:
-    """What is added to the main task's terms, for every task whose outputs hold maps: by name, not yet weighted.
+    """The regularisers' terms of the loss by name, unweighted, for every task whose outputs hold their inputs.
 
-    Each is a mean over the images, as the task's own terms are, and an image's maps count alike wherever they are
-    computed: the mean of equally large micro-batches' gradients, over accumulation and processes, is the gradient of
-    the whole total batch.
+    Each is a mean over images, as the task's own terms are. So the mean of the gradients over micro-batches and
+    processes of equal size is the gradient of the total batch.
 
     Args:
         outputs: ``similarity (B, H, h, w)``, Eq. 4; for DRLoc ``distances`` and ``positions``, see `losses.Localiser`.
@@ -217,14 +225,14 @@ def regularisers(outputs: dict[str, Tensor], sar_loss: str) -> dict[str, Tensor]
 
 
 def weight_of(term: str, schedule: dict[str, float]) -> float:
-    """The scheduled weight of a term of the loss: lambda for that of the similarity maps, 1 for what has none."""
+    """The weight of a loss term: lambda for the similarity maps, else the scheduled weight, or 1 without one."""
     if term in {name for name, _ in SAR_TERMS.values()}:
         return schedule["sar_weight"]
     return schedule.get(f"{term}_weight", 1.0)
 
 
 def update_weights(run: Run, schedule: dict[str, float]) -> None:
-    """One step of the optimiser, and of what follows the weights, from the gradients that have gathered."""
+    """Update the weights, and what follows them such as their average, from the accumulated gradients."""
     run.scaler.unscale_(run.optimizer)
     run.task.finish_gradients(schedule)
     run.scaler.step(run.optimizer)
@@ -238,7 +246,7 @@ def _autocast(device: torch.device, dtype: torch.dtype | None):
 
 
 def _synchronised(network: nn.Module, last: bool):
-    """Exchange gradients between processes only on the last micro-step of an update."""
+    """Average gradients over processes only in the last micro-batch of an update."""
     return contextlib.nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync()
 
 
@@ -251,19 +259,21 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """What ``evaluator`` measures of a model over a whole set, each image once.
+    """Evaluate a model on a whole data set, each image once.
 
     Args:
-        model: the bare model, so that processes may hold different numbers of batches.
-        loader: this rank's share, from ``EvalSampler``.
-        interrupted: asked before each batch, equally often on all ranks; a true answer on all ends the pass.
+        evaluator: measures the model.
+        model: without DistributedDataParallel, as processes may have different numbers of batches.
+        loader: this rank's share of the images, from `samplers.EvalSampler`.
+        interrupted: called before each batch, equally often on all ranks; ends the evaluation if it is true on all.
+
     Returns:
         The evaluator's results; None if interrupted.
     """
     model.eval()
     longest = math.ceil(math.ceil(len(cast(Sized, loader.dataset)) / processes.world_size) / loader.batch_size)
-    nothing_left = [None] * (longest - len(loader))  # ranks differ by one batch at most
-    for batch in itertools.chain(progress(loader, "evaluation"), nothing_left):
+    padding = [None] * (longest - len(loader))  # ranks differ by one batch at most
+    for batch in itertools.chain(progress(loader, "evaluation"), padding):
         if interrupted():
             return None
         if batch is None:

@@ -11,7 +11,7 @@ from torch import nn as _nn
 
 import models
 
-dependencies = ["torch", "timm"]
+dependencies = ["torch", "timm", "einops"]
 
 
 def _entry_point(name: str) -> "_Callable[..., _nn.Module]":

@@ -5,10 +5,10 @@
     torchrun --nproc_per_node=8 main.py --model vit_small_sar --data-path /data/imagenet
 
 Where a run begins (``checkpoints.start_or_resume``), the first that applies:
-1. ``checkpoint.pth`` in ``--output-dir``: the same run goes on, exactly where it was;
-2. ``--resume FILE``: another folder's run goes on in this one;
-3. ``--finetune FILE``: a new run from these weights;
-4. from scratch.
+1. ``checkpoint.pth`` in ``--output-dir``: the same run continues exactly where it stopped;
+2. ``--resume FILE``: the run of another folder continues in this one;
+3. ``--finetune FILE``: a new run starts from these weights;
+4. a new run starts from random weights.
 """
 
 import sys
@@ -19,15 +19,14 @@ from utils import end_processes, start_logging, start_processes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit code.
+    """Train or evaluate as the command line says; returns the exit code.
 
-    0: done, or ended by SIGTERM or SIGUSR1 with everything saved. 1: the run failed. 2: the command cannot
-    be carried out as it stands. 75: ended by SIGUSR2 with everything saved, to be started again. 130: ended by
-    Ctrl-C (training has saved everything).
+    0: finished, or saved and ended by SIGTERM or SIGUSR1. 1: the run failed. 2: the command cannot be carried out.
+    75: saved and ended by SIGUSR2, to be started again. 130: ended by Ctrl-C; training has saved.
     """
     with Exit() as end:
         args = parse_arguments(argv)
-        from training import evaluate_only, train  # torch and its friends take seconds: only for a good command line
+        from training import evaluate_only, train  # imports torch, which takes seconds
 
         end.processes = processes = start_processes(args.device)
         start_logging(processes.rank)

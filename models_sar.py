@@ -1,10 +1,12 @@
 """ViT-T/S/B whose last block is the paper's, in timm's registry.
 
 ``import models_sar`` adds ``vit_tiny``, ``vit_small``, ``vit_base`` (the unchanged baselines) and their
-``*_sar`` forms to ``timm.create_model``. All are timm's ``VisionTransformer`` but for the last block, which
-can drop its skips (Eq. 10-11) and hand out S, the similarity of the [CLS] query with the patch keys (Eq. 4).
+``*_sar`` forms to ``timm.create_model``. All are timm's ``VisionTransformer`` except for the last block. That
+block can drop its skips (Eq. 10-11) and return S, the similarity of the [CLS] query with the patch keys (Eq. 4).
 
-Letters of the axes in names: B images, N tokens, C channels, H heads, D channels of a head; h x w patches.
+Letters of the axes: B images, N tokens, C channels, H heads, D channels of a head; h x w patches.
+
+einops names the axes only where neither TorchScript nor FX reads the code.
 """
 
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, PatchDropout
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 # timm's decorator adds the models to it
 __all__ = ["LAST_BLOCKS", "SIMILARITIES", "LastBlock", "SARVisionTransformer", "similarity_map"]
 
-# Table 1(b): (skip around the attention, second LayerNorm, skip around the MLP)
+# Table 1(b). Each row: (skip around the attention, second LayerNorm, skip around the MLP)
 LAST_BLOCKS = {
     "standard": (True, True, True),  # rows A and E: Eq. 1-2
     "no_msa_skip": (False, True, True),  # row B
@@ -33,24 +36,27 @@ QUERIES = ("cls", "mean")
 
 
 def check_choice(name: str, value: str, choices) -> None:
-    """Raise a ``ValueError`` that names the choices unless ``value`` is one of them."""
+    """Raise a ``ValueError`` that lists the choices, unless ``value`` is one of them."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
 def similarity_map(q_BHD: Tensor, k_BHND: Tensor, scale: float, grid: tuple[int, int], kind: str = "dot") -> Tensor:
-    """Similarity S of the [CLS] query with the patch keys, computed in float32 (float64 for float64 inputs).
+    """Similarity S of the [CLS] query with the patch keys (Eq. 4).
 
     Args:
         q_BHD: the [CLS] query of each head, any floating type.
-        k_BHND: all keys; the last ``h * w`` are the patches, row by row, after all prefix tokens.
+        k_BHND: all keys. The last ``h * w`` are the patches, row by row, after all prefix tokens.
         scale: factor of the attention scores, ``D ** -0.5`` in a ViT.
         grid: ``(h, w)`` of the keys.
-        kind: ``"dot"``, the scores before the softmax (Eq. 4); ``"cosine"`` (Eq. 15); ``"softmax"``, the
-            attention row of [CLS], normalised over all keys, [CLS] included (it collapses, Section 4.3).
+        kind: ``"dot"``, the scores before the softmax (Eq. 4). ``"cosine"`` (Eq. 15). ``"softmax"``, the
+            attention row of [CLS], normalised over all keys, [CLS] included; it collapses (Section 4.3).
 
     Returns:
-        S of shape ``(B, H, h, w)``.
+        S, ``(B, H, h, w)``, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: ``kind`` is unknown.
     """
     check_choice("similarity", kind, SIMILARITIES)
     h, w = grid
@@ -58,30 +64,34 @@ def similarity_map(q_BHD: Tensor, k_BHND: Tensor, scale: float, grid: tuple[int,
     q, k = q_BHD.to(dtype).unsqueeze(-2), k_BHND.to(dtype)
     if kind == "cosine":
         q, k, scale = F.normalize(q, dim=-1), F.normalize(k, dim=-1), 1.0
-    # a product and a sum, not a matmul: neither autocast nor TF32 can lower their precision
+    # A product and a sum, not a matmul: neither autocast nor TF32 can lower their precision.
     scores_BHN = (q * scale * k).sum(dim=-1)
     if kind == "softmax":
         scores_BHN = scores_BHN.softmax(dim=-1)
-    return scores_BHN[..., -h * w :].unflatten(-1, (h, w))
+    return rearrange(scores_BHN[..., -h * w :], "B H (h w) -> B H h w", h=h, w=w)
 
 
 class LastBlock(nn.Module):
-    """What SAR makes of the last block of any pre-norm transformer (Table 1b); a mixin before the block's own class.
+    """SAR's changes to the last block of any pre-norm transformer (Table 1b): a mixin before the block's own class.
 
-    The block's class has ``norm1``, ``attn`` (with ``scale``), ``drop_path1``, ``norm2``, ``mlp``, ``drop_path2``, and
-    ``ls1`` and ``ls2`` where it scales its branches. The class of the last block calls `attach` when these are there,
-    and says in `query`, `project` and `attend` how its attention works. Tokens are ``(B, N, C)``, the prefix first.
+    The block's class provides ``norm1``, ``attn`` (with ``scale``), ``drop_path1``, ``norm2``, ``mlp`` and
+    ``drop_path2``, and ``ls1`` and ``ls2`` where it scales its branches. A subclass calls `attach` once these
+    exist. It defines how its attention works in `query`, `project` and `attend`. Tokens are ``(B, N, C)``, the
+    prefix first.
 
-    Drop-path and layer-scale are made for a residual branch; a branch without a skip has neither.
+    Drop-path and layer-scale belong to a residual branch; a branch without a skip has neither.
     """
 
     def attach(self, last_block: str, similarity: str = "dot", similarity_query: str = "cls") -> None:
-        """Take away the skips and the LayerNorm that ``last_block`` does without.
+        """Remove the skips and the LayerNorm that the row ``last_block`` of Table 1(b) does not have.
 
         Args:
-            last_block: a row of `LAST_BLOCKS`.
-            similarity: see `similarity_map`.
+            last_block: a key of `LAST_BLOCKS`.
+            similarity: the ``kind`` of `similarity_map`.
             similarity_query: ``"cls"``, or ``"mean"``, the query of the mean of the normalised patch tokens.
+
+        Raises:
+            ValueError: one of the three is unknown.
         """
         check_choice("last_block", last_block, LAST_BLOCKS)
         check_choice("similarity", similarity, SIMILARITIES)
@@ -96,15 +106,20 @@ class LastBlock(nn.Module):
             self.norm2 = nn.Identity()
 
     def query(self, y: Tensor) -> Tensor:
-        """Queries ``(B, H, N, D)`` of normalised tokens ``(B, N, C)`` that stand in no grid: [CLS], or a mean."""
+        """Queries ``(B, H, N, D)`` of normalised tokens ``(B, N, C)`` outside the grid: [CLS], or a mean."""
         raise NotImplementedError
 
     def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (of [CLS] alone if ``one_query``), keys, values ``(B, H, N, D)`` of normalised tokens."""
+        """Queries, keys and values ``(B, H, N, D)`` of normalised tokens ``(B, N, C)``.
+
+        Args:
+            one_query: compute the query of [CLS] alone, ``(B, H, 1, D)``.
+            grid: ``(h, w)`` of the patches.
+        """
         raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention's output ``(B, number of queries, C)`` for what `project` returned."""
+        """Output of the attention, ``(B, number of queries, C)``, for the queries, keys and values of `project`."""
         attn = self.attn
         bias = self.position_bias()
         dropout = attn.attn_drop.p if self.training else 0.0
@@ -112,21 +127,27 @@ class LastBlock(nn.Module):
         return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
 
     def position_bias(self) -> Tensor | None:
-        """What the attention adds to its scores; S is without it."""
+        """The bias that the attention adds to its scores; S does not contain it."""
         return None
 
     def key_grid(self, h: int, w: int) -> tuple[int, int]:
-        """Rows and columns of the keys of ``h x w`` patches."""
+        """Rows and columns of the keys for ``h x w`` patches."""
         return h, w
 
     def with_similarity(
         self, x: Tensor, one_query: bool, grid: tuple[int, int], similarity: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The block's output for tokens ``x``, and S ``(B, H, h, w)`` if ``similarity`` asks for it.
+        """The block's output, and S on request.
 
         Args:
-            x: ``(B, N, C)``; the last ``grid[0] * grid[1]`` are the patches.
-            one_query: compute [CLS] alone: ``(B, 1, C)`` comes out.
+            x: tokens ``(B, N, C)``; the last ``grid[0] * grid[1]`` are the patches.
+            one_query: compute [CLS] alone.
+            grid: ``(h, w)`` of the patches.
+            similarity: compute S.
+
+        Returns:
+            ``(tokens, S)``. The tokens are ``(B, 1, C)`` with ``one_query``, else ``(B, N, C)``. S is
+            ``(B, H, h, w)``, or None if not asked for.
         """
         y = self.norm1(x)
         q, k, v = self.project(y, one_query, grid)
@@ -139,7 +160,12 @@ class LastBlock(nn.Module):
         return self.residuals(x[:, :1] if one_query else x, self.attend(q, k, v)), maps
 
     def residuals(self, x: Tensor, y: Tensor) -> Tensor:
-        """What follows the attention: ``x`` are the block's input tokens, ``y`` the attention's output."""
+        """The rest of the block after the attention, Eq. 1-2 with skips and Eq. 10-11 without.
+
+        Args:
+            x: the block's input tokens, ``(B, N, C)``.
+            y: the attention's output for them, ``(B, N, C)``.
+        """
         y = self.drop_path1(self.ls1(y))
         x = x + y if self.attn_skip else y
         y = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -147,19 +173,20 @@ class LastBlock(nn.Module):
 
 
 class SimilarityModel(nn.Module):
-    """The interface of every model here: logits, and on request what the last block computed on the way.
+    """Interface of every model here: logits, and on request the similarity maps and tokens of the last block.
 
-    A mixin before a timm model with ``norm``, ``forward_features`` and ``forward_head``. The class says what the last
-    block is, which tokens enter it, and whether its classifier reads [CLS] alone. Then the last block computes one
-    query and one MLP token; a hook on it sees ``((B, 1, C), S)``. Whoever needs more tokens gets them computed.
+    A mixin before a timm model with ``norm``, ``forward_features`` and ``forward_head``. A subclass defines which
+    block is the last, which tokens enter it, and whether its classifier reads [CLS] alone. If it does, the last
+    block computes one query and one MLP token, and a hook on it sees ``((B, 1, C), S)``. A caller who asks for
+    features or tokens gets all of them computed.
     """
 
     def last(self) -> LastBlock | None:
-        """The last block; None if it was pruned away."""
+        """The last block, or None if it was pruned away."""
         raise NotImplementedError
 
     def forward_trunk(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens ``(B, N, C)`` that enter the last block, prefix first, and the grid ``(h, w)`` of the patches."""
+        """Tokens ``(B, N, C)`` that enter the last block, the prefix first, and the grid ``(h, w)`` of the patches."""
         raise NotImplementedError
 
     def reads_only_cls(self) -> bool:
@@ -167,26 +194,26 @@ class SimilarityModel(nn.Module):
         raise NotImplementedError
 
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Logits of the last block's tokens."""
+        """Logits ``(B, classes)`` of the last block's tokens ``(B, N, C)``."""
         return self.forward_head(self.norm(x))
 
     def forward(self, images: Tensor, return_similarity: bool = False, return_tokens: bool = False):
-        """Logits, and on request what the last block computed on the way.
+        """Logits, and on request the similarity maps and tokens of the last block.
 
         Args:
-            images: ``(B, 3, height, width)``.
-            return_similarity: add S, ``(B, H, h, w)``, float32 whatever autocast says (Eq. 4).
+            images: ``(B, 3, height, width)``, pixels.
+            return_similarity: add S (Eq. 4), ``(B, H, h, w)``, float32 also inside autocast.
             return_tokens: add the last block's patch tokens before the final norm, ``(B, C, h, w)``.
 
         Returns:
             ``logits`` of shape ``(B, classes)``, or a tuple ``(logits[, similarity][, tokens])``.
 
         Raises:
-            ValueError: a map is asked for that does not exist: no class token, patch dropout in training, the
-                last block pruned away.
+            ValueError: the maps do not exist: there is no class token, patch dropout is active in training, or
+                the last block was pruned away.
         """
-        # TorchScript compiles nothing of this branch; under FX the flags are proxies, which are not True. Both take all
-        # tokens: a graph is asked for features, too.
+        # TorchScript compiles nothing of this branch. Under FX the flags are proxies, which are not True. Both compute
+        # all tokens, as a graph may be asked for features.
         if not torch.jit.is_scripting():
             if return_similarity is True or return_tokens is True:
                 return self._forward_maps(images, return_similarity, return_tokens)
@@ -197,7 +224,7 @@ class SimilarityModel(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def check_maps(self, return_similarity: bool) -> None:
-        """Raise a ``ValueError`` where maps have no meaning."""
+        """Raise a ``ValueError`` if the model has no maps to return; `forward` lists the reasons."""
         if self.last() is None:
             raise ValueError("the last block was pruned away: no similarity and no last tokens to return")
 
@@ -210,7 +237,7 @@ class SimilarityModel(nn.Module):
         if return_similarity:
             outputs.append(similarity)
         if return_tokens:
-            outputs.append(x[:, -h * w :].transpose(1, 2).unflatten(2, (h, w)))
+            outputs.append(rearrange(x[:, -h * w :], "B (h w) C -> B C h w", h=h, w=w))
         return tuple(outputs)
 
     def _forward_last(self, x: Tensor, grid: tuple[int, int], one_query: bool, similarity: bool = False):
@@ -218,12 +245,16 @@ class SimilarityModel(nn.Module):
         return call(x, one_query=one_query, grid=grid, similarity=similarity)
 
     def recompute(self, block: nn.Module, *args, **kwargs):
-        """``block(...)``, computed again in the backward pass (gradient checkpointing)."""
+        """``block(...)`` with gradient checkpointing: the backward pass computes it again."""
         return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
 
 class ViTLastBlock(LastBlock, Block):
-    """timm's ``Block`` as a `LastBlock`."""
+    """timm's ``Block`` as a `LastBlock`.
+
+    Raises:
+        ValueError: ``attn_layer`` is not timm's ``Attention``.
+    """
 
     def __init__(
         self,
@@ -251,7 +282,8 @@ class ViTLastBlock(LastBlock, Block):
     ):
         """timm's ``Block.forward``: tokens ``(B, N, C)`` to tokens ``(B, N, C)``.
 
-        With ``one_query`` True or False (not under TorchScript, and without a mask): `LastBlock.with_similarity`.
+        If ``one_query`` is True or False, the result is that of `LastBlock.with_similarity`. This needs plain
+        Python (no TorchScript) and no mask.
         """
         if not torch.jit.is_scripting() and one_query is not None:
             return self.with_similarity(x, one_query, grid, similarity)
@@ -259,43 +291,42 @@ class ViTLastBlock(LastBlock, Block):
 
     def query(self, y: Tensor) -> Tensor:
         attn = self.attn
-        heads = (attn.num_heads, attn.head_dim)
         weight, bias = attn.qkv.weight[: attn.attn_dim], attn.qkv.bias
         q = F.linear(y, weight, None if bias is None else bias[: attn.attn_dim])
-        return attn.q_norm(q.unflatten(2, heads).transpose(1, 2))
+        return attn.q_norm(rearrange(q, "B N (H D) -> B H N D", H=attn.num_heads))
 
     def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self.attn
-        heads = (attn.num_heads, attn.head_dim)
+        attn, H = self.attn, self.attn.num_heads
         if one_query:
-            # split's backward is one concatenation; that of two slices would add two zero-filled weights
+            # The backward pass of split is one concatenation; that of two slices would add two zero-filled weights.
             sizes = [attn.attn_dim, 2 * attn.attn_dim]
             weight_q, weight_kv = attn.qkv.weight.split(sizes)
             bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split(sizes)
-            q = F.linear(y[:, :1], weight_q, bias_q).unflatten(2, heads).transpose(1, 2)
-            kv = F.linear(y, weight_kv, bias_kv).unflatten(2, (2, *heads))
-            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+            q = rearrange(F.linear(y[:, :1], weight_q, bias_q), "B N (H D) -> B H N D", H=H)
+            k, v = rearrange(F.linear(y, weight_kv, bias_kv), "B N (kv H D) -> kv B H N D", kv=2, H=H).unbind(0)
         else:
-            q, k, v = attn.qkv(y).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = rearrange(attn.qkv(y), "B N (qkv H D) -> qkv B H N D", qkv=3, H=H).unbind(0)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attn = self.attn
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if self.training else 0.0)
-        return attn.proj_drop(attn.proj(attn.norm(x.transpose(1, 2).flatten(2))))
+        return attn.proj_drop(attn.proj(attn.norm(rearrange(x, "B H N D -> B N (H D)"))))
 
 
 class SARVisionTransformer(SimilarityModel, VisionTransformer):
-    """timm's ``VisionTransformer`` (every keyword of it) with a `LastBlock`.
+    """timm's ``VisionTransformer``, with all its keywords, and a `LastBlock`.
 
     Args:
-        last_block: a row of `LAST_BLOCKS`, Table 1(b): ``"standard"`` is Eq. 1-2, ``"sar"`` Eq. 10-11.
-        similarity: ``"dot"`` (Eq. 4), ``"cosine"`` (Eq. 15), ``"softmax"`` (Section 4.3): `similarity_map`.
-        similarity_query: ``"cls"`` or ``"mean"``, see `LastBlock.attach`; a model without [CLS] needs the mean.
+        last_block: a key of `LAST_BLOCKS`, Table 1(b): ``"standard"`` is Eq. 1-2, ``"sar"`` Eq. 10-11.
+        similarity: ``"dot"`` (Eq. 4), ``"cosine"`` (Eq. 15) or ``"softmax"`` (Section 4.3), see `similarity_map`.
+        similarity_query: ``"cls"`` or ``"mean"``, see `LastBlock.attach`. A model without [CLS] needs the mean.
+        depth: blocks, the last one included.
+        kwargs: those of timm's ``VisionTransformer``.
 
-    A classifier with token pooling reads only [CLS]; features, other poolings and ``return_tokens`` get all tokens.
-    Both ways draw the same random numbers for drop-path; for attention and projection dropout they draw different ones
-    of the same distribution.
+    A classifier with token pooling reads only [CLS], so the last block computes only [CLS]. Features, other poolings
+    and ``return_tokens`` need all tokens. Both ways draw the same random numbers for drop-path. For attention and
+    projection dropout they draw different numbers of the same distribution.
     """
 
     def __init__(
@@ -348,7 +379,10 @@ SIZES = {
 
 
 def imagenet_cfgs(*names: str, **more) -> dict:
-    """timm's description of each model and its ``_sar`` twin: DeiT's evaluation, 256 -> 224 bicubic; no weights."""
+    """timm's description of each model and of its ``_sar`` form, without weights.
+
+    The evaluation is DeiT's: resize to 256 px, bicubic, and crop 224 px. ``more`` adds or replaces entries.
+    """
     return generate_default_cfgs(
         {
             name + suffix: {
@@ -373,9 +407,14 @@ default_cfgs = imagenet_cfgs(*(f"vit_{size}" for size in SIZES), first_conv="pat
 
 
 def create(model: type[nn.Module], name: str, pretrained: bool, features: int | tuple[int, ...], **kwargs) -> nn.Module:
-    """A registered model; those called ``*_sar`` have the paper's last block unless told otherwise.
+    """Build a registered model. A name that ends in ``_sar`` means the paper's last block, unless a keyword differs.
 
-    ``features`` are the stages that ``features_only`` hands out, or how many of the last blocks.
+    Args:
+        model: the class.
+        name: in timm's registry.
+        pretrained: timm's.
+        features: the stages that ``features_only`` returns, or the number of last blocks.
+        kwargs: those of the class.
     """
     last_block = "sar" if name.endswith("_sar") else "standard"
     feature_cfg = {"out_indices": features, "feature_cls": "getter"}

@@ -1,7 +1,7 @@
-"""The rule for random numbers: nothing has a state.
+"""The rule for random numbers: they have no state.
 
-Whatever is random depends on what it is for, the seed and a place (epoch, position or update), never on what was drawn
-before: a checkpoint stores no random state, and nothing depends on loader workers or on where a run was stopped.
+A random number depends on its purpose, the seed and the position (epoch, image or update), never on earlier ones. So a
+checkpoint holds no random state, and results do not depend on loader workers or on interruptions.
 """
 
 import random
@@ -14,18 +14,18 @@ import torch
 
 
 def seed_sequence(purpose: str, *numbers: int) -> np.random.SeedSequence:
-    """Seeds for one purpose ("order", "augmentation"), independent of every other purpose's at equal numbers.
+    """Seeds for one purpose, such as "order" or "augmentation", independent of those of other purposes.
 
-    ``numbers`` are not negative, and always equally many for one purpose: numpy pads with zeros, so that
-    (1,) and (1, 0) are the same seed.
+    ``numbers`` are not negative. A purpose must always have the same number of them: numpy pads with zeros, so (1,)
+    and (1, 0) are the same seed.
     """
     return np.random.SeedSequence([zlib.crc32(purpose.encode()), *numbers])
 
 
 def seed_step(seed: int, rank: int, micro_step: int) -> None:
-    """Reseed what the model (dropout, drop-path) and Mixup draw from, from (seed, rank, step) alone.
+    """Seed the global generators, which dropout, stochastic depth and Mixup use, for one micro-batch.
 
-    Nothing depends on what was drawn before, so a checkpoint needs no random state.
+    ``micro_step`` is the number of the micro-batch since the start of the run.
     """
     torch_seed, numpy_seed = seed_sequence("step", seed, rank, micro_step).generate_state(2)
     torch.manual_seed(int(torch_seed))
@@ -34,9 +34,9 @@ def seed_step(seed: int, rank: int, micro_step: int) -> None:
 
 @contextmanager
 def isolated_rng(seeds: np.random.SeedSequence) -> Iterator[None]:
-    """Let the CPU's global generators (random, numpy, torch) start from ``seeds`` within the block.
+    """Seed the global generators of random, numpy and torch's CPU within the block, and restore them after it.
 
-    After it they go on as if it had not been; CUDA's are not touched.
+    CUDA's generators are not changed.
     """
     saved = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     for_random, for_torch, for_numpy = seeds.generate_state(3, np.uint64)

@@ -1,27 +1,57 @@
-"""Where a run tells how it goes: ``log.txt``, TensorBoard and the terminal."""
+"""The records of a run: ``log.txt``, TensorBoard and the terminal."""
 
 import json
+import math
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import Run
+from schedules import Position
 from utils import UserError, environment, logger, write_atomically, write_json
 
-SHORT = {
+SHORT_NAMES = {
     "images_per_second": "images/s",
     "data_time": "data s",
     "step_time": "step s",
     "sar_weight": "lambda",
     "drloc_weight": "DRLoc weight",
+    "peak_memory": "peak GiB",
 }
+"""Names of values in the terminal's lines, where they are shorter than in TensorBoard."""
+
+
+def step_line(position: Position, means: Mapping[str, float], seconds_left: float) -> str:
+    """The terminal's line of a logging step, as ``epoch 1 [2/5] 40%  loss 2.31  images/s 148  remaining 3:41 h``.
+
+    Args:
+        position: after the last update of the step's window.
+        means: values to print, by name.
+        seconds_left: estimated time to the end of the run.
+    """
+    done = position.step / position.updates_per_epoch
+    place = f"epoch {position.epoch} [{position.step}/{position.updates_per_epoch}] {done:.0%}"
+    values = [f"{SHORT_NAMES.get(name, name)} {value:.4g}" for name, value in means.items()]
+    return "  ".join([place, *values, f"remaining {format_duration(seconds_left)}"])
+
+
+def format_duration(seconds: float) -> str:
+    """Hours and minutes below a day (``3:41 h``), else days and hours (``2:05 d``); rounded up."""
+    minutes = math.ceil(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60}:{minutes % 60:02} h"
+    hours = math.ceil(minutes / 60)
+    return f"{hours // 24}:{hours % 24:02} d"
 
 
 class EpochLog:
-    """``log.txt``: one JSON object an epoch, one line an epoch after any number of kills."""
+    """``log.txt``: one JSON object per line and exactly one line per epoch, however often the run was killed."""
 
     def __init__(self, path: Path, first_epoch: int):
-        """Keep the lines of epochs before ``first_epoch``: later ones are about to be done again."""
+        """Keep the lines of epochs before ``first_epoch``; the run repeats the later ones."""
         self.path = Path(path)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         try:
@@ -36,10 +66,11 @@ class EpochLog:
 
 
 class Records:
-    """Where a run tells how it goes: log.txt, TensorBoard, and the terminal. Silent on ranks other than 0."""
+    """Writes log.txt, TensorBoard's events and the terminal's lines; does nothing on ranks other than 0."""
 
     def __init__(self, run: Run):
         self.run, self.log, self.board = run, None, None
+        self.start_time, self.first_update = time.monotonic(), run.position.update
         if not run.processes.is_main:
             return
         output = run.plan.output_dir
@@ -52,17 +83,30 @@ class Records:
         return self.run.position.update
 
     def step(self, means: dict) -> None:
-        """Tell the means since the last logging step."""
+        """Record the means since the last logging step."""
         if not self.run.processes.is_main:
             return
+        device = self.run.processes.device
+        if device.type == "cuda":  # the allocator's own count: no synchronisation with the device
+            means = means | {"peak_memory": torch.cuda.max_memory_allocated(device) / 2**30}
         for name, value in means.items():
             self.board.add_scalar(f"train/{name}", value, self._global_step())
-        position = f"epoch {self.run.epoch} [{self.run.step}/{self.run.plan.updates_per_epoch}]"
-        words = [f"{SHORT.get(name, name)} {value:.4g}" for name, value in means.items()]
-        logger.info("  ".join([position, *words]))
+        logger.info(step_line(self.run.position, means, self._seconds_left()))
+
+    def _seconds_left(self) -> float:
+        """Time to the end of the run at this process's mean time per update, evaluation and saving included."""
+        position = self.run.position
+        done = position.update - self.first_update
+        left = position.epochs * position.updates_per_epoch - position.update
+        return (time.monotonic() - self.start_time) / done * left
 
     def epoch(self, record: dict, results: dict[str, dict]) -> None:
-        """Tell an epoch's results: its line for log.txt, and those of each evaluated model."""
+        """Record the end of an epoch.
+
+        Args:
+            record: its line of log.txt, from `epoch_record`.
+            results: of each evaluated model, by name; empty if the epoch was not evaluated.
+        """
         if not self.run.processes.is_main:
             return
         for name, value in record.items():
@@ -70,15 +114,15 @@ class Records:
                 self.board.add_scalar(name.replace("_", "/", 1), value, self._global_step())
         self.board.flush()
         self.log.write(record)
-        task, place = self.run.task, f"epoch {record['epoch']}"
+        task, epoch = self.run.task, f"epoch {record['epoch']}"
         if not results:
-            logger.info(f"{place}: not evaluated (--eval-every)")
+            logger.info(f"{epoch}: not evaluated (--eval-every)")
         for name, measured in results.items():
             which = "" if name == "test" else f", {name.removeprefix('test_')} weights"
-            logger.info(f"{place}{which}: {task.describe(measured)}")
+            logger.info(f"{epoch}{which}: {task.describe(measured)}")
 
     def figure(self, name: str, figure) -> None:
-        """Keep a Matplotlib figure in TensorBoard."""
+        """Write a Matplotlib figure to TensorBoard."""
         self.board.add_figure(name, figure, self._global_step())
 
     def __enter__(self):
@@ -90,7 +134,7 @@ class Records:
 
 
 def epoch_record(run: Run, results: dict[str, dict]) -> dict:
-    """The epoch's line of log.txt, under DeiT's names where DeiT has the value."""
+    """The epoch's line of log.txt; the keys are DeiT's where DeiT logs the value."""
     totals = dict(run.totals)
     updates, seconds, data_time = (totals.pop(name) for name in ("updates", "seconds", "data_time"))
     unreadable = totals.pop("unreadable")

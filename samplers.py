@@ -1,7 +1,7 @@
-"""Which image when: a training epoch's order over updates, micro-batches and processes, exact evaluation, subsets.
+"""The order of images over updates, micro-batches and processes; exact evaluation; subsets of the training set.
 
-An order is a pure function of (seed, epoch), so a sampler keeps no random state: a resumed run asks for the
-epoch and the update it stopped at and gets the rest, without reading the images before it.
+The order is a pure function of (seed, epoch), so a sampler has no random state. A resumed run starts at the update
+where it stopped, without reading the images before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from randomness import seed_sequence
 
 
 class Draw(NamedTuple):
-    """What a sampler yields: an image and where in the epoch it stands.
+    """An item of a sampler: an image and its position in the epoch.
 
-    ``index`` is the image's number in the data set, ``epoch`` the epoch, ``position`` the place in the global
-    order of that epoch, over all processes. Augmentation depends on the last two (:mod:`datasets`).
+    ``index`` is the image's index in the data set. ``position`` is its place in the global order of ``epoch``, over all
+    processes. Augmentation depends on ``epoch`` and ``position`` (:mod:`datasets`).
     """
 
     index: int  # type: ignore[assignment]  # tuple's method of that name is not used
@@ -30,25 +30,24 @@ class TrainSampler(Sampler[Draw]):
 
     The global order of an epoch is a permutation of all images that depends on ``(seed, epoch)`` alone. With
     the total batch ``T = batch_size * accumulation * world_size``, update ``u`` trains on the positions
-    ``[u * T, (u + 1) * T)``; in each of its micro-steps the processes take the next ``batch_size * world_size`` of
-    them in turn, one position each. So an update sees the same images at the same positions however its total batch
-    is split. What is left over at the end of the permutation (less than one total batch) sits this epoch out; nothing
-    else is cut.
+    ``[u * T, (u + 1) * T)``. In each micro-batch the processes take the next ``batch_size * world_size`` of them in
+    turn, one position each. So an update sees the same images at the same positions, however its total batch is split.
+    The rest at the end of the permutation, less than one total batch, is left out in this epoch.
 
-    With ``views`` = 3 (repeated augmentation, Hoffer et al., 2020, as in DeiT) each image stands at three consecutive
-    positions: consecutive processes get its differently augmented views, and an epoch of as many updates as before
-    sees a third of the images.
+    With ``views`` = 3 (repeated augmentation, Hoffer et al., 2020, as in DeiT) each image has three consecutive
+    positions. Consecutive processes get its differently augmented views. The number of updates stays the same, so an
+    epoch sees a third of the images.
 
     Args:
         num_images: size of the training set.
-        batch_size: images of one process in one micro-step; so many consecutive draws form a micro-batch.
-        accumulation: micro-steps of an update.
-        rank, world_size: this process among all of them.
+        batch_size: images of one process in one micro-batch.
+        accumulation: micro-batches per update.
+        rank, world_size: rank of this process, and number of processes.
         seed: not negative.
-        views: of each image that an epoch sees.
+        views: number of views of each image.
 
     Raises:
-        ValueError: a size below 1, or a rank outside the world.
+        ValueError: a size is below 1, or ``rank`` is not in ``0..world_size - 1``.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class TrainSampler(Sampler[Draw]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_update: int = 0) -> None:
-        """Let the next iteration draw ``epoch``, beginning with its update number ``first_update``."""
+        """Set the epoch of the next iteration, and the update where it starts."""
         if not 0 <= first_update <= self.updates_per_epoch:
             raise ValueError(f"first_update {first_update} is not in 0..{self.updates_per_epoch}")
         self.epoch = epoch
@@ -94,12 +93,12 @@ class TrainSampler(Sampler[Draw]):
 
 
 class EvalSampler(Sampler[Draw]):
-    """Every image exactly once over all processes, none repeated to fill a batch.
+    """The draws of one process for an evaluation that sees every image exactly once.
 
-    Process ``rank`` takes the images ``rank, rank + world_size, ...``: the same number each, or one more.
+    Process ``rank`` takes the images ``rank, rank + world_size, ...``, so numbers of images differ by at most one.
 
     Raises:
-        ValueError: a rank outside the world.
+        ValueError: ``rank`` is not in ``0..world_size - 1``.
     """
 
     def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
@@ -119,11 +118,11 @@ def _check_rank(rank: int, world_size: int) -> None:
 
 
 def class_subset(targets: Sequence[int], ratio: float, seed: int) -> list[int]:
-    """Indices, ascending, of a random share of each class's images: the smaller training sets of Table 3.
+    """Ascending indices of a random fraction of each class's images: the smaller training sets of Table 3.
 
-    Each class is permuted by ``(seed, class)`` alone and gives its first ``ratio`` (rounded, at least one image), so a
-    smaller share lies inside every larger one of the same seed. The paper only says "randomly selected", of
-    all images together; here every class keeps its share.
+    The images of a class are permuted by ``(seed, class)`` alone, and the first ``ratio`` of them are taken (rounded,
+    at least one image). So a smaller subset is part of every larger one of the same seed. The paper only says "randomly
+    selected" from all images; here the classes keep their proportions.
 
     Args:
         targets: the images' labels.

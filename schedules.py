@@ -11,11 +11,11 @@ DRLOC_WARMUP_EPOCHS = 20
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: before update ``step`` of ``epoch``, both counted from 0.
+    """The position of a run: before update ``step`` of ``epoch``, both counted from 0.
 
     Attributes:
-        updates_per_epoch: of every epoch.
-        epochs: of the whole run.
+        updates_per_epoch: number of updates in every epoch.
+        epochs: number of epochs of the run.
     """
 
     epoch: int
@@ -25,26 +25,27 @@ class Position:
 
     @property
     def update(self) -> int:
-        """Updates done since the beginning of the run."""
+        """Number of updates since the start of the run."""
         return self.epoch * self.updates_per_epoch + self.step
 
     @property
     def exact_epoch(self) -> float:
-        """Epochs done, the part of the current one included."""
+        """Number of epochs since the start of the run, with the fraction of the current one."""
         return self.epoch + self.step / self.updates_per_epoch
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The learning rate: a linear warm-up, then half a cosine to ``minimum``, or constant; the numbers are timm's.
+    """The learning rate: linear warm-up, then half a cosine to ``minimum``, or constant; timm's formulas.
 
     Attributes:
-        peak: at the end of the warm-up.
+        peak: learning rate at the end of the warm-up.
         shape: one of `LR_SCHEDULES`.
-        epochs: length of the schedule, warm-up included; after it the rate stays at ``minimum``.
-        warmup_epochs: length of the warm-up, which begins at ``warmup_start``.
-        minimum: at the end.
-        on_updates: a new value at each update, not at each epoch.
+        epochs: length of the schedule, warm-up included; after it the learning rate stays at ``minimum``.
+        warmup_epochs: length of the warm-up.
+        warmup_start: learning rate at the start of the warm-up.
+        minimum: learning rate at the end of the cosine.
+        on_updates: change at every update, not only at every epoch.
     """
 
     peak: float
@@ -56,7 +57,7 @@ class LearningRate:
     on_updates: bool
 
     def at(self, position: Position) -> float:
-        """The rate for the update at ``position``."""
+        """The learning rate of the update at ``position``."""
         unit = position.updates_per_epoch if self.on_updates else 1
         t = position.update if self.on_updates else position.epoch
         warmup, end = self.warmup_epochs * unit, self.epochs * unit
@@ -70,11 +71,11 @@ class LearningRate:
 
 
 def sar_weight_schedule(name: str, weight: float, epoch: float, epochs: int) -> float:
-    """The weight lambda of the spatial-entropy loss at ``epoch``, which may be fractional.
+    """The weight lambda of the loss of the similarity maps at ``epoch``, which may be fractional.
 
-    ``constant``: ``weight`` throughout (the paper). ``warmup-cosine``: the released code's; linear from 0
-    at epoch 0 to ``weight`` at epoch 9, ``weight`` until epoch 10, then half a cosine to 0 at ``epochs``. A
-    run of ten epochs or fewer consists of the start of the warm-up alone: the ramp is not squeezed.
+    ``constant`` is the paper's: always ``weight``. ``warmup-cosine`` is the released code's: linear from 0 at epoch 0
+    to ``weight`` at epoch 9, constant until epoch 10, then half a cosine to 0 at ``epochs``. The warm-up is not
+    shortened: a run of ten epochs or fewer ends within it.
 
     Raises:
         ValueError: ``name`` is not one of ``SAR_SCHEDULES``.
@@ -90,10 +91,10 @@ def sar_weight_schedule(name: str, weight: float, epoch: float, epochs: int) -> 
 
 
 def drloc_weight_schedule(weight: float, epoch: float, epochs: int) -> float:
-    """The weight of ``localisation_loss`` at ``epoch``, as in DRLoc's own code.
+    """The weight of ``localisation_loss`` at ``epoch``, which may be fractional, as in DRLoc's own code.
 
-    Linear from 0 to ``weight`` over 20 epochs, then linearly down to 0 at ``epochs``; ``epoch`` may be
-    fractional. A run of 20 epochs or fewer consists of the start of the rise alone.
+    It rises linearly from 0 to ``weight`` over 20 epochs, then falls linearly to 0 at ``epochs``. A run of 20 epochs or
+    fewer ends within the rise.
     """
     if epoch < DRLOC_WARMUP_EPOCHS or epochs <= DRLOC_WARMUP_EPOCHS:
         return weight * min(epoch / DRLOC_WARMUP_EPOCHS, 1.0)

@@ -1,4 +1,4 @@
-"""The main loop: train epoch after epoch, evaluate, save, go on; or evaluate alone."""
+"""The main loop: train, evaluate and save, epoch by epoch; or evaluate a single checkpoint."""
 
 import math
 from collections.abc import Iterator
@@ -12,73 +12,67 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from analysis.attention import similarity_maps
 from analysis.images import choose_samples
 from arguments import parse_arguments
-from build import banner, build_eval_loader, build_plan, build_run, choose_amp
+from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
 from checkpoints import save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, epoch_record
 from tasks import load_task
-from utils import (
-    Processes,
-    StopSignal,
-    UserError,
-    logger,
-    prepare_output_dir,
-)
+from utils import Processes, StopSignal, UserError, logger, prepare_output_dir
 from weights import load_weights, read_checkpoint
 
-PANEL_IMAGES = 4  # in a panel of attention maps
+PANEL_IMAGES = 4  # images in the figure of `--log-attention`
 
 
 def train(args, processes: Processes) -> int:
-    """Train from where the run stands to the end, or to a signal; returns the exit code."""
-    # 1. data and plan: what is wrong with them is known before anything is built
+    """Train to the last epoch or until a signal; returns the exit code."""
+    # 1. data and plan: their errors come before a model is built
     task = load_task(args.task)
     train_set, val_set = (task.data(args, split, processes) for split in ("train", "val"))
     plan = build_plan(args, processes, train_set)
     if processes.is_main:
         prepare_output_dir(plan.output_dir)
     with StopSignal(processes) as stop, logging_redirect_tqdm([logger]):
-        # 2. the parts of the run, set to where it begins
+        # 2. build the run, and start or resume it
         run = build_run(args, plan, processes, stop, train_set)
-        banner(args, run)
+        log_banner(args, run)
         start_or_resume(run, args.resume, args.finetune, args.checkpoint_key)
         if run.epoch == plan.epochs:
-            logger.info(f"already trained for {plan.epochs} epochs; {best_so_far(run)}")
+            logger.info(f"already trained for {plan.epochs} epochs; {describe_best(run)}")
             return 0
         if processes.is_main:
             save_subset(train_set, args.sampling_ratio, args.sampling_seed, plan.output_dir / "subset.json")
         if args.cache_images:
             cache_splits([train_set, val_set], processes)
         val_loader = build_eval_loader(args, processes, val_set)
-        # 3. epoch after epoch
+        # 3. train, evaluate and save, epoch by epoch
         finished = True
-        with Records(run) as records, place_in_errors(run):
+        with Records(run) as records, add_position_to_errors(run):
             while finished and run.epoch < plan.epochs:
                 finished = train_one_epoch(run, records.step) and finish_epoch(run, val_loader, records)
             if not finished:
                 save(run, "checkpoint.pth")
-        # 4. the end, for all processes together
+        # 4. report, and end all processes together
         if finished:
-            logger.info(f"done; {best_so_far(run)}")
+            logger.info(f"done; {describe_best(run)}")
         else:
-            logger.info(f"saved at epoch {run.epoch}, step {run.step}; the same command goes on from there")
-        processes.leave_together()
+            logger.info(f"saved at epoch {run.epoch}, update {run.step}; the same command resumes the run")
+        processes.barrier()
         return 0 if finished else stop.exit_code
 
 
 @contextmanager
-def place_in_errors(run: Run) -> Iterator[None]:
-    """Add to an error the epoch and the step at which it came."""
+def add_position_to_errors(run: Run) -> Iterator[None]:
+    """Add the epoch and the update to an exception that passes through."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"at epoch {run.epoch}, step {run.step}")
+        error.add_note(f"at epoch {run.epoch}, update {run.step}")
         raise
 
 
-def best_so_far(run: Run) -> str:
-    """The best evaluation in words."""
+def describe_best(run: Run) -> str:
+    """The best evaluation of the run in words, for the log."""
     if not run.best:
         return "nothing was evaluated"
     metric = run.task.metric
@@ -87,11 +81,12 @@ def best_so_far(run: Run) -> str:
 
 
 def finish_epoch(run: Run, val_loader, records: Records) -> bool:
-    """Evaluate after the epoch's last update, and save; False where a signal ended the evaluation.
+    """Evaluate and save at the end of an epoch; False if a signal interrupted the evaluation.
 
-    Files are written in the order best.pth, log.txt, checkpoint.pth: a run killed between two of them does
-    the epoch again from the older checkpoint and writes the same once more.
+    Files are written in the order best.pth, log.txt, checkpoint.pth. A run that is killed between two of them repeats
+    the epoch from the older checkpoint and writes the same files again.
     """
+    # 1. evaluate
     plan, done = run.plan, run.epoch + 1
     last = done == plan.epochs
     results = {}
@@ -99,9 +94,11 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
         results = evaluate_run(run, val_loader)
         if not results:
             return False
+    # 2. record the epoch, and move on to the next one
     improved = update_best(run, results)
     record = epoch_record(run, results)
     run.epoch, run.step, run.totals = done, 0, {}
+    # 3. write the files, in this order
     if improved:
         save(run, "best.pth")
     records.epoch(record, results)
@@ -113,15 +110,17 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
 
 
 def evaluate_run(run: Run, loader) -> dict[str, dict]:
-    """The results of each of the task's evaluated models, by its name; empty where a signal interrupted.
+    """Evaluate every model that the task names; returns their results by name, empty if a signal interrupted.
 
     Raises:
-        NonFiniteLoss: the weights give a result that is not finite, so they are not saved.
+        NonFiniteLoss: a result is not finite; the weights are not saved.
     """
     results = {}
     for name, model in run.task.evaluated().items():
         if run.processes.world_size > 1:
-            distribute_bn(model, run.processes.world_size)  # rank 0's statistics, which are the checkpoint's, for all
+            distribute_bn(
+                model, run.processes.world_size
+            )  # all ranks take rank 0's statistics, which the checkpoint has
         evaluator = run.task.evaluator()
         means = evaluate(evaluator, model, loader, run.processes, run.plan.amp_dtype, run.stop.poll)
         if means is None:
@@ -134,7 +133,7 @@ def evaluate_run(run: Run, loader) -> dict[str, dict]:
 
 
 def update_best(run: Run, results: dict) -> bool:
-    """Remember the best result of the reported weights; whether this is it."""
+    """Update ``run.best`` if the reported weights have improved; returns whether they have."""
     task = run.task
     name = "test" if task.reported == task.weight_names[0] else f"test_{task.reported}"
     if not results or results[name][task.metric] <= run.best.get(task.metric, -math.inf):
@@ -144,8 +143,8 @@ def update_best(run: Run, results: dict) -> bool:
 
 
 def draw_attention(run: Run, dataset):
-    """Each head's attention on a few validation images, always the same, of different classes: a figure."""
-    from analysis.panels import attention_panel  # Matplotlib takes a second to import, and most runs never draw
+    """A figure of each head's attention on the same few validation images, which are of different classes."""
+    from analysis.panels import attention_panel  # imports Matplotlib, which takes a second
 
     samples = choose_samples(dataset, PANEL_IMAGES)
     images = torch.stack([image for image, _ in samples])
@@ -154,7 +153,7 @@ def draw_attention(run: Run, dataset):
 
 
 def evaluate_only(argv, args, processes: Processes) -> int:
-    """Evaluate one file; what its run was told and is not given here (task, model, sizes) is taken from it."""
+    """Evaluate a checkpoint; task, model and sizes that are not given are those of its run."""
     path = Path(args.resume or args.finetune or Path(args.output_dir, "best.pth"))
     if not path.exists():
         raise UserError(f"--eval: nothing to evaluate at {path}; name a checkpoint with --resume FILE")

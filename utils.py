@@ -1,6 +1,6 @@
-"""What every process of a run needs: errors for users, the processes, signals, safe files, the log.
+"""What every process of a run uses: errors, process group, signals, atomic files, environment, log.
 
-Torch is imported where it is used, so that a program that only reads its command line answers at once.
+Torch is imported inside functions, so that reading a command line does not wait for it.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ logger = logging.getLogger("sar")
 
 
 class UserError(Exception):
-    """The user's input cannot be used; the message is one line that names the thing and the mend.
+    """The user's input cannot be used; the message is one line that names the cause and what to change.
 
     ``main.py`` prints it without a traceback and exits with code 2.
     """
 
 
 class RunError(Exception):
-    """A run that had begun cannot go on; the message is one line. ``main.py`` exits with code 1."""
+    """A running program cannot continue; the message is one line. ``main.py`` exits with code 1."""
 
 
 # --------------------------------------------------------------------------------------------- processes
 
 
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others: rank 0 may list a large data set alone."""
+"""Longest wait of a process for the others; rank 0 may need minutes to list a large data set alone."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run: its rank, their number, the device it computes on, its place on its node."""
+    """This process among those of the run: rank, number of processes, device, and rank on its machine."""
 
     rank: int
     world_size: int
     device: torch.device
     local_rank: int = 0
     store: dist.Store | None = None
-    """Where they leave short messages for each other; None for a process alone."""
+    """Key-value store for messages between the processes; None for a single process."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Equal-shaped tensors of all ranks, stacked: ``(...)`` -> ``(world_size, ...)``, on the host."""
+        """Stack tensors of equal shape of all ranks, on the host: ``(...)`` -> ``(world_size, ...)``."""
         import torch
         import torch.distributed as dist
 
@@ -78,83 +78,88 @@ class Processes:
         dist.all_gather(parts, rows)
         return torch.stack(parts).cpu()
 
-    def leave_together(self) -> None:
-        """Wait until all ranks are here: a launcher may end the others soon after the first has gone."""
+    def barrier(self) -> None:
+        """Wait for all ranks: at the end of a run, a launcher may kill the others after the first one exits."""
         import torch
 
         self.gather(torch.zeros((), device=self.device))
 
     def explain(self, error: Exception) -> Exception:
-        """What this process is to say of an error: the error itself, or which other process is lost.
+        """The error to report: ``error`` itself, or which other process was lost if that caused it.
 
-        It leaves its last words for the others, which may be waiting for it.
+        Also posts this rank's last words, as the others may be waiting for it.
         """
-        place = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        position = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         if not is_peer_failure(error):
-            self.say(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}{place}")
+            self.post_last_words(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}{position}")
             return error
         if self.is_main:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for all that are left: the word first
-        return RunError(f"lost {self.missing()}{place}; the same command goes on from the last checkpoint")
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would end it before it reports
+        return RunError(f"lost {self.find_lost_ranks()}{position}; the same command resumes from the last checkpoint")
 
-    def say(self, words: str) -> None:
-        """Leave this rank's last words for the others; empty: it is well, and misses another."""
+    def post_last_words(self, words: str) -> None:
+        """Store this rank's last error message for the others; empty: it has not failed itself, but lost another."""
         if self.store is not None:
-            with contextlib.suppress(RuntimeError):  # the store's own process may be the one that died
+            with contextlib.suppress(RuntimeError):  # the process that holds the store may be the one that died
                 self.store.set(f"last words/{self.rank}", words)
 
-    def missing(self, seconds: float = 2.0) -> str:
-        """Which ranks have failed or say nothing within so many seconds, and their last words.
+    def find_lost_ranks(self, seconds: float = 2.0) -> str:
+        """The ranks that failed, with their last words, and those that post none within ``seconds``.
 
-        Called by those whose exchange with another failed.
+        Called by a rank whose communication with another one failed.
         """
-        self.say("")
+        # 1. wait until all ranks have posted
+        self.post_last_words("")
         keys = [f"last words/{rank}" for rank in range(self.world_size)]
-        give_up = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         try:
-            while not self.store.check(keys) and time.monotonic() < give_up:
+            while not self.store.check(keys) and time.monotonic() < deadline:
                 time.sleep(0.1)
             words = [self.store.get(key).decode() if self.store.check([key]) else "silent" for key in keys]
             if self.is_main:
-                time.sleep(1)  # it mostly holds the store, where the others are still reading
+                time.sleep(1)  # it usually holds the store, which the others are still reading
         except RuntimeError:
-            return "the process that holds the others together"
-        return ", ".join(f"rank {rank} ({said})" for rank, said in enumerate(words) if said) or "one of the processes"
+            return "the process that holds the store of the process group"
+        # 2. those that failed, or are silent
+        return ", ".join(f"rank {rank} ({last})" for rank, last in enumerate(words) if last) or "one of the processes"
 
 
 def processes_here() -> tuple[int, int, int]:
-    """Rank, number of processes, and place on the node: torchrun's, or srun's without it, or alone."""
+    """Rank, number of processes and local rank from the environment of torchrun, else of srun, else a single one."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none, only srun's tasks
+    if (
+        "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ
+    ):  # srun sets it for its tasks only, not for batch scripts
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     rank, world_size, local_rank = (
-        int(os.environ.get(name, alone)) for name, alone in zip(names, (0, 1, 0), strict=True)
+        int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)
     )
     return rank, world_size, local_rank
 
 
-def meeting_point() -> str:
-    """Where the processes meet, as a URL: as torchrun's environment has it, or on the first node of srun's step.
+def rendezvous_url() -> str:
+    """Where the processes meet: from the environment of torchrun, or on the first node of srun's step.
 
-    The port is another one for every life of a job that is requeued, so that no process meets an earlier life's.
+    Each restart of a requeued job uses another port, so that its processes never meet those of an earlier one.
     """
     if "MASTER_ADDR" in os.environ or "SLURM_STEP_NODELIST" not in os.environ:
         return "env://"
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    job, step, life = (int(os.environ.get(name, 0)) for name in names)
+    job, step, restart = (int(os.environ.get(name, 0)) for name in names)
     first = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]  # n[01-04,7] -> n01
-    number = job * 101 + step * 10 + life  # 101 has no divisor in common with 12,000: neighbouring jobs never meet
-    return f"tcp://{first}:{20_000 + number % 12_000}"  # below what systems hand out themselves
+    number = job * 101 + step * 10 + restart  # 101 and 12,000 are coprime: consecutive jobs never share a port
+    return f"tcp://{first}:{20_000 + number % 12_000}"  # below the ephemeral ports of operating systems
 
 
 def start_processes(device_name: str) -> Processes:
-    """Join the other processes of the run as torchrun's environment describes them, or srun's; alone without.
+    """Join the process group that the environment of torchrun or srun describes; without one, run alone.
 
     Args:
-        device_name: ``auto`` (a GPU if there is one), or what ``torch.device`` understands.
+        device_name: ``auto`` (a GPU if there is one), or a name for ``torch.device``.
+
     Raises:
-        UserError: no such device here, or a GPU that this torch has no kernels for.
-        RunError: the others did not come.
+        UserError: there is no such device, or this torch has no kernels for the GPU.
+        RunError: the processes could not join each other.
     """
     import torch.distributed as dist
 
@@ -164,7 +169,7 @@ def start_processes(device_name: str) -> Processes:
         return Processes(rank, world_size, device, local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store, _, _ = next(dist.rendezvous(meeting_point(), rank, world_size, timeout=GROUP_TIMEOUT))
+        store, _, _ = next(dist.rendezvous(rendezvous_url(), rank, world_size, timeout=GROUP_TIMEOUT))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -173,29 +178,29 @@ def start_processes(device_name: str) -> Processes:
 
 
 def end_processes() -> None:
-    """Leave the process group, if one was joined."""
-    if among_processes():
+    """Leave the process group, if this process has joined one."""
+    if in_process_group():
         import torch.distributed as dist
 
-        gc.collect()  # a DistributedDataParallel that outlives its group can spin at exit
+        gc.collect()  # a DistributedDataParallel that outlives its group can hang at exit
         dist.destroy_process_group()
 
 
-def among_processes() -> bool:
-    """Whether this process has joined others."""
+def in_process_group() -> bool:
+    """Whether this process has joined a process group."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_initialized()
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether an exchange failed because another process is gone or silent."""
+    """Whether a collective operation failed because another process died or timed out."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that ``name`` means for this process; see ``start_processes``, also for errors."""
+    """The device of this process for the name ``name``; arguments and errors as in `start_processes`."""
     import torch
 
     if name == "auto":
@@ -205,12 +210,13 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:0")
     if kind == "cpu":
         return torch.device("cpu")
-    own = 0 if torch.cuda.device_count() == 1 and "RANK" not in os.environ else local_rank  # srun may show each its own
-    device = torch.device("cuda", int(index or own))
+    # srun may let each task see its own GPU only
+    default = 0 if torch.cuda.device_count() == 1 and "RANK" not in os.environ else local_rank
+    device = torch.device("cuda", int(index or default))
     if device.index >= torch.cuda.device_count():
         raise UserError(
             f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
-            "start no more processes than that, or use --device cpu"
+            "start at most that many processes, or use --device cpu"
         )
     torch.cuda.set_device(device)
     major, minor = torch.cuda.get_device_capability(device)
@@ -223,14 +229,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def has_kernels(arch_list: list[str], major: int, minor: int) -> bool:
-    """Whether code built for ``arch_list`` runs on a GPU of capability ``major.minor``.
+    """Whether kernels built for ``arch_list`` run on a GPU of compute capability ``major.minor``.
 
-    Machine code (``sm_80``) runs on later minor versions of its own major one, PTX (``compute_80``) on all
-    later versions.
+    Machine code (``sm_80``) runs on later minor versions of its major version, PTX (``compute_80``) on all later
+    versions.
     """
     for arch in arch_list:
         kind, _, digits = arch.rstrip("af").partition("_")
-        if not digits.isdigit():  # not one of NVIDIA's
+        if not digits.isdigit():  # not an NVIDIA architecture
             return True
         built = (int(digits[:-1]), int(digits[-1]))
         if kind == "sm" and built[0] == major and built[1] <= minor:
@@ -240,15 +246,15 @@ def has_kernels(arch_list: list[str], major: int, minor: int) -> bool:
     return False
 
 
-# -------------------------------------------------------------------------------------- seeds and signals
+# ------------------------------------------------------------------------------------------------ signals
 
 
 class StopSignal:
-    """Notices SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C), so that a run can save between two steps and end.
+    """Catches SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C), so that a run can save between two updates and end.
 
-    ``poll`` is called once a step by every rank and gives the same answer on all of them: the ranks' signals
-    are exchanged on the host while the step is computed, and read one step later. It never waits for a GPU.
-    A second Ctrl-C ends the process at once.
+    Every rank calls ``poll`` once per update and gets the same answer. The ranks' signals are exchanged on the host
+    during an update and read one update later, so ``poll`` never waits for a GPU. A second Ctrl-C ends the process at
+    once.
     """
 
     def __init__(self, processes: Processes):
@@ -271,43 +277,43 @@ class StopSignal:
     def _receive(self, number, frame):
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or number  # a cluster's SIGTERM follows its SIGUSR2
+        self.received = self.received or number  # SLURM sends SIGTERM after SIGUSR2
 
     @property
     def exit_code(self) -> int:
-        """0: saved and ended as asked. 75 after SIGUSR2: start it again. 130 after Ctrl-C: end what started it, too.
+        """The exit code, the same on all ranks: 75 after SIGUSR2 (start again), 130 after Ctrl-C, else 0.
 
-        All ranks have the same code. 75 is the system's own for a failure that passes (``EX_TEMPFAIL``).
+        75 is ``EX_TEMPFAIL``, the system's code for a temporary failure.
         """
         codes: dict[int, int] = {signal.SIGINT: 130, signal.SIGUSR2: os.EX_TEMPFAIL}
         return codes.get(self.received, 0)
 
     def poll(self) -> bool:
-        """Whether all ranks are to stop now."""
+        """Whether all ranks must stop now."""
         import torch
         import torch.distributed as dist
 
         if self._alone:
             return bool(self.received)
-        earlier, numbers = self._pending, torch.tensor([self.received])
-        self._pending = (dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group, async_op=True), numbers)
-        if earlier is None:
+        previous, number = self._pending, torch.tensor([self.received])
+        self._pending = (dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group, async_op=True), number)
+        if previous is None:
             return False
-        earlier[0].wait()
-        self.received = int(earlier[1]) or self.received
-        return bool(earlier[1])
+        previous[0].wait()
+        self.received = int(previous[1]) or self.received
+        return bool(previous[1])
 
 
 # -------------------------------------------------------------------------------------------------- files
 
 
 def write_atomically(path: Path, write) -> None:
-    """Let ``write(file)`` fill a temporary file beside ``path``, fsync it, and put it in place in one step.
+    """Let ``write(file)`` write a temporary file, flush it to disk, and rename it to ``path``.
 
-    Whatever happens, ``path`` holds the old content or the new one, whole.
+    At every moment, ``path`` holds either the old or the new content completely.
 
     Raises:
-        RunError: the folder or disk refused it; the old file is untouched.
+        RunError: the file cannot be written; an old file is unchanged.
     """
     path = Path(path)
     temporary = None
@@ -323,7 +329,7 @@ def write_atomically(path: Path, write) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+        raise RunError(f"cannot write {path}: {reason}; an earlier file there is unchanged") from error
 
 
 def write_json(path: Path, content) -> None:
@@ -333,7 +339,7 @@ def write_json(path: Path, content) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows of equal keys, a line each below a line of the keys, atomically; None is an empty field."""
+    """Write rows with equal keys as a CSV file with a header, atomically; None becomes an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -342,14 +348,14 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def prepare_output_dir(path: Path, option: str = "--output-dir") -> None:
-    """Make the output folder, try to write in it, and clear away what a killed writer left.
+    """Create the output folder, check that it is writable, and delete temporary files of killed processes.
 
     Args:
-        path: of the folder.
-        option: what the user named it with.
+        path: the folder.
+        option: the option that names it, for the error message.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: the folder cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -358,7 +364,7 @@ def prepare_output_dir(path: Path, option: str = "--output-dir") -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}; name a folder that can be written") from None
+        raise UserError(f"{option} {path}: {error.strerror}; name a writable folder") from None
 
 
 def _cpu_name() -> str:
@@ -371,12 +377,13 @@ def _cpu_name() -> str:
 
 
 def environment() -> dict:
-    """What a result depends on beside the arguments: commit, versions, hardware, command."""
+    """What a result depends on besides the arguments: command, commit, versions, hardware."""
     import torch
 
     here = Path(__file__).parent
 
     def git(*command: str) -> str | None:
+        """The output of a git command in this repository; None if it fails."""
         try:
             done = subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
@@ -403,7 +410,7 @@ def environment() -> dict:
 
 
 def start_logging(rank: int) -> None:
-    """Rank 0 tells on standard output what happens; the other ranks only their warnings, with their rank."""
+    """Rank 0 logs to standard output; the other ranks log only warnings, with their rank, to standard error."""
     handler = logging.StreamHandler(sys.stdout if rank == 0 else sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger.handlers = [handler]
@@ -412,7 +419,7 @@ def start_logging(rank: int) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A tree of tensors (in dicts, lists, tuples) on ``device``; from pinned memory, without waiting for the copy."""
+    """Copy all tensors in nested dicts, lists and tuples to ``device``; asynchronous from pinned memory."""
     import torch
 
     if isinstance(batch, torch.Tensor):
@@ -427,7 +434,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def progress(iterable, what: str):
-    """``iterable``, with a bar where rank 0 has a terminal."""
-    hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: shown in a terminal only
-    return tqdm(iterable, desc=what, leave=False, disable=hidden)
+def progress(iterable, description: str):
+    """``iterable``, with a progress bar if rank 0 has a terminal."""
+    hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: only shown in a terminal
+    return tqdm(iterable, desc=description, leave=False, disable=hidden)

@@ -1,19 +1,19 @@
-"""Reading checkpoints of any origin and fitting their weights to a model.
+"""Reads checkpoints of this and other programs, and loads their weights into a model.
 
-Three steps, each usable alone: `read_checkpoint` (a file, safely), `select_weights` (which of its state
-dicts), `load_weights` (into a model: another head or grid is adapted and said, anything else is an error).
+There are three steps, each usable alone. `read_checkpoint` reads a file safely. `select_weights` picks one of its state
+dicts. `load_weights` loads it into a model: another head or grid is adapted and logged, all else is an error.
 
-What is understood, and the keys that choose among a file's weights:
+The known formats, and the keys that select weights:
 
     written by                    where the weights are                                keys (the default first)
-    this program                  model, ema                                           what it reported: model or ema
+    this program                  model, ema                                           the reported one: model or ema
     DeiT, the released SAR code   model, model_ema                                     model, model_ema
     timm                          the whole file, state_dict, state_dict_ema           state_dict, state_dict_ema
     DINO                          teacher, student; backbone.* in them, or all         teacher, student
     MoCo-v3                       state_dict; base_encoder.*, momentum_encoder.* in it base, momentum
 
-each with or without the prefixes of DistributedDataParallel and ``torch.compile``. The projection and prediction
-heads of DINO and MoCo-v3 are no part of the ViT and are left out; any other name that does not fit is an error.
+The prefixes of DistributedDataParallel and ``torch.compile`` are removed. The projection and prediction heads of DINO
+and MoCo-v3 are not part of the ViT and are left out. Any other name that does not fit is an error.
 """
 
 import argparse
@@ -37,20 +37,19 @@ from torch import Tensor, nn
 
 from utils import UserError
 
-# Ours, DeiT's and the released SAR code's first, then timm's; averaged weights only if nothing else is there.
+# Keys of this program, DeiT, the released SAR code and timm; averaged weights come last.
 WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
 
 
 @dataclass(frozen=True)
 class SelfSupervised:
-    """How a self-supervised training program keeps its ViTs among other networks.
+    """The checkpoint format of a self-supervised training program, which holds ViTs beside other networks.
 
     Attributes:
-        name: the program.
-        encoders: key -> (entry of the file, what the names of the ViT's weights begin with in it); the first key is
-            the default.
-        others: the names of everything else begin with one of these; other parts of the ViT's names, after its own
-            beginning, are a projection head's if they match ``head``.
+        name: name of the program.
+        encoders: key -> (entry of the file, prefix of the ViT's weights in it); the first key is the default.
+        others: prefixes of all other weights.
+        head: pattern of a projection head's names, after the ViT's prefix is removed.
     """
 
     name: str
@@ -59,7 +58,7 @@ class SelfSupervised:
     head: str
 
     def holds(self, checkpoint: Mapping) -> bool:
-        """Whether this program wrote the file; as many programs write a ``state_dict``, the names in it must say so."""
+        """Whether this program wrote the file; an entry ``state_dict``, which is common, must hold the ViT's prefix."""
         for entry, prefix in self.encoders.values():
             state = checkpoint.get(entry)
             if state is not None and _is_state_dict(state):
@@ -72,13 +71,13 @@ class SelfSupervised:
         entry, prefix = self.encoders.get(key, ("", ""))
         if not _is_state_dict(checkpoint.get(entry)):
             there = ", ".join(key for key, (entry, _) in self.encoders.items() if entry in checkpoint)
-            raise UserError(f"the {self.name} checkpoint has no weights under {key!r}; keys that have: {there}")
+            raise UserError(f"the {self.name} checkpoint has no weights under {key!r}; keys with weights: {there}")
         state = clean_state_dict(checkpoint[entry])
         if not any(name.startswith(prefix) for name in state):
             return state, key
         odd = [name for name in state if not name.startswith((prefix, *self.others))]
         if odd:
-            raise UserError(f"{entry!r} of the {self.name} checkpoint has more than its networks: {_shorten(odd)}")
+            raise UserError(f"{entry!r} of the {self.name} checkpoint has weights of unknown networks: {_shorten(odd)}")
         encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         return {name: value for name, value in encoder.items() if not re.match(self.head, name)}, key
 
@@ -98,7 +97,7 @@ SELF_SUPERVISED = (
     ),
 )
 
-# What training scripts pickle beside tensors: their arguments, and NumPy numbers such as the best accuracy.
+# What training programs pickle besides tensors: their arguments, and NumPy numbers such as the best accuracy.
 _numpy_scalar = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -110,17 +109,18 @@ _SAFE_GLOBALS: list[Any] = [
 
 
 def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
-    """Everything a checkpoint file holds, on the CPU; no code stored in the file is ever run.
+    """Read the whole content of a checkpoint file, on the CPU; code in the file is never run.
 
-    ``*.safetensors`` are read as such, every other file by ``torch.load(weights_only=True)`` with an allow-
-    list for what DeiT-era files pickle (an ``argparse.Namespace``, NumPy numbers).
+    Files ``*.safetensors`` are read by safetensors, all others by ``torch.load(weights_only=True)``. Of the types that
+    older training programs pickle, ``argparse.Namespace`` and NumPy numbers are allowed.
 
     Args:
-        lazily: leave the weights on disk until they are used, where the format allows it: for a look at names
-            and arguments. They must not outlive the file.
+        path: the file.
+        lazily: map the weights from disk where the format allows it, to read only names and arguments. The weights
+            must not be used when the file is gone.
 
     Raises:
-        UserError: the file is missing, a folder, truncated, no checkpoint, or one that wants to run code.
+        UserError: the file is missing, a folder, truncated, not a checkpoint, or would run code.
     """
     path = Path(path)
     if path.is_dir():
@@ -133,37 +133,38 @@ def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
-    except Exception as error:  # a damaged file can trip the readers anywhere
+    except Exception as error:  # damaged files raise errors of many types
         raise UserError(_explain_unreadable(path, error)) from error
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
-        raise UserError(f"{path} holds a {kind}, not a dictionary of weights; give a file written as a checkpoint")
+        raise UserError(f"{path} holds a {kind}, not a dictionary of weights; give a checkpoint")
     return checkpoint
 
 
 def _explain_unreadable(path: Path, error: Exception) -> str:
+    """The message of a `UserError` for a file that could not be read."""
     blocked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, UnpicklingError) else None
     if blocked:
         return (
-            f"{path} is refused: reading it would call {blocked[1]}, which weights never need; "
+            f"{path} is refused: reading it would call {blocked[1]}, which a checkpoint of weights does not need; "
             "get the file from a source you trust, saved as tensors and plain values"
         )
-    return f"{path} is truncated or no checkpoint; copy or download it again"
+    return f"{path} is truncated or not a checkpoint; copy or download it again"
 
 
 def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[str, Tensor], str | None]:
-    """The state dict in a checkpoint, without the prefixes of DistributedDataParallel and ``torch.compile``.
+    """Select a state dict of a checkpoint; prefixes of DistributedDataParallel and ``torch.compile`` are removed.
 
     Args:
-        checkpoint: what `read_checkpoint` returned.
-        key: which weights, see the table above; by default the ones whose accuracy this program reported, or the
-            first of `SELF_SUPERVISED`'s or `WEIGHT_KEYS` that is there, else the checkpoint is a bare state dict.
+        checkpoint: the result of `read_checkpoint`.
+        key: entry of the weights, see the table above. Default: the weights that this program reported, else the first
+            known key of the file, else the file itself as a bare state dict.
 
     Returns:
         ``(state_dict, key)``; the key is None for a bare state dict.
 
     Raises:
-        UserError: ``key`` is not there or holds no weights, or nothing in the checkpoint does.
+        UserError: the checkpoint has no weights under ``key``, or without one, under any known key.
     """
     program = self_supervised(checkpoint)
     if program:
@@ -174,7 +175,7 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     there = ", ".join(map(str, holders)) or "none"
     if key is not None:
         if key not in holders:
-            raise UserError(f"the checkpoint has no weights under {key!r}; keys that have: {there}")
+            raise UserError(f"the checkpoint has no weights under {key!r}; keys with weights: {there}")
         return clean_state_dict(checkpoint[key]), key
     for name in WEIGHT_KEYS:
         if name in holders:
@@ -182,25 +183,25 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     if _is_state_dict(checkpoint):
         return clean_state_dict(dict(checkpoint)), None
     raise UserError(
-        f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; name another key, those with "
-        f"weights: {there}; all keys: {_shorten(checkpoint)}"
+        f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; give another key. "
+        f"Keys with weights: {there}; all keys: {_shorten(checkpoint)}"
     )
 
 
 def is_own(checkpoint: Mapping) -> bool:
-    """Whether this program's main.py wrote the checkpoint."""
+    """Whether main.py of this program wrote the checkpoint."""
     args = checkpoint.get("args")
     return isinstance(args, Mapping) and "last_block" in args and "data" in checkpoint
 
 
 def own_key(checkpoint: Mapping) -> str:
-    """The weights whose results a run of this program reported; before its first evaluation, the model's."""
-    model, *_ = checkpoint.get("weight_names", ("model",))  # older checkpoints are of classification
+    """The key of the weights that a run of this program reported; before its first evaluation, the model's."""
+    model, *_ = checkpoint.get("weight_names", ("model",))  # older checkpoints have no such entry
     return (checkpoint.get("best") or {}).get("weights", model)
 
 
 def self_supervised(checkpoint: Mapping) -> SelfSupervised | None:
-    """The self-supervised training program that wrote the checkpoint; None: no such one."""
+    """The self-supervised training program that wrote the checkpoint; None if none did."""
     if "model" in checkpoint or is_own(checkpoint):
         return None
     return next((program for program in SELF_SUPERVISED if program.holds(checkpoint)), None)
@@ -210,16 +211,16 @@ def _is_state_dict(value) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
 
 
-# A block's number, after the name of its stage: blocks.11 (ViT, T2T-ViT), block4.2 (PVT), stage2.blocks.9 (CvT),
+# Stage and number of a block: blocks.11 (ViT, T2T-ViT), block4.2 (PVT), stage2.blocks.9 (CvT),
 # layers.3.blocks.1 (Swin).
 BLOCK = re.compile(r"((?:stage\d+\.|layers\.\d+\.)?blocks?\d*)\.(\d+)\.")
 
 
 def last_block_of(source: str | Path | Mapping, key: str | None = None) -> str | None:
-    """The kind of last block that a checkpoint's weights were trained with (`models_sar.LAST_BLOCKS`).
+    """The kind of last block (`models_sar.LAST_BLOCKS`) that a checkpoint's weights were trained with.
 
-    This program's checkpoints say it. Of other files only the second LayerNorm is seen: with it the block is
-    taken for ``standard``, without it for ``sar`` (the released code's `nosn`). None: no weights of a model here.
+    Checkpoints of this program hold it. In other files the second LayerNorm decides: with it the block is ``standard``,
+    without it ``sar`` (the released code's `nosn`). None if there are no weights of a model.
 
     Args:
         source: a file, or a checkpoint already read.
@@ -238,29 +239,31 @@ def last_block_of(source: str | Path | Mapping, key: str | None = None) -> str |
 
 
 def num_blocks(state: Mapping[str, Tensor]) -> int:
-    """Depth of the ViT whose weights these are; 0: no ViT's."""
+    """The depth of the ViT that the weights belong to; 0 if they are not a ViT's."""
     return max((int(name.split(".")[1]) + 1 for name in state if re.match(r"blocks\.\d+\.", name)), default=0)
 
 
-# Heads of the field's ViTs by their width. MoCo-v3's have 12 at every width, and its ViT-S is as wide as DeiT's: the
-# same weights fit both, and mean something else.
+# Number of heads of ViTs by width. MoCo-v3's have 12 at every width. Its ViT-S is as wide as DeiT's, so its weights
+# would load into DeiT's model, but with other heads.
 HEADS = {192: 3, 384: 6, 768: 12}
 MOCO_HEADS = 12
 
 
 def num_heads_of(checkpoint: Mapping, key: str | None = None) -> int | None:
-    """The number of heads of a ViT's checkpoint, as far as the file tells it.
+    """The number of heads of a ViT's checkpoint; None if it is not a ViT, or cannot be known from the file.
 
-    Told by the arguments (this program's), by the layout (DINO's, MoCo-v3's), by positions that are MoCo-v3's fixed
-    sines and cosines, which its derivatives keep, by the width where all known ViTs of it are alike. A ViT-S in DeiT's
-    own layout, with a classifier, is DeiT's. None: no ViT, or one that must be asked for.
+    The number is known from the arguments (this program), from the format (DINO, MoCo-v3), from MoCo-v3's fixed sine
+    and cosine position embedding, which fine-tuned models keep, or from the width. A ViT-S is ambiguous by its width:
+    it is DeiT's if it has a classifier under DeiT's keys.
 
     Args:
         checkpoint, key: see `select_weights`, also for errors.
     """
+    # 1. from the arguments
     args = checkpoint.get("args")
     if isinstance(args, Mapping) and "model_kwargs" in args and "num_heads" in args["model_kwargs"]:
         return args["model_kwargs"]["num_heads"]
+    # 2. from the format and the position embedding
     program = self_supervised(checkpoint)
     state, key = select_weights(checkpoint, key)
     if "cls_token" not in state or "pos_embed" not in state or not num_blocks(state):
@@ -268,17 +271,18 @@ def num_heads_of(checkpoint: Mapping, key: str | None = None) -> int | None:
     width = state["cls_token"].shape[-1]
     if (program and program.name == "MoCo-v3") or has_moco_positions(state):
         return MOCO_HEADS
-    told = (
+    # 3. from the width
+    known = (
         program
         or isinstance(args, Mapping)
         or width != 384
         or (key in ("model", "model_ema") and "head.weight" in state)
     )
-    return HEADS.get(width) if told else None
+    return HEADS.get(width) if known else None
 
 
 def has_moco_positions(state: Mapping[str, Tensor]) -> bool:
-    """Whether the positions are the fixed sines and cosines of MoCo-v3, with zeros for [CLS]."""
+    """Whether the position embedding is MoCo-v3's fixed sines and cosines, with zeros for [CLS]."""
     positions = state["pos_embed"]
     _, tokens, width = positions.shape
     side = math.isqrt(tokens - 1)
@@ -293,21 +297,21 @@ def load_weights(
 ) -> list[str]:
     """Load a checkpoint of timm, DeiT, the released SAR code or this program into ``model``.
 
-    A head with another number of classes is dropped (the model keeps its own fresh one); in a ViT, position
-    embedding and patch embedding of another grid are resampled by timm. Nothing else may differ.
+    A head with another number of classes is dropped, and the model keeps its own. In a ViT, position embedding and
+    patch embedding of another grid are resampled by timm. Nothing else may differ.
 
     Args:
-        model: any of this program's models or timm's ViTs; changed in place.
+        model: a model of this program, or a ViT of timm; changed in place.
         source: a file, or a checkpoint already read.
         key: see `select_weights`.
-        keep_head: a head that does not fit is an error (evaluation), not dropped (fine-tuning).
+        keep_head: for evaluation: a head that does not fit is an error.
 
     Returns:
-        One line for each adaptation, to be logged; empty if the weights fitted as they were.
+        One line for each adaptation, to be logged; empty if there was none.
 
     Raises:
-        UserError: the file cannot be used (`read_checkpoint`, `select_weights`), or keys are missing,
-            unexpected or of another shape; the model is unchanged then.
+        UserError: the file cannot be used (`read_checkpoint`, `select_weights`), or weights are missing, unexpected or
+            of another shape. The model is not changed then.
     """
     checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
     state, _ = select_weights(checkpoint, key)
@@ -322,20 +326,20 @@ def load_weights(
 
 
 def _compare_heads(heads: int | None, model: nn.Module) -> list[str]:
-    """A word where a ViT has not as many heads as the weights were trained with: they fit all the same."""
+    """A note if a ViT has another number of heads than the weights were trained with, as they load all the same."""
     own = model.blocks[0].attn.num_heads if isinstance(model, VisionTransformer) else None
     if None in (heads, own) or heads == own:
         return []
-    return [f"trained with {heads} heads by all that is known, the model has {own}: --model-kwargs num_heads={heads}"]
+    return [f"apparently trained with {heads} heads, but the model has {own}: use --model-kwargs num_heads={heads}"]
 
 
-# Weights that belong to a patch size or a grid.
-OF_THE_GRID = re.compile(r"^pos_embed\d?$|^patch_embed\.proj\.weight$|relative_position_bias_table$")
+# Weights that depend on the patch size or the grid.
+GRID_WEIGHTS = re.compile(r"^pos_embed\d?$|^patch_embed\.proj\.weight$|relative_position_bias_table$")
 
 
 def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """Position embedding and patch embedding resampled to the model's grid and patch size."""
-    # timm's convention: what has to be done to weights for a model is in its module
+    """Resample position embedding and patch embedding to the model's grid and patch size; returns notes."""
+    # 1. timm's convention: a function of this name in the model's module adapts weights
     modules = [sys.modules[kind.__module__] for kind in type(model).mro()]
     fit = next((module.checkpoint_filter_fn for module in modules if hasattr(module, "checkpoint_filter_fn")), None)
     if fit is None:
@@ -343,18 +347,19 @@ def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
     try:
         fitted = fit(state, model)
     except (RuntimeError, ValueError):
-        return state, []  # not resampled, so `_check_fit` names what has another shape
+        return state, []  # not resampled, so `_check_fit` reports the shapes
+    # 2. which weights were resampled
     notes = []
-    for name in filter(OF_THE_GRID.search, state.keys() & fitted.keys()):
+    for name in filter(GRID_WEIGHTS.search, state.keys() & fitted.keys()):
         if state[name].shape == fitted[name].shape:
-            fitted[name] = state[name]  # timm may guess a square source grid where ours fits as it is
+            fitted[name] = state[name]  # timm may assume a square grid although these weights fit
         else:
             notes.append(f"{name}: {_shape(state[name])} -> {_shape(fitted[name])}, resampled")
     return fitted, sorted(notes)
 
 
 def _fit_head(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The classifier's weights replaced by the model's own where the number of classes differs."""
+    """Replace the classifier's weights by the model's own if the number of classes differs; returns notes."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     notes = []
     for name in (names,) if isinstance(names, str) else names:
@@ -364,9 +369,9 @@ def _fit_head(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
         if old == new:
             continue
         if old is None:
-            notes.append(f"{name}: the checkpoint has none, the {new} classes start from scratch")
+            notes.append(f"{name}: not in the checkpoint, initialised for {new} classes")
         elif new is None:
-            notes.append(f"{name}: {old} classes, dropped, the model has none")
+            notes.append(f"{name}: dropped ({old} classes), as the model has none")
         else:
             notes.append(f"{name}: {old} -> {new} classes, dropped and re-initialised")
         state = {k: v for k, v in state.items() if k not in keys} | own
@@ -374,6 +379,7 @@ def _fit_head(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
 
 
 def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise a `UserError` that lists missing and unexpected weights and other shapes."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
@@ -389,22 +395,24 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
 
 
 def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model: nn.Module) -> str:
-    """The mend for the two likely mistakes: another kind of last block (Eq. 1-2, 10-11), an oblong grid."""
+    """What to change for likely causes: another last block (Eq. 1-2, 10-11), a distilled DeiT, an oblong grid."""
     for keys, kind in ((unexpected, "standard"), (missing, "sar")):
         last_norms = {k.rpartition(".")[0] for k in keys if ".norm2." in k}
         if len(last_norms) == 1 and hasattr(model, "last_block"):
-            return f". The checkpoint's last block is of the {kind!r} kind: give --last-block {kind}"
+            return f". The checkpoint has the last block {kind!r}: use --last-block {kind}"
     if "dist_token" in unexpected:
-        return ". They are a distilled DeiT's, which has no twin here: take the model without distillation"
+        return ". They are a distilled DeiT's, which is not supported: use the model without distillation"
     if [k.partition(" ")[0] for k in reshaped] == ["pos_embed"]:
-        return ". Only a square grid is resampled: build the model with the checkpoint's image and patch size"
+        return ". Only square grids are resampled: use the checkpoint's image and patch size"
     return ""
 
 
 def _shape(tensor: Tensor | None) -> str:
+    """The shape in words, such as 1x197x384."""
     return "none" if tensor is None else "x".join(map(str, tensor.shape))
 
 
 def _shorten(names, limit: int = 12) -> str:
+    """A list of names in words, cut after ``limit`` of them."""
     names = list(map(str, names))
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,7 +1,7 @@
-"""The models by name, and how one is built.
+"""Models by name, and the function that builds them.
 
-A model is one line of `FAMILIES`. Its module registers it with timm when it is imported, which `build_model` does; the
-ViTs' is ``models_sar``. Nothing slow is imported before that, so a command line can list the names at once.
+A model is one line of `FAMILIES`. Its module, ``models_sar`` for the ViTs, registers it with timm when `build_model`
+imports it. Torch is not imported before, so a command line can list the names at once.
 """
 
 import importlib
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one module.
+    """The models of one module.
 
     Attributes:
-        module: registers them with timm.
-        names: of the baselines; each also exists with ``_sar``.
-        patch_size: px between two patches (of a pyramid, in its first stage).
-        query: whose similarity S is, by default (``last_block`` aside): ``cls``, or ``mean`` without a class token.
+        module: the module that registers the models with timm.
+        names: the baselines; each also exists with ``_sar``.
+        patch_size: stride of the patches in px, in pyramids that of the first stage.
+        query: default query of the similarity S: ``cls``, or ``mean`` for models without a [CLS] token.
     """
 
     module: str
@@ -47,15 +47,16 @@ MODELS: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What a model is built from.
+    """The settings of a model.
 
     Attributes:
         name: a key of `MODELS`.
-        num_classes: 0 for none.
+        num_classes: size of the classifier; 0 for a model without one.
         input_size, patch_size: px.
         last_block, similarity, similarity_query: see `models_sar.LastBlock.attach`.
-        drop: dropout of the tokens' projections; ``drop_path``: stochastic depth.
-        sizes: other sizes by timm's names (``embed_dim``, ``depth``, ...).
+        drop: dropout rate of the projections in attention and MLP.
+        drop_path: rate of stochastic depth.
+        sizes: further arguments by timm's names, such as ``embed_dim`` and ``depth``.
     """
 
     name: str
@@ -80,16 +81,18 @@ def register(name: str) -> None:
 
 
 def build_model(settings: ModelSettings, device: "torch.device", seed: int = 0) -> "tuple[nn.Module, tuple[int, int]]":
-    """The model of these settings on ``device``, in evaluation mode, and the grid ``(h, w)`` of its similarity maps.
+    """Build a model on ``device``, in evaluation mode; returns it and the grid ``(h, w)`` of its similarity maps.
 
-    It has been tried on two black images. Its weights are drawn from ``seed``; torch's generator goes on from there.
+    The weights are drawn from torch's global generator, which is seeded with ``seed`` and not reset afterwards. A
+    forward pass of two black images checks the sizes.
 
     Raises:
-        UserError: sizes that make no model, or none that gives similarity maps.
+        UserError: the sizes give no working model, or one without similarity maps.
     """
     import timm
     import torch
 
+    # 1. build
     register(settings.name)
     torch.manual_seed(seed)
     try:
@@ -106,10 +109,11 @@ def build_model(settings: ModelSettings, device: "torch.device", seed: int = 0) 
             **settings.sizes,
         )
         model.to(device)
+        # 2. check by a forward pass
         with torch.inference_mode():
             black = torch.zeros(2, 3, settings.input_size, settings.input_size, device=device)
             _, similarity = model.eval()(black, return_similarity=True)
-    except Exception as error:  # whatever a size that makes no sense trips over
+    except Exception as error:  # an impossible size raises errors of many types
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{settings}: {reason}") from error
     return model, tuple(similarity.shape[-2:])

@@ -1,8 +1,10 @@
 """CvT (Convolutional vision Transformer, H. Wu et al., 2021) in timm's registry: ``cvt_13``, ``cvt_13_sar``.
 
-Three stages; queries, keys and values come from depthwise convolutions, those of keys and values with stride 2, so
-that S in the last stage is 7 x 7 for 14 x 14 patches at 224 px. [CLS] enters the last stage and skips the
-convolutions; there are no positions. The names of the weights are the official release's.
+There are three stages. Queries, keys and values come from depthwise convolutions; those of keys and values have
+stride 2. So S in the last stage is 7 x 7 for 14 x 14 patches at 224 px. [CLS] enters the last stage and skips the
+convolutions. There are no positions. The names of the weights are those of the official release.
+
+TorchScript compiles the blocks, so their changes of shape are torch's own and not einops'.
 """
 
 from collections import OrderedDict
@@ -25,21 +27,24 @@ PATCH_SIZE = 4
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in at least float32, also under autocast (which lowers no norm) or with weights of less."""
+    """LayerNorm computed in at least float32, also where tokens or weights have a lower precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         return precise_norm(x, self.weight, self.bias, self.eps)
 
 
-@torch.fx.wrap  # the type of the tokens decides, in each pass and not as FX traces it
+@torch.fx.wrap  # so that each pass, and not the tracing, reads the type of the tokens
 def precise_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`LayerNorm` over the last axis."""
+    """`LayerNorm` over the last axis of ``x``, in the type of ``x``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
 class ConvEmbed(nn.Module):
-    """A stage's patches: a convolution of overlapping windows, and a LayerNorm; ``(B, C, h, w)`` to tokens and grid."""
+    """A stage's patches: a convolution of overlapping windows, and a LayerNorm.
+
+    ``forward(x (B, C, height, width))`` -> tokens ``(B, h * w, dim)`` and their grid ``(h, w)``.
+    """
 
     def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int):
         super().__init__()
@@ -52,7 +57,7 @@ class ConvEmbed(nn.Module):
 
 
 class ConvAttention(nn.Module):
-    """Weights of CvT's attention; scores are scaled by the root of all channels, not of a head's."""
+    """Weights of CvT's attention. Scores are divided by the root of all channels, not of those of a head."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, stride_kv: int):
         super().__init__()
@@ -66,7 +71,7 @@ class ConvAttention(nn.Module):
 
 
 def beside(cls: Tensor, patches: Tensor) -> Tensor:
-    """[CLS] ``(B, 1 or 0, C)`` and after it the patches of a map ``(B, C, h, w)``."""
+    """Tokens ``(B, N, C)``: [CLS], ``(B, 1 or 0, C)``, and then the patches of a map ``(B, C, h, w)``."""
     return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -77,8 +82,11 @@ class CvTBlock(PyramidBlock):
         return self.heads(self.attn.proj_q(y))
 
     def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """See `LastBlock.project`. All queries are computed, also where one is wanted: the running statistics of their
-        BatchNorm come from all patches, and in training every weight must get a gradient."""
+        """See `LastBlock.project`; all queries are computed, also with ``one_query``.
+
+        The running statistics of their BatchNorm come from all patches, and in training every weight must get a
+        gradient.
+        """
         attn = self.attn
         h, w = grid
         cls, patches = y[:, : -h * w], as_map(y, grid)
@@ -119,10 +127,15 @@ class CvT(PyramidTransformer):
 
     Args:
         last_block, similarity, similarity_query: see `models_sar.LastBlock.attach`.
-        img_size: of no consequence: there are no positions.
-        patch_size: px between two patches of the first stage; the other stages halve the grid.
-        drop_path_rate: of the last stage's last block, linear over that stage from 0; the others have none.
+        img_size: without effect, as there are no positions.
+        patch_size: px between two patches of the first stage. Each further stage halves the grid.
+        patch_sizes, patch_paddings: kernel and padding of each stage's embedding.
+        stride_kv: of the convolutions of keys and values.
+        drop_path_rate: of the last block; the rates rise linearly from 0 over the last stage. Other stages have none.
         device, dtype: of the weights.
+
+    Raises:
+        ValueError: the sizes make no pyramid (`models.pyramid.check_stages`).
     """
 
     def __init__(
@@ -162,6 +175,8 @@ class CvT(PyramidTransformer):
         reductions = [patch_size * 2**stage for stage in range(len(depths))]
         super().__init__(in_chans, num_classes, global_pool, embed_dims, reductions, LayerNorm, drop_rate)
         self.last_block = last_block
+
+        # The stages, under their official names.
         for stage, dim in enumerate(embed_dims):
             last = stage == len(depths) - 1
             rates = calculate_drop_path_rates(drop_path_rate if last else 0.0, depths[stage])
@@ -181,6 +196,8 @@ class CvT(PyramidTransformer):
             )
             cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if last else None
             setattr(self, f"stage{stage}", Stage(embed, blocks, cls_token))
+
+        # Initial weights, and the last block of Table 1(b).
         trunc_normal_(cls_token, std=0.02)
         self.apply(init_linear)
         self.last().attach(last_block, similarity, similarity_query)
@@ -193,7 +210,7 @@ class CvT(PyramidTransformer):
         delattr(self, f"stage{stage}")
 
     def recompute(self, block: nn.Module, *args, **kwargs):
-        """See `SimilarityModel.recompute`; the running statistics of the block count a batch once."""
+        """See `SimilarityModel.recompute`; a batch enters the block's running statistics only once."""
         return super().recompute(block, *args, context_fn=lambda: (nullcontext(), uncounted(block)), **kwargs)
 
     def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -216,7 +233,7 @@ class CvT(PyramidTransformer):
 
 @contextmanager
 def uncounted(block: nn.Module) -> Iterator[None]:
-    """Within it, the block's BatchNorms leave their running statistics as they are."""
+    """A context in which the block's BatchNorms keep their running statistics as they are."""
     norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
@@ -230,7 +247,7 @@ def uncounted(block: nn.Module) -> Iterator[None]:
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: CvT) -> dict[str, Tensor]:
-    """Weights as they are for every grid: there are no positions."""
+    """Weights fit every grid unchanged, as there are no positions."""
     return state
 
 

@@ -1,7 +1,7 @@
 """PVT v1 (Pyramid Vision Transformer, W. Wang et al., 2021) in timm's registry: ``pvt_small``, ``pvt_small_sar``.
 
-Four stages; keys and values of the first three are of a coarser grid; [CLS] enters the last stage, where SAR's S is
-7 x 7 for 224 px. The names of the weights are the official release's.
+There are four stages. In the first three, keys and values come from a coarser grid. [CLS] enters the last stage, where
+S is 7 x 7 at 224 px. The names of the weights are those of the official release.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ PATCH_SIZE = 4
 
 
 class ReducedAttention(nn.Module):
-    """Weights of PVT's attention: keys and values of patches that ``sr_ratio x sr_ratio`` others were merged into."""
+    """Weights of PVT's attention. Keys and values come from patches merged ``sr_ratio x sr_ratio`` to one."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, sr_ratio: int):
         super().__init__()
@@ -52,7 +52,13 @@ class PVTBlock(PyramidBlock):
 
 
 def make_blocks(rates: list[float], of_attention: tuple, of_block: tuple) -> nn.ModuleList:
-    """A stage's blocks, one for each rate of stochastic depth, from the arguments of attention and block."""
+    """A stage's blocks, one per rate of stochastic depth.
+
+    Args:
+        rates: of stochastic depth.
+        of_attention: arguments of `ReducedAttention`.
+        of_block: arguments of `PVTBlock` between the attention and the rate.
+    """
     return nn.ModuleList(PVTBlock(ReducedAttention(*of_attention), *of_block, rate) for rate in rates)
 
 
@@ -61,8 +67,15 @@ class PVT(PyramidTransformer):
 
     Args:
         last_block, similarity, similarity_query: see `models_sar.LastBlock.attach`.
-        img_size: px; the learned positions are of its grids, and interpolated (bilinearly, as officially) for others.
+        img_size: px, a multiple of the last stage's patch. The learned positions belong to its grids. For images of
+            another size they are interpolated bilinearly, as in the official release.
+        patch_size: px between two patches of the first stage. Each further stage halves the grid.
+        sr_ratios: patches that are merged to one key, along a side, in each stage.
+        drop_path_rate: of the last block; the rates rise linearly from 0 over all blocks.
         device, dtype: of the weights.
+
+    Raises:
+        ValueError: the sizes make no pyramid (`models.pyramid.check_stages`), or ``img_size`` is no multiple.
     """
 
     def __init__(
@@ -92,6 +105,8 @@ class PVT(PyramidTransformer):
         check_stages(
             embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
         )
+
+        # What all stages share.
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         reductions = [patch_size * 2**stage for stage in range(len(depths))]
         super().__init__(in_chans, num_classes, global_pool, embed_dims, reductions, norm_layer, drop_rate)
@@ -101,6 +116,8 @@ class PVT(PyramidTransformer):
         sides = (height, width)
         if height % reductions[-1] or width % reductions[-1]:
             raise ValueError(f"img_size={img_size}: {len(depths)} stages need a multiple of {reductions[-1]} px")
+
+        # The stages: patches, positions and blocks under their official names.
         for stage, dim in enumerate(embed_dims):
             step = patch_size if stage == 0 else 2
             channels = in_chans if stage == 0 else embed_dims[stage - 1]
@@ -118,6 +135,8 @@ class PVT(PyramidTransformer):
             for name, part in (("patch_embed", embed), ("pos_embed", positions), ("block", blocks)):
                 setattr(self, f"{name}{stage + 1}", part)
             trunc_normal_(positions, std=0.02)
+
+        # [CLS], and the last block of Table 1(b).
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims[-1]))
         trunc_normal_(self.cls_token, std=0.02)
@@ -140,8 +159,16 @@ class PVT(PyramidTransformer):
         return self.place(stage, embed(x), positions, embed.grid_size, grid), grid
 
     def place(self, stage: int, x: Tensor, positions: Tensor, known: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """Patches ``x`` of a ``grid`` and their positions, learned for the grid ``known``; [CLS] in the last stage."""
-        if hasattr(self, "cls_token") and stage == self.last_stage:  # pruning takes it away
+        """Add the positions to a stage's patches, and [CLS] before them in the last stage.
+
+        Args:
+            stage: counted from 0.
+            x: patches ``(B, h * w, C)``.
+            positions: ``(1, N, C)``, learned for the grid ``known``.
+            known: grid of the positions.
+            grid: ``(h, w)`` of the patches.
+        """
+        if hasattr(self, "cls_token") and stage == self.last_stage:  # pruning deletes it
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x + resized(positions, known, grid))
 
@@ -176,9 +203,9 @@ class PVT(PyramidTransformer):
         return {"cls_token"}
 
 
-@torch.fx.wrap  # whether the grids are equal is decided in each pass, not as FX traces it
+@torch.fx.wrap  # so that each pass, and not the tracing, decides whether the grids are equal
 def resized(positions: Tensor, known: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Positions ``(1, N, C)``, the patches' last, interpolated bilinearly from the grid ``known`` to another."""
+    """Positions ``(1, N, C)`` interpolated bilinearly from the grid ``known`` to ``grid``; the patches' come last."""
     if grid == known:
         return positions
     h, w = known
@@ -187,7 +214,7 @@ def resized(positions: Tensor, known: tuple[int, int], grid: tuple[int, int]) ->
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: PVT) -> dict[str, Tensor]:
-    """Weights for another grid: the learned positions of each stage resampled by timm."""
+    """Fit weights to the model's grid: timm resamples the learned positions of each stage."""
     fitted = dict(state)
     for stage in range(model.num_stages):
         name, grid = f"pos_embed{stage + 1}", getattr(model, f"patch_embed{stage + 1}").grid_size

@@ -1,6 +1,9 @@
-"""What PVT and CvT share: stages of blocks on ever coarser grids, [CLS] in the last stage, SAR in its last block.
+"""The common parts of PVT and CvT: stages of blocks on ever coarser grids.
 
-A stage embeds patches of the map before it and runs its blocks. See ``models_sar.py`` for the interface of all models.
+A stage embeds patches of the map before it and runs its blocks. [CLS] enters the last stage, and SAR is in its last
+block. ``models_sar.py`` holds the interface of all models.
+
+TorchScript compiles the blocks and `as_map`, so their changes of shape are torch's own and not einops'.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,12 @@ MOST_STAGES = 4
 
 
 def check_stages(**sizes) -> None:
-    """Raise a ``ValueError`` unless all sizes are of equally many stages, and heads divide channels."""
+    """Raise a ``ValueError`` unless the sizes make a pyramid.
+
+    Args:
+        sizes: tuples with one entry per stage, among them ``depths``, ``embed_dims`` and ``num_heads``. They have
+            equal lengths, at most `MOST_STAGES`. Every stage has a block, and its heads divide its channels.
+    """
     if len({len(values) for values in sizes.values()}) > 1:
         listed = ", ".join(f"{name} {len(values)}" for name, values in sizes.items())
         raise ValueError(f"sizes are of different numbers of stages ({listed}); give each as many")
@@ -35,7 +43,7 @@ def check_stages(**sizes) -> None:
 
 
 class PyramidBlock(LastBlock):
-    """A pre-norm block of a stage; ``forward`` knows the grid of its patches. The last block of a model is one, too."""
+    """A pre-norm block of a stage, the last block of a model included. ``forward`` gets the grid of the patches."""
 
     def __init__(
         self, attn: nn.Module, dim: int, mlp_ratio: float, norm_layer, act_layer, proj_drop: float, drop_path: float
@@ -50,7 +58,10 @@ class PyramidBlock(LastBlock):
         self.attach("standard")
 
     def forward(self, x: Tensor, grid: tuple[int, int], one_query: bool | None = None, similarity: bool = False):
-        """Tokens ``(B, N, C)`` to tokens; with ``one_query`` True or False: `LastBlock.with_similarity`."""
+        """Tokens ``(B, N, C)`` to tokens ``(B, N, C)``.
+
+        If ``one_query`` is True or False, the result is that of `LastBlock.with_similarity`.
+        """
         if not torch.jit.is_scripting() and one_query is not None:
             return self.with_similarity(x, one_query, grid, similarity)
         q, k, v = self.project(self.norm1(x), False, grid)
@@ -62,10 +73,19 @@ class PyramidBlock(LastBlock):
 
 
 class PyramidTransformer(SimilarityModel):
-    """Base of the pyramids; a class says how a stage embeds, and which blocks it has.
+    """Base class of the pyramids. A subclass defines how a stage embeds patches, and which blocks it has.
 
     Args:
-        embed_dims: channels of the stages; ``reductions``: pixels a patch of theirs.
+        in_chans: channels of the images.
+        num_classes: 0 for no classifier.
+        global_pool: ``"token"``, the classifier reads [CLS], or ``"avg"``, the mean of the patches.
+        embed_dims: channels of each stage.
+        reductions: px of the image between two patches of each stage.
+        norm_layer: makes the final norm, of a width.
+        drop_rate: dropout before the classifier.
+
+    Raises:
+        ValueError: ``global_pool`` is unknown.
     """
 
     def __init__(
@@ -93,7 +113,12 @@ class PyramidTransformer(SimilarityModel):
         self.head = nn.Linear(embed_dims[-1], num_classes) if num_classes > 0 else nn.Identity()
 
     def embed(self, stage: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens ``(B, N, C)`` of a stage's patches, [CLS] first in the last one, and their grid."""
+        """Tokens ``(B, N, C)`` of a stage's patches and their grid ``(h, w)``; in the last stage [CLS] comes first.
+
+        Args:
+            stage: counted from 0.
+            x: the images, or the map ``(B, C, h, w)`` of the stage before.
+        """
         raise NotImplementedError
 
     def blocks_of(self, stage: int) -> nn.ModuleList:
@@ -130,14 +155,15 @@ class PyramidTransformer(SimilarityModel):
         return self.norm(x)
 
     def written_out(self, images: Tensor) -> Tensor:
-        """All tokens of the last stage before the final norm, for TorchScript, which looks up no computed names.
+        """All tokens of the last stage before the final norm, ``(B, N, C)``, for TorchScript.
 
-        Each of `MOST_STAGES` is written out; TorchScript decides as it compiles which of them are there.
+        TorchScript looks up no computed names, so a subclass writes out each of `MOST_STAGES`. TorchScript decides
+        at compile time which of them exist.
         """
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (the features before the classifier if ``pre_logits``) of normalised tokens."""
+        """Logits of normalised tokens ``(B, N, C)``, or the features before the classifier if ``pre_logits``."""
         x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
         return x if pre_logits else self.head(x)
 
@@ -150,9 +176,25 @@ class PyramidTransformer(SimilarityModel):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """timm's: the maps ``(B, C, h, w)`` after the stages ``indices``, after the last tokens unless alone."""
+        """timm's ``forward_intermediates``: the maps after chosen stages.
+
+        Args:
+            x: images.
+            indices: stages, or the number of last stages; all if None.
+            norm: apply the final norm to the map of the last stage.
+            stop_early: compute no stage after the last of ``indices``.
+            output_fmt: ``"NCHW"`` only.
+            intermediates_only: return the maps alone.
+
+        Returns:
+            The maps, a list of ``(B, C, h, w)``, or ``(last tokens (B, N, C), maps)``.
+
+        Raises:
+            ValueError: ``output_fmt`` is another one.
+        """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: a pyramid's maps are NCHW")
+        # The stages, one after the other.
         take, last = feature_take_indices(self.num_stages, indices)
         maps = []
         for stage in range(last + 1 if stop_early else self.num_stages):
@@ -163,6 +205,7 @@ class PyramidTransformer(SimilarityModel):
             x = as_map(tokens, grid)
             if stage in take:
                 maps.append(x)
+        # What timm returns beside the maps: the last tokens, normalised once.
         if intermediates_only:
             return maps
         return (self.norm(tokens) if final and not norm else tokens), maps
@@ -170,7 +213,7 @@ class PyramidTransformer(SimilarityModel):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's: drop the stages behind the last of ``indices``."""
+        """timm's ``prune_intermediate_layers``: drop the stages after the last of ``indices``; returns the stages."""
         take, last = feature_take_indices(self.num_stages, indices)
         for stage in range(last + 1, self.num_stages):
             self.drop_stage(stage)
@@ -182,7 +225,7 @@ class PyramidTransformer(SimilarityModel):
         return take
 
     def drop_stage(self, stage: int) -> None:
-        """Take a stage's modules away."""
+        """Delete the modules of a stage."""
         raise NotImplementedError
 
     @torch.jit.ignore
@@ -194,7 +237,11 @@ class PyramidTransformer(SimilarityModel):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier (none for 0)."""
+        """Replace the classifier; ``num_classes=0`` removes it.
+
+        Raises:
+            ValueError: ``global_pool`` is unknown.
+        """
         if global_pool is not None:
             check_choice("global_pool", global_pool, ("", *POOLS))  # timm says "" where it takes the head away
             self.global_pool = global_pool
@@ -204,13 +251,13 @@ class PyramidTransformer(SimilarityModel):
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The patches of ``(B, N, C)``, all behind the prefix, as ``(B, C, h, w)``."""
+    """The patches of tokens ``(B, N, C)``, which follow the prefix, as a map ``(B, C, h, w)``."""
     h, w = grid
     return tokens[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
 
 
 def init_linear(module: nn.Module) -> None:
-    """Both pyramids': truncated normal weights of deviation 0.02, no bias."""
+    """Initialise a linear layer as both official releases do: truncated normal of deviation 0.02, bias 0."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

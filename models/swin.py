@@ -1,11 +1,13 @@
 """Swin-T (Z. Liu et al., 2021) with SAR, in timm's registry: ``swin_tiny``, ``swin_tiny_sar``.
 
-Swin has no [CLS]: the query of S is that of the mean of the normalised tokens, which the paper leaves for later. The
-last stage's one window is the whole 7 x 7 map at 224 px; S leaves out the relative-position bias: it knows no content.
+Swin has no [CLS]. The query of S is that of the mean of the normalised tokens, which the paper leaves for later.
+At 224 px the last stage has one window, the whole 7 x 7 map. S does not contain the relative-position bias, which
+does not depend on the image.
 """
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.models import checkpoint, register_model
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, checkpoint_filter_fn
 from torch import Tensor
@@ -19,12 +21,15 @@ PATCH_SIZE = 4
 
 
 class SwinLastBlock(LastBlock, SwinTransformerBlock):
-    """timm's block as a `LastBlock`: S and what goes with it is of one window, which must be the whole map."""
+    """timm's block as a `LastBlock`. S needs one window that is the whole map."""
 
     def forward(
         self, x: Tensor, one_query: bool | None = None, grid: tuple[int, int] | None = None, similarity: bool = False
     ):
-        """timm's, ``(B, h, w, C)`` to the same; with ``one_query`` given, tokens: `LastBlock.with_similarity`."""
+        """timm's ``SwinTransformerBlock.forward``: maps ``(B, h, w, C)`` to maps ``(B, h, w, C)``.
+
+        If ``one_query`` is True or False, ``x`` are tokens and the result is that of `LastBlock.with_similarity`.
+        """
         if not torch.jit.is_scripting() and one_query is not None:
             return self.with_similarity(x, one_query, grid, similarity)
         return self.residuals(x, self._attn(self.norm1(x)))
@@ -35,7 +40,7 @@ class SwinLastBlock(LastBlock, SwinTransformerBlock):
         """See `LastBlock.with_similarity`.
 
         Raises:
-            ValueError: the map is not one whole window.
+            ValueError: the map is not one window.
         """
         if tuple(self.window_size) != grid or any(self.shift_size):
             raise ValueError(
@@ -50,11 +55,10 @@ class SwinLastBlock(LastBlock, SwinTransformerBlock):
         qkv = self.attn.qkv
         dim = qkv.out_features // 3
         q = F.linear(y, qkv.weight[:dim], None if qkv.bias is None else qkv.bias[:dim])
-        return q.unflatten(2, (self.attn.num_heads, -1)).transpose(1, 2)
+        return rearrange(q, "B N (H D) -> B H N D", H=self.attn.num_heads)
 
     def project(self, y: Tensor, one_query: bool, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.attn.qkv(y).unflatten(2, (3, self.attn.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = rearrange(self.attn.qkv(y), "B N (qkv H D) -> qkv B H N D", qkv=3, H=self.attn.num_heads).unbind(0)
         return q, k, v
 
     def position_bias(self) -> Tensor:
@@ -62,10 +66,15 @@ class SwinLastBlock(LastBlock, SwinTransformerBlock):
 
 
 class SARSwinTransformer(SimilarityModel, SwinTransformer):
-    """timm's ``SwinTransformer`` (every keyword of it) with a `LastBlock`.
+    """timm's ``SwinTransformer``, with all its keywords, and a `LastBlock`.
 
     Args:
-        last_block, similarity: see `LastBlock.attach`; the query is always the mean's.
+        last_block, similarity: see `LastBlock.attach`.
+        similarity_query: ``"mean"``.
+        kwargs: those of timm's ``SwinTransformer``.
+
+    Raises:
+        ValueError: ``similarity_query`` is another one.
     """
 
     def __init__(self, last_block: str = "standard", similarity: str = "dot", similarity_query: str = "mean", **kwargs):
@@ -74,7 +83,7 @@ class SARSwinTransformer(SimilarityModel, SwinTransformer):
         super().__init__(**kwargs)
         self.last_block = last_block
         block = self.layers[-1].blocks[-1]
-        block.__class__ = SwinLastBlock  # timm's stage builds its blocks itself; this one knows a little more
+        block.__class__ = SwinLastBlock  # timm's stage builds its blocks itself and takes no class for them
         block.attach(last_block, similarity, similarity_query)
 
     def last(self) -> LastBlock | None:
@@ -96,10 +105,11 @@ class SARSwinTransformer(SimilarityModel, SwinTransformer):
         x = stage.downsample(x)
         for block in list(stage.blocks)[:-1]:
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        return x.flatten(1, 2), (x.shape[1], x.shape[2])
+        return rearrange(x, "B h w C -> B (h w) C"), (x.shape[1], x.shape[2])
 
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.forward_head(self.norm(x).unflatten(1, grid))
+        h, w = grid
+        return self.forward_head(rearrange(self.norm(x), "B (h w) C -> B h w C", h=h, w=w))
 
 
 SIZES = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7}

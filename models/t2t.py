@@ -1,8 +1,10 @@
 """T2T-ViT (Tokens-to-Token ViT, L. Yuan et al., 2021): ``t2t_vit_14``, ``t2t_vit_t_14``, each also with ``_sar``.
 
-Two small attention layers on overlapping windows turn the image into 14 x 14 tokens, Performers in ``t2t_vit_14`` and
-transformers in ``t2t_vit_t_14``; a ViT with fixed sinusoidal positions follows, and its last block is SAR's. The names
-of the weights are the official release's.
+Two small attention layers on overlapping windows turn an image of 224 px into 14 x 14 tokens. They are Performers in
+``t2t_vit_14`` and transformers in ``t2t_vit_t_14``. A ViT with fixed sinusoidal positions follows; its last block is
+SAR's. The names of the weights are those of the official release.
+
+TorchScript compiles the token-to-token module, so its changes of shape are torch's own and not einops'.
 """
 
 import math
@@ -11,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import Mlp, trunc_normal_
 from timm.models import checkpoint_seq, register_model
 from timm.models._input import update_model_input_size
@@ -22,14 +25,14 @@ __all__ = ["T2TViT"]
 
 PATCH_SIZE = 16
 WINDOWS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
-"""Kernel, stride and padding of the three steps; together a patch of 16 px."""
+"""Kernel, stride and padding of the three unfoldings, px; together they make a patch of 16 px."""
 
 
 class Performer(nn.Module):
     """A token-to-token layer whose attention is linear in the tokens, by random features of the softmax kernel.
 
-    ``(B, N, dim)`` to ``(B, N, token_dim)``, computed in at least float32. The skip is that of the values: the tokens
-    have another width. The features are orthogonal and stay as they were drawn.
+    ``forward(x (B, N, dim))`` -> ``(B, N, token_dim)``; the attention is computed in at least float32. The skip adds
+    the values, as the tokens have another width. The features are orthogonal and fixed after they are drawn.
     """
 
     def __init__(self, dim: int, token_dim: int, num_features: int, dropout: float = 0.1):
@@ -51,34 +54,42 @@ class Performer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
-        """Attention's output ``(B, N, token_dim)``, never forming an ``N x N`` matrix."""
+        """Output of the attention, ``(B, N, token_dim)``, without an ``N x N`` matrix."""
         return linear_attention(k, q, v, self.w)
 
 
-@torch.fx.wrap  # types and devices decide its way, in each pass and not as FX traces it
+@torch.fx.wrap  # so that each pass, and not the tracing, reads types and devices
 def linear_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """A `Performer`'s attention with the random features ``w`` of ``(num_features, token_dim)``."""
+    """The attention of a `Performer`.
+
+    Args:
+        k, q, v: ``(B, N, token_dim)``.
+        w: random features, ``(num_features, token_dim)``.
+
+    Returns:
+        ``(B, N, token_dim)`` in at least float32.
+    """
     dtype = torch.promote_types(v.dtype, torch.float32)
     k, q, v, w = k.to(dtype), q.to(dtype), v.to(dtype), w.to(dtype)
-    if not torch.jit.is_scripting():  # which cannot turn autocast off
+    if not torch.jit.is_scripting():  # TorchScript cannot turn autocast off
         with torch.autocast(v.device.type, enabled=False) if v.device.type != "meta" else nullcontext():
             return weighted_values(features(k, w), features(q, w), v)
     return weighted_values(features(k, w), features(q, w), v)
 
 
 def features(x: Tensor, w: Tensor) -> Tensor:
-    """Positive random features ``(B, N, num_features)``: exp(w x - |x|^2 / 2) / sqrt(their number)."""
+    """Positive random features ``(B, N, num_features)``: exp(w x - |x|^2 / 2) / sqrt(num_features)."""
     return (x @ w.T - x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(len(w))
 
 
 def weighted_values(k: Tensor, q: Tensor, v: Tensor) -> Tensor:
-    """Values ``(B, N, token_dim)`` weighted by the products of positive ``q`` and ``k``, normalised."""
+    """Weighted means of the values, ``(B, N, token_dim)``; the weights are the products of positive ``q`` and ``k``."""
     sums = q @ k.sum(dim=1).unsqueeze(-1)
     return q @ (k.mT @ v) / (sums + 1e-8)
 
 
 class TokenTransformer(nn.Module):
-    """A token-to-token layer with one head of ordinary attention: ``(B, N, dim)`` to ``(B, N, token_dim)``."""
+    """A token-to-token layer with one head of softmax attention: ``(B, N, dim)`` to ``(B, N, token_dim)``."""
 
     def __init__(self, dim: int, token_dim: int):
         super().__init__()
@@ -93,7 +104,10 @@ class TokenTransformer(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """Attention of one head to another width, with a skip of the values; scores are scaled by the incoming width."""
+    """Attention of one head that changes the width from ``dim`` to ``token_dim``.
+
+    The skip adds the values. Scores are divided by the root of the incoming width.
+    """
 
     def __init__(self, dim: int, token_dim: int):
         super().__init__()
@@ -107,22 +121,44 @@ class TokenAttention(nn.Module):
 
 
 def windows_along(side: int, window: tuple[int, int, int]) -> int:
-    """How many of `WINDOWS` lie along a side of the image."""
+    """Number of windows along a side of ``side`` px; ``window`` is an entry of `WINDOWS`."""
     kernel, stride, padding = window
     return (side + 2 * padding - kernel) // stride + 1
 
 
 def unfold(x: Tensor, window: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """Overlapping windows of ``(B, C, height, width)`` as tokens ``(B, h * w, C * kernel ** 2)``, and ``(h, w)``."""
+    """Overlapping windows of a map as tokens.
+
+    Args:
+        x: ``(B, C, height, width)``.
+        window: kernel, stride and padding.
+
+    Returns:
+        Tokens ``(B, h * w, C * kernel ** 2)`` and their grid ``(h, w)``.
+    """
     kernel, stride, padding = window
     grid = windows_along(x.shape[-2], window), windows_along(x.shape[-1], window)
     return F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2), grid
 
 
 class TokensToToken(nn.Module):
-    """The image as tokens: three times overlapping windows are unfolded, twice with attention after it.
+    """The image as tokens: it unfolds overlapping windows three times, with attention after the first two.
 
-    Takes the place of timm's ``PatchEmbed`` and has what ``VisionTransformer`` gives to it and asks of it.
+    It takes the place of timm's ``PatchEmbed`` and has its interface, as far as ``VisionTransformer`` uses it.
+
+    Args:
+        img_size: px.
+        patch_size: 16.
+        in_chans: channels of the images.
+        embed_dim: width of the tokens that leave it.
+        token_dim: width of the tokens within it.
+        performer: attention of `Performer`; False for `TokenTransformer`.
+        bias: of the last projection.
+        dynamic_img_pad: timm passes it; without effect.
+        device, dtype: of the weights.
+
+    Raises:
+        ValueError: another patch size is asked for.
     """
 
     def __init__(
@@ -149,11 +185,11 @@ class TokensToToken(nn.Module):
         self.to(device, dtype)
 
     def feat_ratio(self, as_scalar: bool = True):
-        """Pixels a token."""
+        """Pixels between two tokens, as a number or as a pair."""
         return self.patch_size[0] if as_scalar else self.patch_size
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size=None) -> None:
-        """Images of another size.
+        """Set the size of the images, px, and the grid that follows from it.
 
         Raises:
             ValueError: another patch size is asked for.
@@ -182,9 +218,10 @@ class TokensToToken(nn.Module):
 
 
 def sinusoids(positions: int, dim: int) -> Tensor:
-    """The fixed positions ``(1, positions, dim)`` of the first transformers, sine and cosine in turn."""
+    """Fixed positions ``(1, positions, dim)``: sine and cosine in turn (Vaswani et al., 2017, Section 3.5)."""
     angles = torch.arange(positions)[:, None] * 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :dim].float()
+    waves = rearrange([angles.sin(), angles.cos()], "wave position pair -> 1 position (pair wave)")
+    return waves[..., :dim].float()
 
 
 class T2TViT(SARVisionTransformer):
@@ -192,11 +229,11 @@ class T2TViT(SARVisionTransformer):
 
     Args:
         token_dim: width of the tokens within the token-to-token module.
-        performer: its attention; False for ordinary one.
-        Others: see `SARVisionTransformer`.
+        performer: attention of that module: `Performer`, or `TokenTransformer` if False.
+        kwargs: those of `SARVisionTransformer`.
     """
 
-    dynamic_img_size: torch.jit.Final[bool]  # TorchScript may read the class's own annotations alone
+    dynamic_img_size: torch.jit.Final[bool]  # TorchScript may read only annotations of the class itself
     __jit_unused_properties__ = ["patch_embed"]  # noqa: RUF012 - TorchScript wants a list
 
     def __init__(self, token_dim: int = 64, performer: bool = True, norm_layer=None, **kwargs):
@@ -206,15 +243,18 @@ class T2TViT(SARVisionTransformer):
         self._modules["tokens_to_token"] = self._modules.pop("patch_embed")
         positions = sinusoids(self.pos_embed.shape[1], self.embed_dim).to(self.pos_embed)
         del self.pos_embed
-        self.register_buffer("pos_embed", positions)  # fixed: it is saved with the weights, but never trained
+        self.register_buffer("pos_embed", positions)  # saved with the weights, never trained
 
     @property
     def patch_embed(self) -> nn.Module:
-        """The token-to-token module, where timm looks for it."""
+        """The token-to-token module, under the name that timm uses."""
         return self.tokens_to_token
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """timm's, with the token-to-token module under its own name, the only one that TorchScript knows."""
+        """timm's ``forward_features``, images to normalised tokens ``(B, N, C)``.
+
+        The token-to-token module has its own name here, the only one that TorchScript knows.
+        """
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.tokens_to_token(x))))
         if attn_mask is not None or is_causal:
             for block in self.blocks:
@@ -227,7 +267,11 @@ class T2TViT(SARVisionTransformer):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None):
-        """timm's: the fixed positions are made anew for the grid; ValueError: patches of another size."""
+        """timm's ``set_input_size``; the fixed positions are computed anew for the grid.
+
+        Raises:
+            ValueError: another patch size is asked for.
+        """
         embed, before = self.tokens_to_token, self.tokens_to_token.num_patches
         embed.set_input_size(img_size, patch_size)
         count = self.pos_embed.shape[1] - before + embed.num_patches
@@ -245,7 +289,7 @@ class T2TViT(SARVisionTransformer):
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: T2TViT) -> dict[str, Tensor]:
-    """Weights for another grid: the fixed positions are the model's own."""
+    """Fit weights to the model's grid: the fixed positions are the model's own."""
     return state | {"pos_embed": model.pos_embed} if "pos_embed" in state else state
 
 
@@ -255,7 +299,7 @@ default_cfgs = imagenet_cfgs("t2t_vit_14", "t2t_vit_t_14", first_conv=(), crop_p
 
 @register_model
 def t2t_vit_14(pretrained: bool = False, **kwargs) -> T2TViT:
-    """T2T-ViT-14: 21,465,806 parameters; positions and random features are fixed, and none."""
+    """T2T-ViT-14: 21,465,806 parameters, without the fixed positions and random features."""
     return create(T2TViT, "t2t_vit_14", pretrained, 3, **SIZES | kwargs)
 
 
@@ -267,11 +311,11 @@ def t2t_vit_14_sar(pretrained: bool = False, **kwargs) -> T2TViT:
 
 @register_model
 def t2t_vit_t_14(pretrained: bool = False, **kwargs) -> T2TViT:
-    """T2T-ViT-14 with transformers in its token-to-token module: 21,465,422 parameters."""
+    """T2T-ViT-14 with `TokenTransformer` in its token-to-token module: 21,465,422 parameters."""
     return create(T2TViT, "t2t_vit_t_14", pretrained, 3, **{"performer": False} | SIZES | kwargs)
 
 
 @register_model
 def t2t_vit_t_14_sar(pretrained: bool = False, **kwargs) -> T2TViT:
-    """The same with the last block of Eq. 10-11: 768 parameters fewer."""
+    """T2T-ViT_t-14 with the last block of Eq. 10-11: 21,464,654 parameters."""
     return create(T2TViT, "t2t_vit_t_14_sar", pretrained, 3, **{"performer": False} | SIZES | kwargs)

@@ -1,8 +1,8 @@
-"""A task: what a step trains, how its loss comes about, and how the result is measured.
+"""Tasks by name. A task defines the model that is trained, its loss, and how it is evaluated.
 
-`main.py` trains any task on the one loop of `engine.py`; ``--task`` names it: a key of `TASKS`, or ``module:Class`` of
-one's own. A new task is a class derived from `Task`, in a file of its own, and a line in `TASKS`; its options are in
-``options.py``, as nothing slow may be imported to know them.
+`main.py` trains every task with the loop of `engine.py`. ``--task`` is a key of `TASKS`, or ``module:Class`` for a task
+of your own. A new task is a class derived from `Task`, in a file of its own, and one line in `TASKS`. The options of
+this program's tasks are in ``options.py``, so that ``--help`` does not import torch.
 """
 
 import argparse
@@ -22,7 +22,7 @@ TASKS = {"classify": "tasks.classify:Classification"}
 
 
 def __getattr__(name: str):
-    """`Task` and `Evaluator` are there when they are asked for: importing torch takes seconds."""
+    """Import `Task` and `Evaluator` at their first use, as importing torch takes seconds."""
     if name in ("Task", "Evaluator"):
         return getattr(importlib.import_module("tasks.task"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -32,10 +32,10 @@ def load_task(name: str) -> "type[Task]":
     """The class of a task.
 
     Args:
-        name: a key of `TASKS`, or ``module:Class``, found as Python finds modules.
+        name: a key of `TASKS`, or ``module:Class`` with a module on Python's path.
 
     Raises:
-        UserError: there is none; names the nearest.
+        UserError: there is no such task; the message names similar ones.
     """
     place = TASKS.get(name, name)
     module, colon, attribute = place.partition(":")
@@ -50,7 +50,7 @@ def load_task(name: str) -> "type[Task]":
     from tasks.task import Task
 
     if not (isinstance(task, type) and issubclass(task, Task)):
-        raise UserError(f"--task {name}: {attribute} is no tasks.Task")
+        raise UserError(f"--task {name}: {attribute} is not derived from tasks.Task")
     return task
 
 
@@ -61,6 +61,6 @@ def add_options(name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse what the task cannot work with; see `Task.check`."""
+    """Refuse arguments that the task cannot work with; see `Task.check`."""
     check = OPTIONS[args.task][1] if args.task in OPTIONS else load_task(args.task).check
     check(args)

@@ -1,4 +1,4 @@
-"""Image classification: Mixup and CutMix, cross-entropy, averaged weights; accuracy and the state of the maps."""
+"""Image classification: Mixup and CutMix, cross-entropy, averaged weights; accuracy and measures of the maps."""
 
 import argparse
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ class Classification(Task):
     """``--task classify``: DeiT's training (Tables 1 to 4, 7, 9 and 10).
 
     Args:
-        args: the command line's.
-        dataset: the training or validation images; has ``classes``.
-        device: of the model.
+        args: the arguments of the command line.
+        dataset: the training or validation images, with ``classes``.
+        device: where the model is built.
     """
 
     metric = "acc1"
@@ -33,7 +33,7 @@ class Classification(Task):
         super().__init__(args, build_task_model(args, num_classes, device), device)
         self.repeats, self.reported = 3 if args.repeated_aug else 1, args.report
         self.mixup = build_mixup(args, num_classes)
-        # Mixup's soft targets are smoothed already
+        # the soft targets of Mixup are already smoothed
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
         self.ema = (ModelEmaV3(self.model, decay=args.model_ema_decay),) if args.model_ema else ()
 
@@ -96,7 +96,7 @@ class Classification(Task):
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    """timm's Mixup and CutMix as the arguments say, or None where both are off."""
+    """timm's Mixup and CutMix with the settings of the arguments; None if both are off."""
     if not (args.mixup or args.cutmix):
         return None
     return Mixup(
@@ -104,18 +104,17 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
         cutmix_alpha=args.cutmix,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )
 
 
 class Accuracy(Evaluator):
-    """Accuracy, cross-entropy and the state of the similarity maps, each image counted once.
+    """Accuracy, cross-entropy, and spatial entropy and components of the similarity maps; each image counts once.
 
-    Batches hold ``images (B, 3, h, w)``, ``targets (B,)`` and ``replaced (B,)``; an image that could not be read is
-    left out and counted. Results: ``acc1`` and ``acc5`` (percent), ``loss``, ``spatial_entropy`` (nats, Eq. 7) and
-    ``components`` (a map) as means over the images (and heads), ``images`` and ``unreadable`` as counts.
+    Batches hold ``images (B, 3, h, w)``, ``targets (B,)`` and ``replaced (B,)``. Images that could not be read are
+    counted, and left out of all means. Results: ``acc1`` and ``acc5`` (percent), ``loss``, ``spatial_entropy`` (nats,
+    Eq. 7) and ``components`` per map, as means over images and heads; ``images`` and ``unreadable`` as counts.
     """
 
     MEANS = ("loss", "acc1", "acc5", "spatial_entropy", "components")
@@ -138,7 +137,7 @@ class Accuracy(Evaluator):
 
 
 def batch_sums(logits: Tensor, targets: Tensor, similarity: Tensor, replaced: Tensor) -> Tensor:
-    """Sums over the readable images of a batch: their number, `Accuracy.MEANS`; then the number of the others."""
+    """Sums over a batch: number of readable images, their `Accuracy.MEANS`, number of unreadable images."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     entropy, components = spatial_entropy(similarity)
     columns = torch.stack(

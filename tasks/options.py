@@ -1,4 +1,4 @@
-"""The options of this program's own tasks. Nothing slow is imported, so that ``--help`` and a typo answer at once."""
+"""The options of this program's own tasks. Torch is not imported, so that ``--help`` and errors are immediate."""
 
 import argparse
 
@@ -9,46 +9,66 @@ _count, _size, _fraction = at_least(int, 1), at_least(float, 0), at_least(float,
 
 
 def add_classify(parser: argparse.ArgumentParser) -> None:
-    """Averaged weights and augmentation; DeiT's names and values."""
+    """Add the options of averaged weights and augmentation, with DeiT's names and values."""
     add = parser.add_argument_group("averaged weights").add_argument
-    add("--model-ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights")
-    add("--model-ema-decay", type=_fraction, default=0.99996, help="decay of the average at each update")
-    add("--report", choices=("model", "ema"), default="model", help="whose accuracy picks best.pth")
+    add(
+        "--model-ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep an exponential moving average of the weights",
+    )
+    add("--model-ema-decay", type=_fraction, default=0.99996, help="decay of the averaged weights at each update")
+    add("--report", choices=("model", "ema"), default="model", help="the weights whose accuracy picks best.pth")
     add = parser.add_argument_group("augmentation").add_argument
     add(
         "--repeated-aug",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="three views of a third of the images in each epoch",
+        help="train on three augmented views of a third of the images in each epoch",
     )
-    add("--color-jitter", type=_size, default=0.4, help="only where --aa is none, as in timm")
+    add(
+        "--color-jitter",
+        type=_size,
+        default=0.4,
+        help="strength of colour jitter; only used with --aa none, as in timm",
+    )
     add(
         "--aa",
         default="rand-m9-mstd0.5-inc1",
         metavar="POLICY",
-        help="timm's name of an augmentation policy, or none",
+        help="augmentation policy by timm's name, or none",
     )
     add(
         "--train-interpolation",
         choices=("bicubic", "bilinear", "random"),
         default="bicubic",
-        help="of the crop",
+        help="interpolation of the random crop",
     )
-    add("--scale", type=_fraction, nargs=2, default=[0.08, 1.0], help="area of the random crop")
-    add("--hflip", type=_fraction, default=0.5, help="probability of a mirror image")
+    add(
+        "--scale",
+        type=_fraction,
+        nargs=2,
+        default=[0.08, 1.0],
+        help="range of the random crop's area, as a fraction of the image",
+    )
+    add("--hflip", type=_fraction, default=0.5, help="probability of a horizontal flip")
     add("--reprob", type=_fraction, default=0.25, help="probability of random erasing")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what erased parts become")
-    add("--recount", type=_count, default=1, help="erased parts of an image")
+    add(
+        "--remode",
+        choices=("const", "rand", "pixel"),
+        default="pixel",
+        help="content of erased areas: constant, one random colour, or random pixels",
+    )
+    add("--recount", type=_count, default=1, help="number of erased areas per image")
     add("--smoothing", type=_fraction, default=0.1, help="label smoothing")
     add("--mixup", type=_size, default=0.8, help="alpha of Mixup; 0 turns it off")
     add("--cutmix", type=_size, default=1.0, help="alpha of CutMix; 0 turns it off")
-    add("--mixup-prob", type=_fraction, default=1.0, help="of mixing at all")
-    add("--mixup-switch-prob", type=_fraction, default=0.5, help="of CutMix where both are on")
+    add("--mixup-prob", type=_fraction, default=1.0, help="probability that Mixup or CutMix is applied to a batch")
     add(
-        "--mixup-mode",
-        choices=("batch", "pair", "elem"),
-        default="batch",
-        help="what shares a draw; all but batch make a GPU wait",
+        "--mixup-switch-prob",
+        type=_fraction,
+        default=0.5,
+        help="probability of CutMix in place of Mixup, if both are on",
     )
 
 
@@ -56,11 +76,11 @@ def check_classify(args: argparse.Namespace) -> None:
     """See `tasks.Task.check`."""
     if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
         raise UserError(
-            f"--batch-size {args.batch_size} is odd and Mixup pairs images; use an even one, or --mixup 0 --cutmix 0"
+            f"--batch-size {args.batch_size} is odd, but Mixup pairs images; use an even one, or --mixup 0 --cutmix 0"
         )
     if args.report == "ema" and not args.model_ema:
         raise UserError("--report ema needs --model-ema")
 
 
 OPTIONS = {"classify": (add_classify, check_classify)}
-"""Of each task that this program has: what adds its options to a parser, and what checks them."""
+"""For each of this program's tasks, the functions that add its options to a parser and that check them."""

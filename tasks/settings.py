@@ -1,4 +1,4 @@
-"""Where the command line ends: from its arguments to the settings of models and data sets, for every task."""
+"""From the arguments of the command line to the settings of models and data sets, for every task."""
 
 import argparse
 
@@ -12,7 +12,7 @@ from utils import UserError
 
 
 def model_settings(args: argparse.Namespace, num_classes: int) -> ModelSettings:
-    """The arguments that describe the model."""
+    """The settings of the model that the arguments describe."""
     return ModelSettings(
         name=args.model,
         num_classes=num_classes,
@@ -28,7 +28,7 @@ def model_settings(args: argparse.Namespace, num_classes: int) -> ModelSettings:
 
 
 def split_settings(args: argparse.Namespace) -> SplitSettings:
-    """The arguments that describe the data set."""
+    """The settings of the data set that the arguments describe."""
     return SplitSettings(
         name=args.data_set,
         path=args.data_path,
@@ -45,7 +45,7 @@ def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.d
     """The model that the arguments describe, on ``device``.
 
     Raises:
-        UserError: see `models.build_model`; or maps of one patch, whose entropy is to be minimised.
+        UserError: see `models.build_model`; or the spatial entropy has a weight and the maps are a single patch.
     """
     settings = model_settings(args, num_classes)
     model, grid = build_model(settings, device, args.seed)

@@ -1,4 +1,4 @@
-"""What every task has in common: `Task`, which the loop trains, and `Evaluator`, which measures its model."""
+"""The base classes of all tasks: `Task`, which the loop trains, and `Evaluator`, which measures its model."""
 
 import argparse
 from collections.abc import Iterable, Mapping
@@ -14,46 +14,46 @@ from utils import Processes
 
 
 class Evaluator:
-    """Measures a model over a whole data set, exactly over any number of processes.
+    """Measures a model on a whole data set, with the same result for any number of processes.
 
-    ``update`` is called for every batch of this process, without gradients and under the run's autocast; processes may
+    ``update`` is called for every batch of this process, without gradients and under the run's autocast. Processes may
     have different numbers of batches. ``compute`` is called once by all processes.
     """
 
     def update(self, model: nn.Module, batch: Any) -> None:
-        """Take one batch, on the model's device, into account."""
+        """Add one batch, which is on the model's device."""
         raise NotImplementedError
 
     def compute(self, processes: Processes) -> dict[str, float]:
-        """The results over all processes, by name. None of them may be infinite or not a number."""
+        """The results over all processes, by name; all must be finite."""
         raise NotImplementedError
 
 
 class Task(nn.Module):
-    """What DistributedDataParallel and ``torch.compile`` wrap: the model and all that trains beside it.
+    """The model and the other trained modules: the module that DistributedDataParallel and ``torch.compile`` wrap.
 
-    The program makes one by ``Class(args, dataset, device)``: ``dataset`` is what `data` gave, the training images, or
-    the validation images for ``--eval``. The class hands its model on to this one's ``__init__(args, model, device)``.
+    The program builds a task by ``Class(args, dataset, device)``. ``dataset`` is the result of `data`: the training
+    images, or the validation images for ``--eval``. A class passes its model to ``Task.__init__(args, model, device)``.
 
-    A class says in `data`, `forward`, `losses` and `evaluator` what it is about; the other members have defaults. The
-    spatial entropy and the other regularisers are not its business: `engine.regularisers` adds them to every task whose
-    outputs hold ``similarity`` (and ``positions``, ``distances``), as those of `run_model` do.
+    `data`, `forward`, `losses` and `evaluator` define a task; the other members have defaults. A task does not compute
+    the spatial entropy or the other regularisers: `engine.regularisers` adds them for every task whose outputs hold
+    ``similarity`` (and ``positions``, ``distances``), as those of `run_model` do.
 
     Attributes:
-        model: what is exported, and evaluated.
-        localiser: DRLoc's MLP; None where its weight is 0.
-        repeats: how many times in a row the loader hands out each image (repeated augmentation).
-        reported: which of `weight_names` picks best.pth.
+        model: the model that is evaluated and exported.
+        localiser: DRLoc's MLP; None if its weight is 0.
+        repeats: number of consecutive views of each image in an epoch (repeated augmentation).
+        reported: the entry of `weight_names` whose result picks best.pth.
     """
 
     metric: ClassVar[str]
-    """The evaluator's result that picks best.pth and is the report's column; higher is better."""
+    """Name of the evaluator's result that picks best.pth and that the report shows; higher is better."""
     main_loss: ClassVar[str] = "the task's loss"
-    """Its loss in words, for the banner."""
+    """The task's loss in words, for the banner."""
     weight_names: ClassVar[tuple[str, str]] = ("model", "ema")
-    """What checkpoints and results call `model` and `averaged`."""
+    """The names of `model` and `averaged` in checkpoints and results."""
     reference_batch: ClassVar[int | None] = 512
-    """The total batch that ``--lr`` is for; it is scaled linearly to others. None: taken as it stands."""
+    """The total batch that ``--lr`` refers to; it is scaled linearly to others. None: ``--lr`` is not scaled."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, device: torch.device):
         super().__init__()
@@ -62,7 +62,7 @@ class Task(nn.Module):
         self.localiser = Localiser(width).to(device) if args.drloc_weight > 0 else None
         self.repeats, self.reported = 1, self.weight_names[0]
         self.clip_grad = args.clip_grad
-        self.asks_similarity = args.sar_weight > 0
+        self.needs_similarity = args.sar_weight > 0
         self.learning_rate = LearningRate(
             peak=self.peak_learning_rate(args),
             shape=args.sched,
@@ -78,8 +78,8 @@ class Task(nn.Module):
     def averaged(self) -> nn.Module | None:
         """The model's exponential moving average, teacher or momentum encoder; None without one.
 
-        A class keeps it in a tuple, so that it is no submodule: the optimiser, ``train()`` and DistributedDataParallel
-        have nothing to do with it.
+        A class keeps it in a tuple, so that it is not a submodule: then the optimiser, ``train()`` and
+        DistributedDataParallel ignore it.
         """
         return None
 
@@ -87,14 +87,14 @@ class Task(nn.Module):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the task's own groups of options, and set its defaults of the shared ones: its official protocol."""
+        """Add the task's own options, and set its defaults of shared options, such as its official protocol."""
 
     @classmethod
     def check(cls, args: argparse.Namespace) -> None:
-        """Refuse what cannot work, before any time is spent.
+        """Refuse arguments that cannot work, before anything is built.
 
         Raises:
-            UserError: one line that names the option and the mend.
+            UserError: one line that names the option and what to change.
         """
 
     @classmethod
@@ -106,23 +106,23 @@ class Task(nn.Module):
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> Any:
-        """The images of a split ("train" or "val"), as dicts of what a step needs; called by all processes.
+        """The data set of a split ("train" or "val"), whose items are dicts; called by all processes.
 
-        `datasets.build_split` reads it as all shared options say. An item is asked for by a ``samplers.Draw``. Whatever
-        is random in it depends on (seed, epoch, position) alone.
+        `datasets.build_split` reads it with all shared options. The index of an item is a `samplers.Draw`. Random
+        numbers of an item depend on (seed, epoch, position) alone.
 
         Raises:
-            UserError: files that are not there or not as they should be.
+            UserError: files are missing or not as expected.
         """
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------ a step
 
     def schedule(self, position: Position) -> dict[str, float]:
-        """All that changes in the course of a run, by name; pure, and logged.
+        """All scheduled values at a position, by name; a pure function, whose values are logged.
 
-        ``lr`` and, if given, ``weight_decay`` are set in the optimiser; ``<term>_weight`` is the weight of a term of
-        the loss (1 if not given), ``sar_weight`` that of the term of the similarity maps.
+        ``lr`` and, if given, ``weight_decay`` are set in the optimiser. ``<term>_weight`` is the weight of a loss term
+        (1 if not given), ``sar_weight`` that of the loss of the similarity maps.
         """
         epoch, epochs = position.exact_epoch, position.epochs
         schedule = {
@@ -134,34 +134,34 @@ class Task(nn.Module):
         return schedule
 
     def prepare(self, batch: Any) -> Any:
-        """What is done to a batch on its device before `forward`; random numbers are the step's own."""
+        """Change a micro-batch on its device before `forward`, as Mixup does; the generators are seeded for it."""
         return batch
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """All that needs gradients, in one call; what `losses` and the regularisers read, by name."""
+        """All computation that needs gradients; returns the inputs of `losses` and of the regularisers, by name."""
         raise NotImplementedError
 
     def losses(self, outputs: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """The main task's terms of the loss, by name: scalars, each an unweighted mean over images."""
+        """The task's own loss terms by name: scalars, each an unweighted mean over images."""
         raise NotImplementedError
 
     def run_model(self, images: Tensor, pairs: Tensor | None = None) -> dict[str, Tensor]:
-        """The model's ``logits (B, classes)``, and what the regularisers read.
+        """The model's ``logits (B, classes)``, and the inputs of the regularisers.
 
         Args:
             images: ``(B, 3, height, width)``.
             pairs: for DRLoc, uniform in [0, 1), ``(B, m, 2, 2)``: row and column of both patches of each pair, as a
-                share of the grid.
+                fraction of the grid.
 
         Returns:
-            ``logits``; ``similarity (B, H, h, w)`` where it has a weight; with ``pairs``, ``positions`` and
-            ``distances`` as in `losses.Localiser`.
+            ``logits``; ``similarity (B, H, h, w)`` if its loss has a weight; with ``pairs``, also ``positions`` and
+            ``distances`` of `losses.Localiser`.
         """
         localiser, with_pairs = self.localiser, self.localiser is not None and pairs is not None
-        if not (self.asks_similarity or with_pairs):
+        if not (self.needs_similarity or with_pairs):
             return {"logits": self.model(images)}
-        values = self.model(images, return_similarity=self.asks_similarity, return_tokens=with_pairs)
-        names = ["logits", *["similarity"] * self.asks_similarity, *["tokens"] * with_pairs]
+        values = self.model(images, return_similarity=self.needs_similarity, return_tokens=with_pairs)
+        names = ["logits", *["similarity"] * self.needs_similarity, *["tokens"] * with_pairs]
         outputs = dict(zip(names, values, strict=True))
         if localiser is not None and pairs is not None:
             tokens = outputs.pop("tokens")
@@ -173,10 +173,10 @@ class Task(nn.Module):
     # ---------------------------------------------------------------------------------------------- an update
 
     def parameter_groups(self, args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-        """The optimiser's groups. Default: timm's, no weight decay for biases, norms, tokens and positions.
+        """The optimiser's parameter groups. Default: no weight decay for biases, norms, tokens and positions (timm's).
 
         A group's learning rate is multiplied by its ``lr_scale``, if it has one. A scheduled weight decay is set in the
-        groups whose own is above 0, or as their ``decays`` says.
+        groups with ``decays=True``; without that key, in the groups whose weight decay is above 0.
         """
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
         without = {f"model.{name}" for name in names}
@@ -186,26 +186,26 @@ class Task(nn.Module):
         """Called before the first micro-batch of an update."""
 
     def finish_gradients(self, schedule: Mapping[str, float]) -> None:
-        """Called when all gradients are there, unscaled. Default: clip their global norm."""
+        """Called with the accumulated, unscaled gradients. Default: clip their global norm."""
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.parameters(), self.clip_grad)
 
     def end_update(self, schedule: Mapping[str, float]) -> None:
-        """Called after the optimiser's step: the place to follow it with `averaged`."""
+        """Called after the optimiser has updated the weights: the place to update `averaged`."""
 
     # --------------------------------------------------------------------------------- checkpoints, evaluation
 
-    def beside(self) -> dict[str, nn.Module]:
-        """All modules with state but `model` and `averaged`, under the names that a checkpoint gives them."""
+    def other_modules(self) -> dict[str, nn.Module]:
+        """All modules with a state other than `model` and `averaged`, by their keys in a checkpoint."""
         return {"localiser": self.localiser} if self.localiser is not None else {}
 
     def reset_averaged(self) -> None:
-        """Let `averaged` begin at the model's weights, which were just replaced (fine-tuning)."""
+        """Copy the model's weights, which were just loaded for fine-tuning, to `averaged`."""
         if self.averaged is not None:
             self.averaged.load_state_dict(self.model.state_dict())
 
     def evaluated(self) -> dict[str, nn.Module]:
-        """The models that are evaluated, by what the names of their results begin with."""
+        """The models to evaluate, by the prefix of the names of their results."""
         averaged = {} if self.averaged is None else {f"test_{self.weight_names[1]}": self.averaged}
         return {"test": self.model} | averaged
 
@@ -215,5 +215,5 @@ class Task(nn.Module):
 
     @classmethod
     def describe(cls, results: Mapping[str, float]) -> str:
-        """One line of an evaluation's results, for the terminal."""
+        """The results of an evaluation in one line, for the terminal."""
         return "* " + " ".join(f"{name} {value:.4g}" for name, value in results.items())

@@ -108,6 +108,7 @@ def test_model_kwargs_are_python_values():
         ("--epocs 3", "no option --epocs; did you mean --epochs"),
         ("--epochs -3", "'-3' is not a whole number of at least 1"),
         ("--lr inf", "'inf' is not a number above 0"),
+        ("--mixup-mode batch", "leave --mixup-mode out: Mixup draws once for each batch"),
         ("--dist-eval", "leave --dist-eval out: evaluation is always distributed"),
         ("--epochs many", "'many' is not a whole number"),
         ("--lr 0", "'0' is not a number above 0"),
@@ -122,7 +123,7 @@ def test_model_kwargs_are_python_values():
         ("--resume nothing.pth", "--resume nothing.pth: no such file"),
         ("--finetune nothing.pth", "--finetune nothing.pth: no such file"),
         ("@nothing.args", "argument file nothing.args: No such file"),
-        ("--lr 1e-3 @recipes/deit_in1k.args", "must stand before all options"),
+        ("--lr 1e-3 @recipes/deit_in1k.args", "must come before all options"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_mend(words, message):
@@ -158,6 +159,12 @@ def test_an_option_younger_than_the_checkpoint_was_at_its_default():
     assert differences(vars(args), saved) == []
     args.drloc_weight = 0.1
     assert differences(vars(args), saved) == ["--drloc-weight: 0.0 in the checkpoint, 0.1 now"]
+
+
+def test_removed_options_of_a_checkpoint_matter_only_at_values_that_cannot_be_resumed():
+    args = vars(parse_arguments(["--epochs", "3"]))
+    assert differences(args, args | {"decay_epochs": 30, "mixup_mode": "batch"}) == []
+    assert differences(args, args | {"mixup_mode": "pair"}) == ["--mixup-mode: pair in the checkpoint, None now"]
 
 
 def test_argument_files_may_begin_with_others(tmp_path):

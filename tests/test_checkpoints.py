@@ -95,7 +95,7 @@ def test_a_truncated_file(tmp_path, state, name, kept):
         safetensors.torch.save_file(state, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(UserError, match=rf"{name} is truncated or no checkpoint; copy or download it again"):
+    with pytest.raises(UserError, match=rf"{name} is truncated or not a checkpoint; copy or download it again"):
         read_checkpoint(path)
 
 
@@ -104,7 +104,7 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "folder").mkdir()
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     for name, message in {
-        "notes.txt": "notes.txt is truncated or no checkpoint",
+        "notes.txt": "notes.txt is truncated or not a checkpoint",
         "folder": "folder is a folder; name the checkpoint in it",
         "missing.pth": "missing.pth cannot be read .No such file or directory.; check the path",
         "missing.safetensors": "missing.safetensors cannot be read .*; check the path",
@@ -150,14 +150,14 @@ def test_wrappers_prefixes_are_stripped(state, prefix):
 
 @pytest.mark.parametrize("key", ["ema", "epoch", "absent"])
 def test_a_key_without_weights_lists_those_that_have(state, key):
-    with pytest.raises(UserError, match=rf"no weights under '{key}'; keys that have: model, model_ema$"):
+    with pytest.raises(UserError, match=rf"no weights under '{key}'; keys with weights: model, model_ema$"):
         select_weights({"model": state, "model_ema": state, "ema": None, "epoch": 3}, key=key)
 
 
 def test_a_checkpoint_without_weights_lists_its_keys(state):
-    with pytest.raises(UserError, match=r"those with weights: net; all keys: net, epoch$"):
+    with pytest.raises(UserError, match=r"Keys with weights: net; all keys: net, epoch$"):
         select_weights({"net": state, "epoch": 3})
-    with pytest.raises(UserError, match=r"those with weights: none"):
+    with pytest.raises(UserError, match=r"Keys with weights: none"):
         select_weights({})
 
 
@@ -227,7 +227,7 @@ def test_moco_v3s_base_and_momentum_encoder(tmp_path):
         model = make(num_classes=0)
         (note,) = load_weights(model, tmp_path / "moco.pth.tar", key, keep_head=True)
         assert note.startswith(
-            "trained with 12 heads by all that is known, the model has 3: --model-kwargs num_heads=12"
+            "apparently trained with 12 heads, but the model has 3: use --model-kwargs num_heads=12"
         )
         assert same_weights(model, expected)
 
@@ -236,7 +236,7 @@ def test_a_key_that_a_self_supervised_program_does_not_have(tmp_path):
     write_dino(tmp_path / "dino.pth", headless(), headless())
     write_moco(tmp_path / "moco.pth", headless(), headless())
     with pytest.raises(
-        UserError, match=r"DINO checkpoint has no weights under 'ema'; keys that have: teacher, student$"
+        UserError, match=r"DINO checkpoint has no weights under 'ema'; keys with weights: teacher, student$"
     ):
         load_weights(make(), tmp_path / "dino.pth", "ema")
     with pytest.raises(UserError, match=r"MoCo-v3 checkpoint has no weights under 'state_dict'; .*: base, momentum$"):
@@ -248,7 +248,7 @@ def test_a_key_that_a_self_supervised_program_does_not_have(tmp_path):
 )
 def test_weights_beside_the_known_networks_are_an_error(odd):
     state = with_prefix("backbone.", headless()) | dino_head() | {odd: torch.zeros(1)}
-    with pytest.raises(UserError, match=rf"(unexpected|more than its networks): {odd.removeprefix('backbone.')}"):
+    with pytest.raises(UserError, match=rf"(unexpected|weights of unknown networks): {odd.removeprefix('backbone.')}"):
         load_weights(make(num_classes=0), {"teacher": state}, keep_head=True)
 
 
@@ -340,8 +340,8 @@ def test_evaluation_never_drops_the_head(state):
 
 def test_a_head_on_one_side_only(state):
     headless = {k: v for k, v in state.items() if not k.startswith("head.")}
-    assert load_weights(make(num_classes=0), state) == ["head: 5 classes, dropped, the model has none"]
-    assert load_weights(make(), headless) == ["head: the checkpoint has none, the 5 classes start from scratch"]
+    assert load_weights(make(num_classes=0), state) == ["head: dropped (5 classes), as the model has none"]
+    assert load_weights(make(), headless) == ["head: not in the checkpoint, initialised for 5 classes"]
     assert load_weights(make(num_classes=0), headless) == []
 
 
@@ -376,7 +376,7 @@ def test_same_shapes_are_never_resampled():
 @pytest.mark.parametrize("target", [32, 64])
 def test_an_oblong_grid_cannot_be_resampled(image, target):
     oblong = make(img_size=image).state_dict()
-    with pytest.raises(UserError, match=r"another shape: pos_embed .*\. Only a square grid is resampled"):
+    with pytest.raises(UserError, match=r"another shape: pos_embed .*\. Only square grids are resampled"):
         load_weights(make(img_size=target), oblong)
 
 
@@ -391,7 +391,7 @@ def test_a_standard_checkpoint_in_a_sar_model_and_the_reverse(state):
 
 def test_a_distilled_deit_is_told_by_name(state):
     distilled = state | {"dist_token": torch.zeros(1, 1, 24), "pos_embed": torch.zeros(1, 18, 24)}
-    with pytest.raises(UserError, match=r"take the model without distillation$"):
+    with pytest.raises(UserError, match=r"use the model without distillation$"):
         load_weights(make(), distilled)
 
 

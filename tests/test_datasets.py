@@ -135,8 +135,8 @@ def test_a_number_of_images_that_is_not_the_papers_is_said_with_the_layout(tmp_p
 @pytest.mark.parametrize(
     ("images", "cleaned", "message"),
     [
-        (690, 600, "INFO: clipart train: 690 images by the original list, as in the paper"),
-        (700, 690, "WARNING: clipart train: 690 images by the cleaned list; the paper's is the original with 700"),
+        (690, 600, "INFO: clipart train: 690 images of the original list, as in the paper"),
+        (700, 690, "WARNING: clipart train: 690 images of the cleaned list; the paper uses the original list with 700"),
         (700, 600, "WARNING: clipart train: 690 images instead of 700; expected clipart_train.txt"),
     ],
 )
@@ -233,9 +233,7 @@ def test_a_download_that_fails_is_one_line(site, tmp_path, monkeypatch):
     original.mkdir()
     publish_cifar10(monkeypatch, *site, original)
     truncate(site[0] / "cifar-10-python.tar.gz")
-    with pytest.raises(
-        UserError, match=r"--download cifar10 to .*corrupted.*bring cifar-10-batches-py/ there"
-    ) as error:
+    with pytest.raises(UserError, match=r"--download cifar10 to .*corrupted.*copy cifar-10-batches-py/ there") as error:
         split_of("cifar10", tmp_path / "data", download=True)
     assert "\n" not in str(error.value)
     (site[0] / "cifar-10-python.tar.gz").unlink()
@@ -273,7 +271,7 @@ def test_a_download_that_fails_leaves_no_empty_folder(site, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["folder", "tar"])
 def test_own_images_are_nothing_to_fetch(name, tmp_path):
-    with pytest.raises(UserError, match=f"--download: {name} is your own images.*nothing can be fetched; leave"):
+    with pytest.raises(UserError, match=f"--download: {name} is your own images.*nothing can be downloaded; remove"):
         download(name, tmp_path, ALONE)
 
 
@@ -282,7 +280,9 @@ def test_own_images_are_nothing_to_fetch(name, tmp_path):
     [("cars", "github.com/pytorch/vision/issues/7545"), ("clipart", "ai.bu.edu"), ("imagenet", "image-net.org")],
 )
 def test_a_set_that_cannot_be_fetched_says_where_it_is(name, source, tmp_path):
-    with pytest.raises(UserError, match=f"--download: {name} cannot be fetched; get it from .*{source}"):
+    with pytest.raises(
+        UserError, match=f"--download: {name} cannot be downloaded automatically; get it from .*{source}"
+    ):
         split_of(name, tmp_path, download=True)
 
 

@@ -147,7 +147,7 @@ def test_a_stopped_run_with_it_goes_on_bit_for_bit(data, trained, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(engine, "update_weights", stopping)
         assert main.main(runs.command(data, tmp_path, *LOCALISED)) == 0
-    assert "--drloc-weight 0.5 is its weight at epoch 20, of 2 here" in capsys.readouterr().out
+    assert "--drloc-weight 0.5 is reached at epoch 20 only; this run has 2 epochs" in capsys.readouterr().out
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (1, 1)
     assert main.main(runs.command(data, tmp_path, *LOCALISED)) == 0

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import SpatialEntropyLoss, TotalVariationLoss, label_components, max_components, spatial_entropy
+from losses import (
+    SpatialEntropyLoss,
+    TotalVariationLoss,
+    label_components,
+    max_components,
+    spatial_entropy,
+    tree_bounds,
+)
 from models_sar import similarity_map
 from schedules import SAR_SCHEDULES, sar_weight_schedule
 
@@ -161,6 +168,18 @@ def test_label_is_the_number_of_the_last_cell():
     mask[1, 4] = mask[2, 5] = True  # cells 3 and 7
     mask[4, 6] = True  # cell 12
     assert label_components(mask)[mask].tolist() == [1, 7, 7, 12]
+
+
+def test_the_drawing_of_the_docstring():
+    mask = torch.tensor([[1, 0, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    assert label_components(mask)[mask].tolist() == [5, 3, 5, 5]
+
+
+def test_bounds_on_the_number_of_trees():
+    """n, n - 1 and from then on (n - F(t)) / F(t + 1), rounded down, as long as that is more than one tree."""
+    assert tree_bounds(1) == []
+    assert tree_bounds(49) == [49, 48, 24, 15, 9, 5, 3]
+    assert [len(tree_bounds(cells)) for cells in (2, 15 * 15)] == [1, 10]
 
 
 def test_as_many_components_as_a_grid_can_hold():

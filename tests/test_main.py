@@ -51,7 +51,7 @@ def last_record(output) -> dict:
         (("--model-kwargs", "embed_dim=24", "num_heads=0"), "num_heads"),
         (("--model-kwargs", "embed_dim=24", "num_heads=3", "depth=0"), "--model vit_tiny_sar with"),
         (("--model-kwargs", "embed_dim"), "'embed_dim' is not KEY=VALUE"),
-        (("--model-kwargs", "img_size=28"), "say it with --input-size"),
+        (("--model-kwargs", "img_size=28"), "use --input-size instead"),
         (("--model-kwargs", "class_token=False", "global_pool=avg"), "class_token=True"),
         (("--opt", "adamww"), "--opt adamww"),
         (("--device", "toaster"), "--device toaster"),
@@ -136,8 +136,7 @@ def test_unreadable_images_are_replaced_and_counted_on_request(data, tmp_path):
         "--last-block no_msa_skip --drop 0 --drop-path 0",
         "--last-block no_skips --unscale-lr --lr 1e-3",
         "--mixup 0 --cutmix 0 --smoothing 0.2 --batch-size 15 --total-batch 45",
-        "--mixup 0.2 --cutmix 0.5 --mixup-prob 0.5 --mixup-switch-prob 0.2 --mixup-mode elem",
-        "--mixup-mode pair",
+        "--mixup 0.2 --cutmix 0.5 --mixup-prob 0.5 --mixup-switch-prob 0.2",
         "--opt sgd --weight-decay 1e-4 --clip-grad 1.0",
         "--opt adam --opt-eps 1e-6 --opt-betas 0.8 0.9",
         "--opt lamb",
@@ -208,7 +207,7 @@ def test_digits_need_nothing_and_stay_in_the_default_folder(tmp_path, monkeypatc
     (folder,) = (tmp_path / "output").iterdir()
     assert folder.name == "vit_tiny_sar_digits_seed0"
     out = capsys.readouterr().out
-    assert "digits brings" in out
+    assert "defaults  of digits: --" in out
     assert "1,437 training images" in out
     assert last_record(folder)["test_images"] == 360
 
@@ -335,12 +334,12 @@ def test_resume_of_another_model_is_refused(trained, data, tmp_path, capsys):
 def test_a_changed_data_set_is_refused(trained, tmp_path, capsys):
     fewer = runs.write_digits(tmp_path / "fewer", train=23)
     assert train(fewer, tmp_path / "a", "--resume", str(trained / "best.pth")) == 2
-    assert "training images are others" in capsys.readouterr().err
+    assert "training images differ from the checkpoint's" in capsys.readouterr().err
     renamed = runs.write_digits(tmp_path / "renamed")
     for split in ("train", "val"):
         (renamed / split / "9").rename(renamed / split / "nine")
     assert train(renamed, tmp_path / "b", "--resume", str(trained / "best.pth")) == 2
-    assert "classes are others" in capsys.readouterr().err
+    assert "classes differ from the checkpoint's" in capsys.readouterr().err
 
 
 def test_another_precision_is_refused_though_auto_chose_it(trained, data, tmp_path, capsys):
@@ -490,7 +489,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(bad_step, dat
     assert train(data, tmp_path, "--print-every", "100") == 1
     error = capsys.readouterr().err
     epoch, step = divmod(bad_step - 1, runs.UPDATES)
-    assert f"not finite at epoch {epoch}, step {step}, rank 0: loss inf, cross_entropy inf, spatial_entropy" in error
+    assert f"not finite at epoch {epoch}, update {step}, rank 0: loss inf, cross_entropy inf, spatial_entropy" in error
     saved = tmp_path / "checkpoint.pth"
     assert saved.exists() == (epoch > 0)
     if epoch:

@@ -195,7 +195,7 @@ def test_a_killed_process_ends_all_and_is_named(run, tmp_path):
         assert (
             run.text(rank)
             .splitlines()[-1]
-            .startswith(f"{'' if rank == 0 else '[rank 1] '}error: lost rank 2 (silent) at epoch 1, step ")
+            .startswith(f"{'' if rank == 0 else '[rank 1] '}error: lost rank 2 (silent) at epoch 1, update ")
         )
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
     assert run(tmp_path, "--batch-size", "8", ranks=3) == 0
@@ -210,7 +210,7 @@ def test_torchrun_leaves_rank_0_the_time_to_name_the_killed_process(run, tmp_pat
     words = runs.command(run.data, tmp_path, "--batch-size", "24")
     done = torchrun("--no-python", sys.executable, "-c", script, *words)
     assert done.returncode != 0
-    assert "\nerror: lost rank 1 (silent) at epoch 0, step " in done.stderr
+    assert "\nerror: lost rank 1 (silent) at epoch 0, update " in done.stderr
 
 
 def fail(message: str):
@@ -224,11 +224,11 @@ def test_an_error_of_one_process_is_told_by_all(run, tmp_path):
     assert (
         run.text()
         .splitlines()[-1]
-        .startswith("error: lost rank 1 (MemoryError: no room at epoch 0, step 2) at epoch 0, step ")
+        .startswith("error: lost rank 1 (MemoryError: no room at epoch 0, update 2) at epoch 0, update ")
     )
     lines = [line for line in run.text(1).splitlines() if line.startswith("[rank 1] ")]
     assert lines[0] == "[rank 1] Traceback (most recent call last):"
-    assert lines[-2:] == ["[rank 1] MemoryError: no room", "[rank 1] at epoch 0, step 2"]
+    assert lines[-2:] == ["[rank 1] MemoryError: no room", "[rank 1] at epoch 0, update 2"]
 
 
 def impatient(rank: int) -> None:
@@ -238,7 +238,7 @@ def impatient(rank: int) -> None:
 def test_a_process_that_hangs_is_named_when_the_time_is_over(run, tmp_path):
     hang = runs.at_call("engine", "update_weights", 3, functools.partial(time.sleep, 10))
     assert run(tmp_path, "--batch-size", "24", before=hang, everywhere=impatient, ranks=2) == 1
-    assert run.text().splitlines()[-1].startswith("error: lost rank 1 (silent) at epoch 0, step ")
+    assert run.text().splitlines()[-1].startswith("error: lost rank 1 (silent) at epoch 0, update ")
 
 
 def test_what_all_processes_have_to_say_is_said_once(tmp_path):
@@ -259,7 +259,7 @@ def saved_whole(output) -> None:
     assert torch.load(output / "checkpoint.pth", weights_only=True)["epoch"] == 1
 
 
-def test_processes_leave_together(run, tmp_path):
+def test_processes_end_together(run, tmp_path):
     everywhere = functools.partial(look_at_the_end, output=tmp_path)
     assert run(tmp_path, "--epochs", "1", "--batch-size", "24", everywhere=everywhere, ranks=2) == 0
     assert "Error" not in run.text(1)
@@ -268,7 +268,7 @@ def test_processes_leave_together(run, tmp_path):
 def test_all_processes_end_with_the_code_of_the_signal_that_one_received(run, tmp_path):
     stop = runs.killed_at_update(3, by=signal.SIGUSR2)
     assert run(tmp_path, "--batch-size", "24", before=stop, ranks=2) == os.EX_TEMPFAIL
-    assert "saved at epoch 0, step 4; the same command goes on from there" in run.text()
+    assert "saved at epoch 0, update 4; the same command resumes the run" in run.text()
 
 
 # ------------------------------------------------------------------------------------------------ how they meet
@@ -313,7 +313,7 @@ def test_ranks_come_from_torchrun_or_else_from_srun(environ):
 )
 def test_srun_s_tasks_meet_on_the_first_node(nodes, first, environ):
     environ(**STEP | {"SLURM_STEP_NODELIST": nodes})
-    assert utils.meeting_point().startswith(f"tcp://{first}:")
+    assert utils.rendezvous_url().startswith(f"tcp://{first}:")
 
 
 def test_every_life_of_a_job_and_every_step_has_a_meeting_point_of_its_own(environ):
@@ -323,13 +323,13 @@ def test_every_life_of_a_job_and_every_step_has_a_meeting_point_of_its_own(envir
             for life in ("", "1", "2"):
                 environ(**STEP | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
                 os.environ |= {"SLURM_RESTART_COUNT": life} if life else {}
-                points.add(utils.meeting_point())
+                points.add(utils.rendezvous_url())
     assert len(points) == 18
 
 
 def test_a_given_meeting_point_counts(environ):
     environ(**STEP, MASTER_ADDR="here", MASTER_PORT="29500")
-    assert utils.meeting_point() == "env://"
+    assert utils.rendezvous_url() == "env://"
 
 
 def test_processes_that_cannot_meet_say_so_in_one_line(environ):

@@ -36,7 +36,6 @@ COMMON = {
     "cutmix": 1.0,
     "mixup_prob": 1.0,
     "mixup_switch_prob": 0.5,
-    "mixup_mode": "batch",
     "crop_pct": None,  # 256 -> 224
     "sar_weight": 0.01,
     "sar_schedule": "constant",

@@ -182,7 +182,7 @@ def infinite_loss(number: int) -> None:
 def test_a_loss_that_is_not_finite_on_one_process_ends_all(run, tmp_path):
     bad = functools.partial(infinite_loss, 2 * runs.UPDATES + 3)  # two micro-steps an update: update 1 of epoch 1
     assert run(tmp_path, "--batch-size", "12", before=bad, ranks=2) == 1
-    assert run.text().splitlines()[-1].startswith("error: the loss is not finite at epoch 1, step 1, rank 1")
+    assert run.text().splitlines()[-1].startswith("error: the loss is not finite at epoch 1, update 1, rank 1")
     last_line = run.text(1).splitlines()[-1]  # older torch's gloo tells of its connections before
     assert last_line.startswith("[rank 1] error: the loss is not finite")
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
@@ -232,7 +232,7 @@ def test_resume_goes_on_in_another_folder_and_own_checkpoint_comes_first(run, tm
     assert run(second, *resume, before=runs.killed_at_update(1, by=signal.SIGTERM)) == 0
     assert torch.load(second / "checkpoint.pth", weights_only=True)["step"] == 4
     assert run(second, *resume) == 0
-    assert f"going on from {second / 'checkpoint.pth'}" in run.text()
+    assert f"resuming from {second / 'checkpoint.pth'}" in run.text()
     content = runs.content(second)
     assert [line["epoch"] for line in content["log.txt"]] == [1, 2]  # epoch 0 is in the first folder's log
     weights = content["checkpoint.pth"]["model"]

@@ -103,7 +103,7 @@ class Submitted:
 
     def began(self, life: int) -> tuple[int, int]:
         """Epoch and step at which this life began, by its log."""
-        said = re.search(r"going on from .*: epoch (\d+), step (\d+)", self.lives[life - 1])
+        said = re.search(r"resuming from .*: epoch (\d+), update (\d+)", self.lives[life - 1])
         return (int(said[1]), int(said[2])) if said else (0, 0)
 
     def saved(self) -> tuple[int, int]:
@@ -207,7 +207,7 @@ def test_the_cluster_ends_with_the_tests_even_if_they_are_killed(tmp_path):
 def test_srun_alone_joins_its_tasks(digits, undisturbed, tmp_path):
     command = [sys.executable, "main.py", *runs.command(digits, tmp_path / "out", *WORDS)]
     text = client("srun", "--nodes=2", "--ntasks-per-node=1", *command, seconds=120)
-    assert "batch  4 a process x 2 x 1 accumulated = 8" in text
+    assert "batch  4 per process x 2 x 1 accumulated = 8" in text
     runs.assert_identical(runs.content(tmp_path / "out"), undisturbed(2))
 
 
@@ -263,7 +263,7 @@ def assert_went_on(run: Submitted, life: int) -> None:
     epoch, step = run.began(life)
     assert (epoch, step) > run.began(life - 1)
     assert 0 < step < UPDATES, run.lives
-    assert f"saved at epoch {epoch}, step {step}" in run.lives[life - 2]
+    assert f"saved at epoch {epoch}, update {step}" in run.lives[life - 2]
 
 
 def test_a_signal_in_the_middle_requeues_and_loses_nothing(train, undisturbed):

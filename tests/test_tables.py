@@ -1272,7 +1272,7 @@ def test_an_interrupted_row_goes_on(run, fewer_digits, tmp_path, capsys, monkeyp
     assert run("table1b", in_this_process, **chosen) == 0
     text = capsys.readouterr().out
     assert "epoch 1 of 2" in text
-    assert "epoch 1, step 2" in text
+    assert "epoch 1, update 2" in text
 
 
 def test_a_row_through_bash_and_processes_of_its_own(tmp_path):

@@ -36,7 +36,7 @@ def test_every_task_of_the_program_is_found_and_says_what_picks_the_best():
         ("x", "--task x: no such task; known are classify"),
         ("no_such_module:Task", "--task no_such_module:Task: No module named 'no_such_module'"),
         ("toy_task:Nothing", "--task toy_task:Nothing: module 'toy_task' has no attribute 'Nothing'"),
-        ("toy_task:Right", "--task toy_task:Right: Right is no tasks.Task"),
+        ("toy_task:Right", "--task toy_task:Right: Right is not derived from tasks.Task"),
     ],
 )
 def test_a_task_that_is_none_is_one_line(name, message, capsys):

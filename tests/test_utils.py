@@ -33,7 +33,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write(b"half of the n")
         raise OSError(28, os.strerror(28))
 
-    with pytest.raises(utils.RunError, match="No space left on device; what was there before is untouched"):
+    with pytest.raises(utils.RunError, match="No space left on device; an earlier file there is unchanged"):
         utils.write_atomically(path, fails)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,71 @@
+"""The line of a logging step: position, remaining time of the run, peak memory on a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import records
+from schedules import Position
+from utils import start_logging
+
+
+def test_a_step_line_begins_with_the_position_and_ends_with_the_remaining_time():
+    means = {"loss": 2.257, "images_per_second": 148.3, "sar_weight": 0.01}
+    line = records.step_line(Position(epoch=1, step=2, updates_per_epoch=5, epochs=4), means, seconds_left=13_250)
+    assert line == "epoch 1 [2/5] 40%  loss 2.257  images/s 148.3  lambda 0.01  remaining 3:41 h"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00 h"),
+        (1, "0:01 h"),
+        (60, "0:01 h"),
+        (61, "0:02 h"),
+        (3 * 3600, "3:00 h"),
+        (24 * 3600 - 60, "23:59 h"),
+        (24 * 3600, "1:00 d"),
+        (53 * 3600, "2:05 d"),
+        (53 * 3600 - 1, "2:05 d"),
+    ],
+)
+def test_durations_are_rounded_up(seconds, text):
+    assert records.format_duration(seconds) == text
+
+
+@pytest.fixture
+def start_records(tmp_path, monkeypatch):
+    """Records of a run of 4 epochs of 5 updates that was resumed after 7, on a device; its clock is at 100 s."""
+
+    def start(device: str) -> records.Records:
+        monkeypatch.setattr(records.time, "monotonic", lambda: 100.0)
+        processes = SimpleNamespace(is_main=True, device=torch.device(device))
+        plan = SimpleNamespace(output_dir=tmp_path)
+        position = Position(epoch=1, step=2, updates_per_epoch=5, epochs=4)
+        return records.Records(
+            SimpleNamespace(processes=processes, plan=plan, epoch=1, arguments={}, position=position)
+        )
+
+    return start
+
+
+def test_the_remaining_time_follows_from_the_updates_of_this_process(start_records, monkeypatch, capsys):
+    with start_records("cpu") as kept:
+        start_logging(0)
+        kept.run.position = Position(epoch=1, step=4, updates_per_epoch=5, epochs=4)  # 2 updates done, 11 left
+        monkeypatch.setattr(records.time, "monotonic", lambda: 100.0 + 2 * 3600)
+        kept.step({"loss": 1.0})
+    assert capsys.readouterr().out == "epoch 1 [4/5] 80%  loss 1  remaining 11:00 h\n"
+
+
+def test_peak_memory_is_recorded_on_a_gpu(start_records, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    with start_records("cuda") as kept:
+        start_logging(0)
+        scalars = {}
+        monkeypatch.setattr(kept.board, "add_scalar", lambda name, value, step: scalars.update({name: value}))
+        kept.run.position = Position(epoch=1, step=3, updates_per_epoch=5, epochs=4)
+        kept.step({"loss": 1.0})
+    assert scalars == {"train/loss": 1.0, "train/peak_memory": 1.5}
+    assert "  peak GiB 1.5  " in capsys.readouterr().out
