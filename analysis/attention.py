@@ -6,6 +6,7 @@ patch grid.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def similarity_maps(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _dot_similarity(last_block: nn.Module) -> Iterator[None]:
+def _dot_similarity(last_block: Any) -> Iterator[None]:
     trained_with, last_block.similarity = last_block.similarity, "dot"
     try:
         yield

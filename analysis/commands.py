@@ -4,9 +4,10 @@ import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
 from analysis.models import TrainedModel, load_model, short_names
 from arguments import default_workers
@@ -91,9 +92,9 @@ def result_folders(args: argparse.Namespace, models: list[TrainedModel]) -> list
     return folders
 
 
-def load_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
+def load_batches(dataset: Any, args: argparse.Namespace, device: torch.device) -> DataLoader:
     """A loader of a data set's items in order, in batches of --batch-size."""
-    sampler = SequentialSampler(dataset)
+    sampler: Any = SequentialSampler(dataset)
     return build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
 
 

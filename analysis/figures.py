@@ -133,7 +133,7 @@ def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:
     if not isinstance(saved, Mapping) or "data_set" not in saved:
         raise UserError(f"{path}: not written by main.py, so its validation images are unknown; give --images")
     given = ["--data-path", args.data_path] if args.data_path else []
-    run_args = parse_arguments(["--eval", *given], saved=saved)
+    run_args = parse_arguments(["--eval", *given], saved=dict(saved))
     dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path))
     chosen = choose_samples(dataset, args.count)
     return [Sample(dataset.classes[label], image) for image, label in chosen], dataset.classes

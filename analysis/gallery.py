@@ -16,6 +16,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,10 @@ def gallery_html(
 
 def needed_mass(attention: Tensor) -> Tensor:
     """The smallest whole percentage of mass at which each patch of ``(..., h, w)`` is kept: uint8, 101 for never."""
-    return sum((~keep_mass(attention, percentage / 100)).to(torch.uint8) for percentage in range(101))
+    needed = torch.zeros_like(attention, dtype=torch.uint8)
+    for percentage in range(101):
+        needed += ~keep_mass(attention, percentage / 100)
+    return needed
 
 
 def _image(picture: np.ndarray, title: str) -> dict:
@@ -74,7 +78,7 @@ def _model(model: ModelMaps) -> dict:
     least, greatest = attention.amin(dim=(-2, -1), keepdim=True), attention.amax(dim=(-2, -1), keepdim=True)
     level = (attention - least) / (greatest - least).clamp_min(torch.finfo(attention.dtype).tiny) * 255
     measures = measure_maps(measured)
-    columns = {
+    columns: dict[str, Any] = {
         "level": map(_encode, level.round()),
         "needed": map(_encode, needed_mass(attention)),
         "rank": map(_encode, rank_components(measured).clamp(max=255)),

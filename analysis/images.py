@@ -1,6 +1,7 @@
 """Images for the analysis: selection from a data set, conversion to model inputs and back to pictures."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from datasets import AugmentedDataset
 from samplers import Draw
 
 
-def choose_samples(dataset: AugmentedDataset, count: int) -> list[tuple[torch.Tensor, int]]:
+def choose_samples(dataset: AugmentedDataset, count: int) -> list[tuple[Any, int]]:
     """Up to ``count`` pairs (image, label) of different classes, evenly spaced over the set; deterministic."""
     chosen = {}
     for index in np.linspace(0, len(dataset) - 1, num=min(10 * count, len(dataset)), dtype=int).tolist():

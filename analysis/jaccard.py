@@ -182,10 +182,11 @@ def measure_model(
         UnreadableImage: an image or mask that is truncated or not an image.
         UserError: no image has a class.
     """
-    scores = {"model": [], "random_maps": [], "whole_image": []}
+    scores: dict[str, Scores] = {"model": [], "random_maps": [], "whole_image": []}
     for images, labels, numbers in progress(loader, trained.name):
         attention = attention_of(similarity_maps(trained.model, images.to(device, non_blocking=True)))
-        shape = tuple(attention.shape[1:])
+        heads, h, w = attention.shape[1:]
+        shape = (heads, h, w)
         masks = {
             "model": keep_mass(attention, mass),
             "random_maps": keep_mass(random_maps(numbers.tolist(), shape), mass).to(device),

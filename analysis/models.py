@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -149,7 +150,7 @@ def _with_released_positions(state: dict[str, Tensor], model: nn.Module) -> dict
     """The state dict with its position embedding resampled to the model's grid, as in the released code."""
     if "pos_embed" not in state:
         raise UserError("the released code resamples positions of ViTs only; leave it to timm")
-    own, (h, w) = state["pos_embed"], model.patch_embed.grid_size
+    own, (h, w) = state["pos_embed"], cast(Any, model.patch_embed).grid_size
     side = math.isqrt(own.shape[1] - 1)
     if (side, side) == (h, w):
         return state

@@ -140,15 +140,16 @@ def find_gaps(data_set: str, parts: list[Part], known: Iterable[str]) -> list[st
         known: the model's classes.
     """
     # 1. missing corruptions and severities
-    severities_of, lines = defaultdict(set), []
+    severities_of: dict[str, set[int]] = defaultdict(set)
+    lines = []
     for part in parts:
         severities_of[part.corruption].add(part.severity)
     if data_set == "imagenet-c":
         if absent := [name for name in MCE_CORRUPTIONS if name not in severities_of]:
             lines.append(f"no folders for the corruptions {_join_some(absent)}")
         for name, severities in severities_of.items():
-            if absent := sorted(set(SEVERITIES) - severities):
-                lines.append(f"{name}: no folders for the severities {_join_some(absent)}")
+            if lacking := sorted(set(SEVERITIES) - severities):
+                lines.append(f"{name}: no folders for the severities {_join_some(lacking)}")
     # 2. missing, ignored and foreign classes
     known, wanted = set(known), set(list_classes(data_set))
     lines += _group_by_classes(parts, lambda part: sorted(wanted - set(part.classes)), "no folders for")
@@ -261,7 +262,7 @@ class Evaluation:
         metrics = evaluate(Accuracy(), self.network, loader, Processes(0, 1, self.device), self.amp_dtype)
         classes = {images.classes[label] for label in images.targets}
         missing = set(list_classes(part.data_set)) - classes
-        counts = {"classes": len(classes), "missing_classes": len(missing)}
+        counts: dict[str, float] = {"classes": len(classes), "missing_classes": len(missing)}
         counts |= {"files": len(images), "images": metrics["images"]}
         means = {name: metrics[name] for name in ("spatial_entropy", "components")}
         place = {"corruption": part.corruption, "severity": part.severity}
@@ -290,7 +291,8 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
     # 2. ImageNet-C: all logits, unresized images; ImageNet-A: the logits of its classes, the evaluation transform
     network, label_of = trained.model, {name: label for label, name in enumerate(trained.classes)}
     unresized = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    transform, side = transforms.Compose(unresized), trained.input_size
+    transform = transforms.Compose(unresized)
+    side: int | None = trained.input_size
     if args.data_set == "imagenet-a":
         network = ClassSubset(network, [label_of[name] for name in common]).to(device)
         label_of = {name: label for label, name in enumerate(common)}
@@ -495,7 +497,7 @@ def run(argv: list[str] | None) -> int:
     device = pick_device(args.device)
     trained = load_model(args.checkpoint, device, args.checkpoint_key, args.num_heads, args.input_size)
     evaluation = build_evaluation(args, trained, parts, device)
-    missing = find_gaps(args.data_set, parts, trained.classes)
+    missing = find_gaps(args.data_set, parts, trained.classes or [])
     for line in missing:
         logger.warning(f"{args.data_set}: {line}")
     prepare_output_dir(args.out, "--out")

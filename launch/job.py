@@ -55,7 +55,7 @@ class SlurmJob:
         environment = JobEnvironment()
         signal.signal(signal.SIGTERM, _exit_on_sigterm)
         try:
-            code = self._train(environment.global_rank)
+            code: str | int | None = self._train(environment.global_rank)
         except SystemExit as end:
             code = end.code
         if environment.global_rank == 0 and code in (0, os.EX_TEMPFAIL):

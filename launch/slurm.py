@@ -67,7 +67,11 @@ class Cluster:
             after: ids of jobs that must succeed before these jobs start (sbatch's ``afterok``).
         """
         # 1. defaults, overridden by the user's sbatch options
-        requested = {"cpus_per_task": str(CPUS_PER_TASK), "signal_delay_s": str(SIGNAL_DELAY_S), "job_name": "sar"}
+        requested: dict[str, str | bool] = {
+            "cpus_per_task": str(CPUS_PER_TASK),
+            "signal_delay_s": str(SIGNAL_DELAY_S),
+            "job_name": "sar",
+        }
         requested |= self.slurm_args
         # 2. the dependencies; a job whose dependency failed is cancelled, not left pending forever
         if after:

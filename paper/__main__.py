@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=COMMANDS)
-    return exit_code(lambda: parser.parse_args(argv))  # prints help, or reports an unknown command
+    return exit_code(lambda: len(vars(parser.parse_args(argv))))  # prints help, or reports an unknown command
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def read_epoch(record: dict) -> Epoch:
 
 def summarise(rows: dict[str, ReportRow]) -> list[dict]:
     """The contents of the report, one dict per row; the keys are the columns of report.csv, None for an empty field."""
-    return [summarise_row(name, row, rows.get(row.paper.get("baseline"))) for name, row in rows.items()]
+    return [summarise_row(name, row, rows.get(row.paper.get("baseline", ""))) for name, row in rows.items()]
 
 
 def summarise_row(name: str, row: ReportRow, baseline: ReportRow | None) -> dict:
@@ -467,11 +467,9 @@ def as_markdown(table: dict, summary: list[dict]) -> str:
             "The best epoch is selected by the reported accuracy, which biases it upwards; the last one is not."
         )
     head = [f"# {table['title']}", "", f"{table['source']}; {table['metric']}.", ""]
-    cells, below = (
-        [f"| {' | '.join(line)} |" for line in lines],
-        [f"- {line}" for line in below + table.get("notes", [])],
-    )
-    return "\n".join([*head, *cells, "", *below]) + "\n"
+    table_lines = [f"| {' | '.join(line)} |" for line in lines]
+    note_lines = [f"- {line}" for line in below + table.get("notes", [])]
+    return "\n".join([*head, *table_lines, "", *note_lines]) + "\n"
 
 
 def footnotes(row: dict) -> tuple[str | None, str | None]:
@@ -524,14 +522,14 @@ def draw(table: dict, rows: dict[str, ReportRow]) -> Figure:
     The right panel enlarges the second half of the epochs. A star marks the paper's final number, for rows that follow
     the protocol.
     """
-    rows = [row for row in rows.values() if row.results is None and row.last_values()]
-    figure = Figure(figsize=(10, 4.2 + 0.08 * len(rows)), layout="constrained")
-    figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(protocol_differences, rows)) else ""))
+    drawn = [row for row in rows.values() if row.results is None and row.last_values()]
+    figure = Figure(figsize=(10, 4.2 + 0.08 * len(drawn)), layout="constrained")
+    figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(protocol_differences, drawn)) else ""))
     whole, end = figure.subplots(1, 2)
-    longest = max((max(run.values(), default=0) for row in rows for run in row.runs), default=0)
-    draw_curves(whole, rows, first=0)
-    draw_curves(end, rows, first=longest // 2)
-    whole.set_ylabel(", ".join(distinct(name for row in rows for name in row.other_metrics())) or table["metric"])
+    longest = max((max(run.values(), default=0) for row in drawn for run in row.runs), default=0)
+    draw_curves(whole, drawn, first=0)
+    draw_curves(end, drawn, first=longest // 2)
+    whole.set_ylabel(", ".join(distinct(name for row in drawn for name in row.other_metrics())) or table["metric"])
     if any(line.get_marker() == "*" for line in whole.lines):
         whole.plot([], [], "*", color="white", ms=11, mec="black", mew=0.6, label="the paper's last epoch")
     handles, labels = whole.get_legend_handles_labels()

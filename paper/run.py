@@ -21,13 +21,14 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import cast
 
 import launch.runs
 from build import accumulation
 from cli import exit_code
 from datasets import read_split
 from launch.runs import ROOT, complete_run, epochs_done, hold_lock, warn_missing_data
-from launch.slurm import print_submission, submit_all
+from launch.slurm import Cluster, print_submission, submit_all
 from launch.status import check_not_queued
 from paper import report
 from paper.options import Settings, check_removed_variables, read_settings, world_size
@@ -128,7 +129,7 @@ def print_plan(settings: Settings, runs: list[TableRun], measurements: list[Meas
     """Print one line per run (state, remaining epochs, estimated hours) and per measurement, and the total hours."""
     print(f"{settings.table}, {len(runs)} runs in {settings.out.absolute()}")
     print(f"launcher: {shlex.join(settings.launch)} (change it with --launch)")
-    rows = [planned.row for planned in [*runs, *measurements]]
+    rows = [run.row for run in runs] + [measurement.row for measurement in measurements]
     name_width, run_width = (max(len(getattr(row, name)) for row in rows) for name in ("name", "run"))
     total = 0.0
     for run in runs:
@@ -186,19 +187,19 @@ def complete_all(settings: Settings, runs: list[TableRun], measurements: list[Me
     A run that fails (exit code 1) stops only the runs and measurements that depend on it. A signal or bad usage stops
     everything.
     """
-    failed = set()
-    for planned in [*runs, *measurements]:
-        is_measurement = planned.row.is_measurement
+    failed: set[tuple[str, int]] = set()
+    everything: list[TableRun | Measurement] = [*runs, *measurements]
+    for planned in everything:
         failed_dependencies = {(run, planned.seed) for run in planned.row.dependencies()} & failed
-        with hold_lock(planned.lock, f"{'measuring' if is_measurement else 'training'} {planned}"):
-            # 1. the row's folder in the table
-            if is_measurement:
-                record_measurement(settings.out / settings.table, planned, runs)
+        with hold_lock(planned.lock, f"{'measuring' if planned.row.is_measurement else 'training'} {planned}"):
+            # 1. the row's folder in the table; 2. the run itself
+            folder, command, code = settings.out / settings.table, command_line(settings, planned), 1
+            if isinstance(planned, Measurement):
+                record_measurement(folder, planned, runs)
+                code = 1 if failed_dependencies else complete_measurement(planned, command)
             else:
-                record_run(settings.out / settings.table, planned)
-            # 2. the run itself
-            execute = complete_measurement if is_measurement else complete_run
-            code = 1 if failed_dependencies else execute(planned, command_line(settings, planned))
+                record_run(folder, planned)
+                code = 1 if failed_dependencies else complete_run(planned, command)
         # 3. stop, or note the failure for the runs that depend on this one
         if code > 1:
             return code
@@ -249,7 +250,7 @@ def command_line(settings: Settings, planned: TableRun | Measurement) -> list[st
 
 def submit_table(settings: Settings, runs: list[TableRun], measurements: list[Measurement]) -> int:
     """Submit the runs that are neither finished nor queued; returns 0."""
-    submit_all(settings.cluster, runs, settings.out / "submitit")
+    submit_all(cast(Cluster, settings.cluster), runs, settings.out / "submitit")
     for run in runs:
         record_run(settings.out / settings.table, run)
     print(f"state of the runs: python run_with_submitit.py --job-dir {shlex.quote(str(settings.out))} --status")
@@ -262,7 +263,7 @@ def print_commands(settings: Settings, runs: list[TableRun], measurements: list[
     """Print what would be started, as commands for a shell."""
     if settings.cluster:
         print_submission(settings.cluster, runs, settings.out / "submitit")
-    local = [*([] if settings.cluster else runs), *measurements]
+    local: list[TableRun | Measurement] = [*([] if settings.cluster else runs), *measurements]
     if local:
         print(f"cd {shlex.quote(str(ROOT))}")
     for planned in local:

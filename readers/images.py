@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -122,7 +122,7 @@ class SubsetOf(LabelledImages):
             [images.names[index] for index in indices], [images.targets[index] for index in indices], images.classes
         )
         self.in_memory = images.in_memory
-        self._images = images
+        self._images: Any = images
         self._indices = indices
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:

@@ -58,9 +58,9 @@ class MaskedImages:
             UnreadableImage: a file that is truncated or not an image.
         """
         with open_image(self.masks[index]) as mask:
-            pixels = np.array(mask)
+            pixels: np.ndarray = np.array(mask)
         if self.split is None:
-            pixels = (pixels.reshape(*pixels.shape[:2], -1) > 0).any(axis=-1)
+            pixels = np.any(pixels.reshape(*pixels.shape[:2], -1) > 0, axis=-1)
         labels = Image.fromarray(pixels.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(labels))
 
