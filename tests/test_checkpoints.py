@@ -226,9 +226,7 @@ def test_moco_v3s_base_and_momentum_encoder(tmp_path):
     for key, expected in ((None, base), ("base", base), ("momentum", momentum)):
         model = make(num_classes=0)
         (note,) = load_weights(model, tmp_path / "moco.pth.tar", key, keep_head=True)
-        assert note.startswith(
-            "apparently trained with 12 heads, but the model has 3: use --model-kwargs num_heads=12"
-        )
+        assert note.startswith("apparently trained with 12 heads, but the model has 3: use --model-kwargs num_heads=12")
         assert same_weights(model, expected)
 
 
