@@ -116,7 +116,7 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
-    # ------------------------------------------------------------------------------------------------ a step
+    # ------------------------------------------------------------------------------------------- a micro-batch
 
     def schedule(self, position: Position) -> dict[str, float]:
         """All scheduled values at a position, by name; a pure function, whose values are logged.
