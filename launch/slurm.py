@@ -75,8 +75,8 @@ class Cluster:
         requested |= self.slurm_args
         # 2. the dependencies; a job whose dependency failed is cancelled, not left pending forever
         if after:
-            conditions = [requested.get("dependency"), f"afterok:{':'.join(after)}"]
-            requested["dependency"] = ",".join(filter(None, conditions))
+            own = [str(requested["dependency"])] if "dependency" in requested else []
+            requested["dependency"] = ",".join([*own, f"afterok:{':'.join(after)}"])
             requested["kill_on_invalid_dep"] = "yes"
         # 3. submitit's own parameters by name, all other sbatch options as additional_parameters
         known = SlurmExecutor._valid_parameters()
