@@ -420,6 +420,24 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} {path}: no such file")
 
 
+def accumulation(args, world_size: int) -> int:
+    """The number of micro-batches per update on ``world_size`` processes.
+
+    Raises:
+        UserError: the total batch is not divisible so; the message lists batch sizes for which it is.
+    """
+    per_micro_batch = args.batch_size * world_size
+    if args.total_batch % per_micro_batch == 0:
+        return args.total_batch // per_micro_batch
+    share = args.total_batch // world_size if args.total_batch % world_size == 0 else 0
+    fitting = [size for size in range(2, share + 1, 2) if share % size == 0]
+    raise UserError(
+        f"--batch-size {args.batch_size} x {world_size} processes does not divide "
+        f"--total-batch {args.total_batch}; batch sizes that do: "
+        f"{', '.join(map(str, fitting[-6:])) or 'none'}; or give --total-batch {per_micro_batch}"
+    )
+
+
 @cache
 def default_arguments(task: str) -> dict[str, Any]:
     """Defaults of all options of a task, without those of data sets and models."""

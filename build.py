@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from arguments import data_set_defaults
+from arguments import accumulation, data_set_defaults
 from datasets import DATASETS, build_loader
 from engine import Plan, Run
 from samplers import EvalSampler, TrainSampler
@@ -52,24 +52,6 @@ def build_plan(args, processes: Processes, train_set) -> Plan:
         eval_every=args.eval_every,
         save_every=args.save_every,
         log_attention=args.log_attention,
-    )
-
-
-def accumulation(args, world_size: int) -> int:
-    """The number of micro-batches per update on ``world_size`` processes.
-
-    Raises:
-        UserError: the total batch is not divisible so; the message lists batch sizes for which it is.
-    """
-    per_micro_batch = args.batch_size * world_size
-    if args.total_batch % per_micro_batch == 0:
-        return args.total_batch // per_micro_batch
-    share = args.total_batch // world_size if args.total_batch % world_size == 0 else 0
-    fitting = [size for size in range(2, share + 1, 2) if share % size == 0]
-    raise UserError(
-        f"--batch-size {args.batch_size} x {world_size} processes does not divide "
-        f"--total-batch {args.total_batch}; batch sizes that do: "
-        f"{', '.join(map(str, fitting[-6:])) or 'none'}; or give --total-batch {per_micro_batch}"
     )
 
 

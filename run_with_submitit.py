@@ -23,15 +23,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from arguments import build_parser, parse_arguments, task_of
-from build import accumulation
+from arguments import accumulation, build_parser, parse_arguments, task_of
 from cli import HelpFormatter, Parser, at_least, exit_code, expand_arguments
 from launch.runs import ROOT, RunSpec, complete_run, epochs_done, hold_lock, warn_missing_data
 from launch.slurm import SIGNAL_DELAY_S, Cluster, print_submission, submit_all
 from launch.status import check_not_queued, format_status
-from utils import UserError
+from utils import UserError, gpu_count
 
 # Options of sbatch that have an option here or that the launcher sets itself -> what to use instead.
 RESERVED_SBATCH_OPTIONS = {
@@ -290,7 +287,7 @@ def run(argv: list[str]) -> int:
     specs = build_specs(options, words, expand_arguments([word for word in argv if not word.startswith("@")]))
     processes = cluster.processes
     if options.local:
-        processes = max(1, torch.cuda.device_count() if options.ngpus is None else options.ngpus)
+        processes = max(1, gpu_count() if options.ngpus is None else options.ngpus)
     check_runs(specs, processes)
     # 3. print, run or submit them
     if options.local and options.dry_run:

@@ -228,6 +228,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def gpu_count() -> int:
+    """GPUs that this process can use; torch is imported only on a machine that has NVIDIA's driver."""
+    if not Path("/proc/driver/nvidia").exists() and not Path("/dev/nvidiactl").exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def has_kernels(arch_list: list[str], major: int, minor: int) -> bool:
     """Whether kernels built for ``arch_list`` run on a GPU of compute capability ``major.minor``.
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from arguments import differences
 from utils import UserError
-from weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +67,8 @@ def epochs_done(spec: RunSpec) -> int:
     """
     if not spec.checkpoint.exists():
         return 0
+    from weights import read_checkpoint  # imports torch
+
     try:
         checkpoint = read_checkpoint(spec.checkpoint, lazily=True)
         saved, epoch = checkpoint["args"], checkpoint["epoch"]

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from arguments import differences
-from checkpoints import epochs_saved
 from launch.job import failure_reason, run_slurm_client
 from launch.runs import RunSpec
 from utils import UserError
@@ -95,6 +94,8 @@ def describe_state(folder: Path, queue: dict[str, str] | None) -> tuple[str, str
         folder: the run's output folder.
         queue: from `jobs_in_queue`; None if Slurm did not answer.
     """
+    from checkpoints import epochs_saved  # imports torch
+
     # 1. from the checkpoint: finished runs, and damaged files
     job = read_job(folder)
     try:

@@ -8,19 +8,20 @@ Both commands have their own --help.
 """
 
 import argparse
+import importlib
 import sys
 
 from cli import Parser, exit_code
-from paper import report, run
 
-COMMANDS = {"run": run.main, "report": report.main}
+COMMANDS = ("run", "report")
+"""The modules beside this one that have a ``main``; each is imported when it is asked for."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Execute the command line; returns the exit code of the command that it names."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:])
+        return importlib.import_module(f"paper.{argv[0]}").main(argv[1:])
     parser = Parser(
         prog="python -m paper",
         description=__doc__,

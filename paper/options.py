@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from cli import HelpFormatter, Parser, at_least, expand_arguments, nearest
 from launch.runs import ROOT
 from launch.slurm import Cluster
 from paper.tables import RUNNABLE, TABLES, table_rows
 from run_with_submitit import parse_cluster
-from utils import UserError
+from utils import UserError, gpu_count
 
 # Options that only some tables have -> the word in the rows that the option changes.
 TABLE_SPECIFIC_OPTIONS = {
@@ -280,7 +278,7 @@ def launch_words(words: list[str] | None, paper_hardware: bool = False) -> list[
         words: from --launch; None for torchrun on all GPUs of this machine, or python with at most one.
         paper_hardware: assume the paper's 8 GPUs if this machine has none (dry runs).
     """
-    gpus = torch.cuda.device_count() or (8 if paper_hardware else 0)
+    gpus = gpu_count() or (8 if paper_hardware else 0)
     first, *others = words or (["torchrun", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"])
     own = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     return own.get(first, [os.path.abspath(first) if os.sep in first else first]) + others

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from arguments import parse_arguments
 from cli import expand_arguments
-from datasets import DATASETS
 from launch.runs import RunSpec
 from models import MODELS
 from paper.options import Settings
 from paper.tables import RUNS, WEIGHTS, TableRow, table_rows
+from readers import DATASETS
 from utils import UserError
 
 # The costs are estimates. Reference: 53 hours for ViT-B, 300 epochs of 1,281,167 images, on 8 V100 (DeiT's paper, cited

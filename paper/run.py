@@ -24,13 +24,11 @@ from pathlib import Path
 from typing import cast
 
 import launch.runs
-from build import accumulation
+from arguments import accumulation
 from cli import exit_code
-from datasets import read_split
 from launch.runs import ROOT, complete_run, epochs_done, hold_lock, warn_missing_data
 from launch.slurm import Cluster, print_submission, submit_all
 from launch.status import check_not_queued
-from paper import report
 from paper.options import Settings, check_removed_variables, read_settings, world_size
 from paper.plan import (
     Measurement,
@@ -44,7 +42,6 @@ from paper.plan import (
     select_rows,
 )
 from paper.tables import TABLES
-from paper.toy_data import write_toy_data
 from utils import UserError, write_json
 
 # ------------------------------------------------------------------------------------------------- the checks
@@ -57,6 +54,8 @@ def check_runs(settings: Settings, runs: list[TableRun]) -> None:
         UserError: an unknown launcher, a run that is in Slurm's queue, missing or invalid data, a total batch that the
             processes cannot form.
     """
+    from datasets import read_split  # imports torch
+
     # 1. the launcher
     if settings.cluster is None and shutil.which(settings.launch[0]) is None:
         raise UserError(f"--launch: no program {settings.launch[0]}; give its path, or leave --launch out")
@@ -89,6 +88,8 @@ def check_measurements(settings: Settings, measurements: list[Measurement]) -> N
     """
     unfinished = [measurement for measurement in measurements if not measurement.is_measured]
     if unfinished and settings.smoke:
+        from paper.toy_data import write_toy_data  # imports scikit-learn
+
         write_toy_data(settings.data)
     for measurement in unfinished:
         try:
@@ -292,6 +293,8 @@ def run_table(settings: Settings) -> int:
     # 4. report
     folder = settings.out / settings.table
     has_report = "metric" in TABLES[settings.table]
+    from paper import report  # imports Matplotlib
+
     print(report.write_report(folder) if has_report else f"results: {folder.absolute()}")
     return code
 

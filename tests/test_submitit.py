@@ -647,7 +647,7 @@ def test_a_sweep_without_slurm(tmp_path, capfd, monkeypatch):
     ("gpus", "words", "processes"), [(0, (), 1), (4, (), 4), (4, ("--ngpus", "2"), 2), (0, ("--ngpus", "2"), 2)]
 )
 def test_as_many_processes_as_there_are_gpus(gpus, words, processes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(run_with_submitit, "gpu_count", lambda: gpus)
     assert call("--local", "--dry-run", *words) == 0
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     start = start if processes > 1 else [sys.executable]

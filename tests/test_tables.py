@@ -29,7 +29,6 @@ from launch import slurm as launch_slurm
 from paper import __main__ as paper_main
 from paper import options, plan, tables, toy_data
 from paper import report as paper_report
-from paper import run as paper_run
 from paper.tables import TableRow
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +69,8 @@ SIZES_EPOCHS_DATA = {
     *("data_set", "input_size", "patch_size", "crop_pct", "model_kwargs"),
     *("batch_size", "total_batch", "epochs", "warmup_epochs", "cooldown_epochs", "num_workers"),
 }
+
+READ_SPLIT = datasets.read_split
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +152,7 @@ def no_report(monkeypatch):
 def data_read(monkeypatch):
     """Every data set is found; these were looked for."""
     found = []
-    monkeypatch.setattr(paper_run, "read_split", lambda *split: found.append(split))
+    monkeypatch.setattr(datasets, "read_split", lambda *split: found.append(split))
     return found
 
 
@@ -429,7 +430,7 @@ def test_data_of_all_unfinished_rows_are_read_first(run, no_report, data_read, t
         *(("imagenet", split, imagenet) for split in ("train", "val")),
         *(("cifar10", split, cifar) for split in ("train", "val")),
     ]
-    monkeypatch.setattr(paper_run, "read_split", datasets.read_split)
+    monkeypatch.setattr(datasets, "read_split", READ_SPLIT)
     assert run("table7", start_nothing, rows="no-no_cifar100", **where) == 2
     assert "finetune/no-no_cifar100, seed 0: " in capsys.readouterr().err
     assert run("table1b", start_nothing, rows="A", **where) == 2
@@ -568,7 +569,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
     ],
 )
 def test_the_launcher(gpus, text, words, processes, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(options, "gpu_count", lambda: gpus)
     assert options.launch_words(shlex.split(text)) == words
     assert options.world_size(words) == processes
 
@@ -586,7 +587,7 @@ def test_the_launcher(gpus, text, words, processes, monkeypatch):
 )
 def test_the_plan_names_the_launcher(gpus, chosen, words, run, monkeypatch, capsys):
     """On a machine without GPUs it is that of the hours' hardware, but not for runs that are meant for this one."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(options, "gpu_count", lambda: gpus)
     assert run("table1b", dry_run=True, rows="F", **chosen) == 0
     text = capsys.readouterr().out
     assert f"\nlauncher: {shlex.join(words)} (change it with --launch)" in text
