@@ -6,8 +6,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import slurm_cluster
 import torch
+from helpers import slurm_cluster
 
 torch.set_num_threads(1)
 

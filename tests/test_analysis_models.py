@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 import pytest
-import runs
 import safetensors.torch
 import test_checkpoints as files
 import timm
 import torch
+from helpers import runs
 from torch.nn import functional as F
 
 import main

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from image_sets import photograph, picture
+from helpers.image_sets import photograph, picture
 
 from analysis.attention import attention_of, component_sizes, keep_mass, measure_maps
 from analysis.images import as_picture, squash

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from image_sets import (
+from helpers.image_sets import (
     log_messages,
     md5,
     picture,

@@ -1,8 +1,8 @@
 """Dense relative localisation: the released code's numbers, random pairs, and one module for all that trains."""
 
 import pytest
-import runs
 import torch
+from helpers import runs
 
 import engine
 import main

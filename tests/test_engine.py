@@ -1,8 +1,8 @@
 """The training step itself: nothing waits for the device."""
 
 import pytest
-import runs
 import torch
+from helpers import runs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine

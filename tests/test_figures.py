@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-import runs
 import torch
+from helpers import runs
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from sklearn.datasets import load_sample_images

@@ -3,11 +3,11 @@
 import re
 import shutil
 
-import browser
 import numpy as np
 import pytest
 import torch
-from browser import Browser
+from helpers import browser
+from helpers.browser import Browser
 from PIL import Image
 from sklearn.datasets import load_sample_images
 

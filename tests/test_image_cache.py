@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from image_sets import log_messages, photograph, truncate, write_folder, write_tars
+from helpers.image_sets import log_messages, photograph, truncate, write_folder, write_tars
 from torch.utils.data import DataLoader
 
 from arguments import build_parser

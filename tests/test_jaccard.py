@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_checkpoints as files
 import torch
-from image_sets import photograph, picture, truncate
+from helpers.image_sets import photograph, picture, truncate
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 

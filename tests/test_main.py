@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
+from helpers import runs
 from PIL import Image
 
 import build

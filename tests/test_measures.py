@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from image_sets import photograph
+from helpers.image_sets import photograph
 from PIL import Image
 from test_jaccard import checkpoint, rows_of, save_mask, write_foregrounds, write_voc  # noqa: F401 - a fixture
 

@@ -11,8 +11,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import runs
 import torch
+from helpers import runs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -203,7 +203,8 @@ def test_a_killed_process_ends_all_and_is_named(run, tmp_path):
 
 def test_torchrun_leaves_rank_0_the_time_to_name_the_killed_process(run, tmp_path):
     script = (
-        "import os, sys, main, runs\n"
+        "import os, sys, main\n"
+        "from helpers import runs\n"
         "if os.environ['RANK'] == '1': runs.killed_at_update(3)()\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from image_sets import (
+from helpers.image_sets import (
     BREEDS,
     log_messages,
     picture,

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.image
 import pytest
-import runs
+from helpers import runs
 
 import main
 from arguments import parse_arguments

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import torch
+from helpers import runs
 
 import datasets
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from image_sets import truncate
+from helpers.image_sets import truncate
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import ImageNetInfo

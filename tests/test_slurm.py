@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from slurm_cluster import NODES, client, wait_until
+from helpers import runs
+from helpers.slurm_cluster import NODES, client, wait_until
 
 import run_with_submitit
 

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from fake_slurm import FakeSlurm, sbatch_options
+from helpers import runs
+from helpers.fake_slurm import FakeSlurm, sbatch_options
 
 import main
 import run_with_submitit

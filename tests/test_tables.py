@@ -17,7 +17,7 @@ import pytest
 import sklearn.datasets
 import timm
 import torch
-from fake_slurm import FakeSlurm, sbatch_options
+from helpers.fake_slurm import FakeSlurm, sbatch_options
 from test_robustness import write_checkpoint
 
 import datasets

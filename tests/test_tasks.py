@@ -4,8 +4,8 @@ import json
 import signal
 
 import pytest
-import runs
 import torch
+from helpers import runs
 
 import engine
 import main

@@ -23,7 +23,7 @@ from arguments import parse_arguments
 from build import build_plan, build_run
 from tasks import load_task
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # A three-head, two-block ViT on scanned digits, every regulariser on: a second for three epochs.
 SMALL = (
@@ -75,7 +75,7 @@ class Child:
     def __init__(self, data: Path, log: Path):
         self.data, self.log, self.words = data, log, SMALL
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-        self.context.set_forkserver_preload(["runs"])
+        self.context.set_forkserver_preload(["helpers.runs"])
 
     def __call__(self, output: Path, *more: str, before=None, everywhere=None, ranks: int = 1) -> int:
         """Run ``main.py`` after ``before()`` (on the last of ``ranks`` processes); its text is in ``text()``.
