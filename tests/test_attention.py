@@ -87,7 +87,7 @@ def test_images_are_listed_below_a_folder_in_order(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no image in it or below; known are .jpg, .*"):
         list_images(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"absent: no such folder; name one with images in it$"):
+    with pytest.raises(UserError, match=r"absent: no such folder; give one with images in it$"):
         list_images(tmp_path / "absent")
 
 
@@ -95,7 +95,7 @@ def test_an_image_is_rgb_or_named(tmp_path):
     picture(mode="L").save(tmp_path / "grey.png")
     assert read_image(tmp_path / "grey.png").mode == "RGB"
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(UnreadableImage, match=r"broken.jpg: cannot be read \(.*\); bring a whole file$"):
+    with pytest.raises(UnreadableImage, match=r"broken.jpg: cannot be read \(.*\); replace it with an intact file$"):
         read_image(tmp_path / "broken.jpg")
 
 

@@ -398,7 +398,7 @@ BROKEN = {
     "two images of a name": (
         write_foregrounds,
         lambda root: picture(size=(60, 48)).save(root / "images/sub/1.png"),
-        "images/sub/1.png: which of the two is meant?",
+        "images/sub/1.png: two files of the same name",
     ),
     "a list that names one twice": (
         write_voc,

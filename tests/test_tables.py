@@ -965,7 +965,7 @@ def test_options_of_given_weights_reach_what_measures_them(run, no_report, data_
     chosen = {"out": tmp_path / "out", "data": measured_data(tmp_path), "rows": "vit_small"}
     chosen |= {"ckpt_base": tmp_path / "vit.pth"}
     assert run("table11", start_nothing, **chosen) == 2
-    assert "say it with --num-heads" in capsys.readouterr().err
+    assert "give --num-heads" in capsys.readouterr().err
     launch = Pretend()
     assert run("table11", launch, ckpt_options="--num-heads 2", **chosen) == 0
     (words,) = launch.measured
