@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from helpers import checkpoints as files
 from helpers import slurm_cluster
 
 torch.set_num_threads(1)
@@ -45,3 +46,14 @@ def pytest_runtest_makereport(item):
     if report.skipped and os.environ.get("FAIL_ON_SKIP") and "gpu" not in item.keywords:
         report.outcome, report.longrepr = "failed", f"skipped, and FAIL_ON_SKIP is set: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A ViT of 3 heads for 32 px in patches of 8, whose attention is far from flat."""
+    torch.manual_seed(0)
+    model = files.make("vit_tiny")
+    model.blocks[-1].attn.qkv.weight.data *= 30
+    path = tmp_path_factory.mktemp("vit") / "vit.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return path

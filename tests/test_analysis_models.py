@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import test_checkpoints as files
 import timm
 import torch
+from helpers import checkpoints as files
 from helpers import runs
 from torch.nn import functional as F
 

@@ -9,16 +9,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers.checkpoints import SMALL, dino_head, headless, make, moco_positions, with_prefix, write_dino, write_moco
 
 import models_sar  # noqa: F401 - registers the models
 from utils import UserError
 from weights import last_block_of, load_weights, num_heads_of, read_checkpoint, select_weights
-
-SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
-
-
-def make(name="vit_tiny", **kwargs):
-    return timm.create_model(name, **{**SMALL, **kwargs})
 
 
 def same_weights(model, state, but=()):
@@ -164,37 +159,6 @@ def test_a_checkpoint_without_weights_lists_its_keys(state):
 # ------------------------------------------------------------------------------- self-supervised programs' files
 
 
-def headless(seed=1):
-    torch.manual_seed(seed)
-    return make(num_classes=0).state_dict()
-
-
-def with_prefix(prefix, state):
-    return {prefix + name: value for name, value in state.items()}
-
-
-def dino_head(prefix=""):
-    """Projection head: three layers and a weight-normalised last one."""
-    names = ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.4.bias", "last_layer.weight_g", "last_layer.weight_v"]
-    return {f"{prefix}head.{name}": torch.randn(4) for name in names}
-
-
-def write_dino(path, student, teacher, heads=True, backbone="backbone."):
-    """A training checkpoint in DINO's layout: the student in DistributedDataParallel, the teacher not."""
-    torch.save(
-        {
-            "student": with_prefix(f"module.{backbone}", student) | (dino_head("module.") if heads else {}),
-            "teacher": with_prefix(backbone, teacher) | (dino_head() if heads else {}),
-            "optimizer": {"state": {}, "param_groups": []},
-            "epoch": 100,
-            "args": argparse.Namespace(arch="vit_small", patch_size=16, out_dim=65536),
-            "fp16_scaler": {},
-            "dino_loss": {"center": torch.zeros(1, 4)},
-        },
-        path,
-    )
-
-
 @pytest.mark.parametrize(("heads", "backbone"), [(True, "backbone."), (False, "backbone."), (False, "")])
 def test_dinos_teacher_and_student(tmp_path, heads, backbone):
     student, teacher = headless(1), headless(2)
@@ -203,21 +167,6 @@ def test_dinos_teacher_and_student(tmp_path, heads, backbone):
         model = make(num_classes=0)
         assert load_weights(model, tmp_path / "dino.pth", key, keep_head=True) == []
         assert same_weights(model, expected)
-
-
-def moco_head(prefix):
-    """Projector or predictor: linear layers without biases between batch norms."""
-    names = ["0.weight", "1.weight", "1.bias", "1.running_mean", "1.num_batches_tracked", "3.weight", "4.running_var"]
-    return {f"{prefix}.{name}": torch.randn(4) for name in names}
-
-
-def write_moco(path, base, momentum):
-    """A training checkpoint in MoCo-v3's layout."""
-    state = {}
-    for name, encoder in (("base_encoder", base), ("momentum_encoder", momentum)):
-        state |= with_prefix(f"module.{name}.", encoder) | moco_head(f"module.{name}.head")
-    state |= moco_head("module.predictor")
-    torch.save({"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}, "scaler": {}}, path)
 
 
 def test_moco_v3s_base_and_momentum_encoder(tmp_path):
@@ -261,15 +210,6 @@ def test_a_missing_weight_of_an_encoder_is_an_error(tmp_path):
 def wide(width=384, positions=None, **kwargs):
     state = make(embed_dim=width, num_heads=6, **kwargs).state_dict()
     return state if positions is None else state | {"pos_embed": positions}
-
-
-def moco_positions(width, side):
-    """As MoCo-v3 lays them out: sine and cosine of the row, then of the column, and zeros for [CLS]."""
-    frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
-    rows = torch.arange(side).repeat_interleave(side)[:, None] * frequencies
-    columns = torch.arange(side).repeat(side)[:, None] * frequencies
-    grid = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
-    return torch.cat([torch.zeros(1, width), grid])[None]
 
 
 def test_six_and_twelve_heads_of_a_vit_s_are_told_apart_as_far_as_the_file_allows():

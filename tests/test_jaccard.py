@@ -1,6 +1,5 @@
 """Table 11's measure: the released code's numbers, a slow loop's numbers, and the command on both layouts of masks."""
 
-import csv
 import json
 import multiprocessing
 import re
@@ -8,9 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-import test_checkpoints as files
 import torch
 from helpers.image_sets import photograph, picture, truncate
+from helpers.masks import random_labels, rows_of, save_mask, write_foregrounds, write_voc
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
@@ -57,16 +56,6 @@ def test_the_released_codes_numbers(golden, void_counts, key):
             assert torch.equal(kept[0], case["threshold_mask"].bool())
             assert image_mean(image) == pytest.approx(case[key], rel=0, abs=1e-12)
     assert (len(content["cases"]), ties) == (16, 1)
-
-
-def random_labels(generator, size, classes):
-    """A mask with a rectangle for each class, the later ones on top, each with a border of void."""
-    labels = torch.zeros(size, dtype=torch.uint8)
-    for label in classes:
-        top, left = (int(torch.randint(0, side - 8, (), generator=generator)) for side in size)
-        labels[top : top + 17, left : left + 23] = VOID
-        labels[top + 2 : top + 15, left + 2 : left + 21] = label
-    return labels
 
 
 @pytest.mark.parametrize("void_counts", [True, False])
@@ -122,52 +111,6 @@ def test_random_maps_depend_on_the_image_alone():
 # ------------------------------------------------------------------------------------- folders to measure
 
 
-def save_mask(pixels, path):
-    """A paletted PNG, as VOC's: the colours of its palette are not its numbers."""
-    mask = Image.fromarray(pixels)
-    mask.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
-    assert mask.mode == "P"
-    mask.save(path)
-
-
-def write_voc(root, kinds=((15,), (3, 12), (), (26,), (VOID,)), split="val"):
-    """VOCdevkit/VOC2012 of photographs with rectangles of these classes for objects; returns ``root``."""
-    voc = root / "VOCdevkit/VOC2012"
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (voc / folder).mkdir(parents=True, exist_ok=True)
-    for number, classes in enumerate(kinds):
-        image = photograph(number)
-        image.save(voc / f"JPEGImages/a {number}.jpg")
-        labels = random_labels(torch.Generator().manual_seed(number), image.size[::-1], classes)
-        save_mask(labels.numpy(), voc / f"SegmentationClass/a {number}.png")
-    names = "".join(f"a {number}\n" for number in range(len(kinds)))
-    (voc / f"ImageSets/Segmentation/{split}.txt").write_text(names)
-    return root
-
-
-def write_foregrounds(root):
-    """images/ and masks/: of three images the left third is the object, in three kinds of PNG; returns ``root``."""
-    for number, mode in enumerate(("L", "1", "RGB")):
-        for folder in ("images", "masks"):
-            (root / folder / "sub").mkdir(parents=True, exist_ok=True)
-        photograph(number).resize((60, 48)).save(root / f"images/sub/{number}.jpg")
-        pixels = np.zeros((48, 60), dtype=np.uint8)
-        pixels[:, :20] = 255 if mode == "1" else 3
-        Image.fromarray(pixels).convert(mode).save(root / f"masks/sub/{number}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A ViT of 3 heads for 32 px in patches of 8, whose attention is far from flat."""
-    torch.manual_seed(0)
-    model = files.make("vit_tiny")
-    model.blocks[-1].attn.qkv.weight.data *= 30
-    path = tmp_path_factory.mktemp("vit") / "vit.pth"
-    torch.save({"model": model.state_dict()}, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
     return write_voc(tmp_path_factory.mktemp("voc"))
@@ -176,11 +119,6 @@ def voc(tmp_path_factory):
 def command(checkpoint, data, *more):
     words = ["--checkpoint", str(checkpoint), "--data-path", str(data), "--input-size", "48", "--num-heads", "3"]
     return jaccard.main([*words, "--num-workers", "0", *more])
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def slow_scores(checkpoint, data, positions, interpolation, void_counts):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.image_sets import photograph
+from helpers.masks import rows_of, save_mask, write_foregrounds, write_voc
 from PIL import Image
-from test_jaccard import checkpoint, rows_of, save_mask, write_foregrounds, write_voc  # noqa: F401 - a fixture
 
 from analysis import measures
 from analysis.attention import measure_maps, similarity_maps
@@ -40,7 +40,7 @@ def test_measures_by_hand(monkeypatch):
     assert mean["share"] == pytest.approx((2 + 0.5) / 6)
 
 
-def test_the_command_measures_a_folder_of_images(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_the_command_measures_a_folder_of_images(checkpoint, tmp_path, capsys):
     names = [f"sub/{number}.png" for number in range(5)]
     (tmp_path / "photographs/sub").mkdir(parents=True)
     for number, name in enumerate(names):
@@ -69,7 +69,7 @@ def test_the_command_measures_a_folder_of_images(checkpoint, tmp_path, capsys): 
     assert f"| vit | mean | {results['mean']['entropy']:.3f} |" in capsys.readouterr().out
 
 
-def test_several_checkpoints_have_a_folder_each(checkpoint, tmp_path):  # noqa: F811
+def test_several_checkpoints_have_a_folder_each(checkpoint, tmp_path):
     (tmp_path / "images").mkdir()
     photograph().save(tmp_path / "images/a.png")
     other = tmp_path / "other.pth"

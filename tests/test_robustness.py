@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.checkpoints import OWN_SIDE as SIDE
+from helpers.checkpoints import write_checkpoint
 from helpers.image_sets import truncate
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -19,25 +21,7 @@ from analysis import robustness
 from analysis.attention import measure_maps, similarity_maps
 from analysis.models import load_model
 from analysis.robustness import CORRUPTIONS, IMAGES, MCE_CORRUPTIONS, SEVERITIES, list_classes
-from arguments import parse_arguments
 from datasets import eval_transform
-from tasks.settings import build_task_model
-
-SIDE = 8
-SMALL = (
-    "--data-set folder --data-path x --model vit_tiny_sar --input-size 8 --patch-size 2 "
-    "--model-kwargs embed_dim=24 depth=2 num_heads=3"
-).split()
-
-
-def write_checkpoint(path: Path, classes: list[str], seed: int = 0, more: str = "") -> Path:
-    """A small model of these classes, not trained, as main.py saves one."""
-    args = parse_arguments([*SMALL, "--seed", str(seed), *more.split()])
-    model = build_task_model(args, len(classes), torch.device("cpu"))
-    with torch.no_grad():
-        model.head.weight.normal_(std=1.0)  # the initial one is so small that all logits are alike
-    torch.save({"model": model.state_dict(), "args": vars(args), "data": {"classes": classes}}, path)
-    return path
 
 
 def write_images(folder: Path, classes: list[str], per_class: int = 2, side: int = SIDE) -> None:

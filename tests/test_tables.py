@@ -17,8 +17,8 @@ import pytest
 import sklearn.datasets
 import timm
 import torch
+from helpers.checkpoints import write_checkpoint
 from helpers.fake_slurm import FakeSlurm, sbatch_options
-from test_robustness import write_checkpoint
 
 import datasets
 import engine
