@@ -271,7 +271,7 @@ class StopSignal:
         self._alone = processes.world_size == 1
         import torch.distributed as dist
 
-        self._group = None if self._alone else dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        self._group: Any = None if self._alone else dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self):
