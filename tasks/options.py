@@ -19,6 +19,10 @@ def add_classify(parser: argparse.ArgumentParser) -> None:
     )
     add("--model-ema-decay", type=_fraction, default=0.99996, help="decay of the averaged weights at each update")
     add("--report", choices=("model", "ema"), default="model", help="the weights whose accuracy picks best.pth")
+    _add_augmentation(parser)
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
     add(
         "--repeated-aug",
