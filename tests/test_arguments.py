@@ -194,7 +194,14 @@ def test_nothing_on_the_command_line_is_one_word():
 
 def test_every_option_trains_something_in_a_test():
     """By name, in the files whose tests train; what only asks (--help) and the negations are in this file."""
-    files = ("test_main.py", "test_engine.py", "test_resume.py", "test_processes.py", "test_tasks.py", "runs.py")
+    files = (
+        "test_main.py",
+        "test_engine.py",
+        "test_resume.py",
+        "test_processes.py",
+        "test_tasks.py",
+        "helpers/runs.py",
+    )
     words = set(re.findall(r"--[a-z][a-z0-9-]*", "".join((ROOT / "tests" / name).read_text() for name in files)))
     for action in build_parser()._actions:
         assert words & set(action.option_strings) or action.dest == "help", action.option_strings

@@ -694,4 +694,4 @@ def test_released_positions_are_for_vits_alone(tmp_path, capsys, masked, monkeyp
     monkeypatch.chdir(ROOT)
     torch.save({"model": make("pvt_small").state_dict()}, tmp_path / "pvt.pth")
     assert jaccard.main(["--checkpoint", str(tmp_path / "pvt.pth"), "--data-path", str(masked)]) == 2
-    assert "its weights are no ViT's" in capsys.readouterr().err
+    assert "not the weights of a ViT" in capsys.readouterr().err
