@@ -191,7 +191,8 @@ def processes_with(folder: Path) -> list[str]:
 
 def test_the_cluster_ends_with_the_tests_even_if_they_are_killed(tmp_path):
     """With jobs and all; the daemons name the folder of the cluster on their command lines."""
-    hold = "import pathlib, sys, time\nfrom helpers import slurm_cluster\nwith slurm_cluster.running(pathlib.Path(sys.argv[1])) as path:\n"
+    hold = "import pathlib, sys, time\nfrom helpers import slurm_cluster\n"
+    hold += "with slurm_cluster.running(pathlib.Path(sys.argv[1])) as path:\n"
     hold += "    print('up', flush=True)\n    time.sleep(600)"
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, cwd=runs.ROOT / "tests", stdout=subprocess.PIPE, text=True) as tests:
