@@ -140,7 +140,9 @@ def understand(words: list[str], monkeypatch) -> None:
     elif program == "python" and rest[0] == "-m":
         parse_only(rest[1], rest[2:], monkeypatch)
     else:
-        assert program in ("git", "cd", "source", "ruff", "pip", "pre-commit"), f"no test knows how to parse {program}"
+        assert program in ("git", "cd", "source", "ruff", "mypy", "pip", "pre-commit"), (
+            f"no test knows how to parse {program}"
+        )
 
 
 @pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
