@@ -130,9 +130,8 @@ class Window:
         # 2. sums of the epoch
         seconds = time.perf_counter() - self.start
         updates = run.step - self.first_update
-        for row in (
-            values.mean(dim=0) / run.plan.accumulation
-        ).tolist():  # singly: the sum must not depend on the windows
+        rows = (values.mean(dim=0) / run.plan.accumulation).tolist()
+        for row in rows:  # singly: the sum must not depend on where windows end
             run.add_totals(**dict(zip(self.names, row, strict=True)))
         unreadable = run.processes.gather(torch.tensor(self.unreadable, device=run.processes.device)).sum()
         run.add_totals(seconds=seconds, data_time=self.data_time, updates=updates, unreadable=int(unreadable))
