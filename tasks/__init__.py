@@ -2,15 +2,16 @@
 
 `main.py` trains every task with the loop of `engine.py`. ``--task`` is a key of `TASKS`, or ``module:Class`` for a task
 of your own. A new task is a class derived from `Task`, in a file of its own, and one line in `TASKS`. The options of
-this program's tasks are in ``options.py``, so that ``--help`` does not import torch.
+this program's tasks are in modules of the same name in ``options/``, so that ``--help`` does not import torch.
 """
 
 import argparse
 import difflib
 import importlib
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from tasks.options import OPTIONS
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -56,11 +57,18 @@ def load_task(name: str) -> "type[Task]":
 
 def add_options(name: str, parser: argparse.ArgumentParser) -> None:
     """Add the options of the task ``name`` to a parser; see `load_task`, also for errors."""
-    add = OPTIONS[name][0] if name in OPTIONS else load_task(name).add_options
-    add(parser)
+    module = _options_module(name)
+    (module.add if module else load_task(name).add_options)(parser)
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse arguments that the task cannot work with; see `Task.check`."""
-    check = OPTIONS[args.task][1] if args.task in OPTIONS else load_task(args.task).check
-    check(args)
+    module = _options_module(args.task)
+    (module.check if module else load_task(args.task).check)(args)
+
+
+def _options_module(name: str) -> ModuleType | None:
+    """The module in ``options/`` of one of this program's tasks; None for other tasks."""
+    if name in TASKS and find_spec(f"tasks.options.{name}"):
+        return importlib.import_module(f"tasks.options.{name}")
+    return None

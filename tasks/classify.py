@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from datasets import AugmentedDataset, build_split, eval_transform, train_transform
 from losses import spatial_entropy
-from tasks import Evaluator, Task, options
+from tasks import Evaluator, Task
+from tasks.options import classify as options
 from tasks.settings import build_task_model, split_settings
 from utils import Processes
 
@@ -39,11 +40,11 @@ class Classification(Task):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        options.add_classify(parser)
+        options.add(parser)
 
     @classmethod
     def check(cls, args: argparse.Namespace) -> None:
-        options.check_classify(args)
+        options.check(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:

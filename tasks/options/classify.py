@@ -1,4 +1,4 @@
-"""The options of this program's own tasks. Torch is not imported, so that ``--help`` and errors are immediate."""
+"""The options of ``--task classify``: averaged weights and augmentation, with DeiT's names and values."""
 
 import argparse
 
@@ -8,8 +8,13 @@ from utils import UserError
 _count, _size, _fraction = at_least(int, 1), at_least(float, 0), at_least(float, 0, 1)
 
 
-def add_classify(parser: argparse.ArgumentParser) -> None:
-    """Add the options of averaged weights and augmentation, with DeiT's names and values."""
+def add(parser: argparse.ArgumentParser) -> None:
+    """See `tasks.Task.add_options`."""
+    _add_averaged_weights(parser)
+    _add_augmentation(parser)
+
+
+def _add_averaged_weights(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("averaged weights").add_argument
     add(
         "--model-ema",
@@ -19,7 +24,6 @@ def add_classify(parser: argparse.ArgumentParser) -> None:
     )
     add("--model-ema-decay", type=_fraction, default=0.99996, help="decay of the averaged weights at each update")
     add("--report", choices=("model", "ema"), default="model", help="the weights whose accuracy picks best.pth")
-    _add_augmentation(parser)
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +80,7 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_classify(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """See `tasks.Task.check`."""
     if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
         raise UserError(
@@ -84,7 +88,3 @@ def check_classify(args: argparse.Namespace) -> None:
         )
     if args.report == "ema" and not args.model_ema:
         raise UserError("--report ema needs --model-ema")
-
-
-OPTIONS = {"classify": (add_classify, check_classify)}
-"""For each of this program's tasks, the functions that add its options to a parser and that check them."""
