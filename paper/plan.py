@@ -1,4 +1,4 @@
-"""Turns the rows of a table into runs and measurements, and estimates what the runs cost on the paper's hardware."""
+"""Turns the rows of a table into runs and measurements."""
 
 import argparse
 import itertools
@@ -10,17 +10,10 @@ from pathlib import Path
 from arguments import parse_arguments
 from cli import expand_arguments
 from launch.runs import RunSpec
-from models import MODELS
 from paper.options import Settings
 from paper.tables import RUNS, WEIGHTS, TableRow, table_rows
 from readers import DATASETS
 from utils import UserError
-
-# The costs are estimates. Reference: 53 hours for ViT-B, 300 epochs of 1,281,167 images, on 8 V100 (DeiT's paper, cited
-# from memory). Other models are scaled by their GFLOPs per image at 224 px (T2T-ViT's from memory; the paper gives that
-# of the variant with transformers).
-GFLOPS = {"vit_tiny": 1.3, "vit_small": 4.6, "vit_base": 17.6, "t2t_vit_14": 4.8, "pvt_small": 3.8, "cvt_13": 4.5}
-VIT_BASE_IMAGES_PER_HOUR = 300 * 1_281_167 / 53
 
 
 @dataclass(frozen=True)
@@ -234,23 +227,3 @@ def images_per_epoch(args: argparse.Namespace) -> int | None:
     """Number of training images of an epoch; None for a data set of unknown size."""
     known = DATASETS[args.data_set].images.get("train")
     return None if known is None else round(known * args.sampling_ratio)
-
-
-def estimate_hours(args: argparse.Namespace, epochs: int) -> float | None:
-    """Hours for ``epochs`` epochs on 8 x V100 32 GB.
-
-    None if there is no estimate: a model without a GFLOPS entry, other than 224 px, or data of unknown size.
-    """
-    base_model = args.model.removesuffix("_sar")
-    is_standard = (args.input_size, args.patch_size) == (224, MODELS[args.model].patch_size)
-    if images_per_epoch(args) is None or args.model_kwargs or not is_standard or base_model not in GFLOPS:
-        return None
-    scale = GFLOPS[base_model] / GFLOPS["vit_base"]
-    return epochs * images_per_epoch(args) * scale / VIT_BASE_IMAGES_PER_HOUR
-
-
-def format_hours(number: float | None) -> str:
-    """Hours with one decimal below 10, without decimals from 10 on; "" for None."""
-    if number is None:
-        return ""
-    return "under 0.1 hours" if number < 0.1 else f"about {number:.{1 if number < 10 else 0}f} hours"

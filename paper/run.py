@@ -1,6 +1,6 @@
 """Run the rows of one of the paper's tables: plan, check, execute what is not finished, report.
 
-    python -m paper run table1b --dry-run                            # print the commands and the estimated hours
+    python -m paper run table1b --dry-run                            # print the commands and the number of images
     python -m paper run table1b --data /data --out output --seeds 0 1 2
     python -m paper run table1b --data /data --launch "submitit --partition gpu"        # on a SLURM cluster
 
@@ -33,8 +33,6 @@ from paper.options import Settings, check_removed_variables, read_settings, worl
 from paper.plan import (
     Measurement,
     TableRun,
-    estimate_hours,
-    format_hours,
     images_per_epoch,
     plan_measurements,
     plan_runs,
@@ -127,26 +125,25 @@ def check_measurement(module: str, *words: str, given: list[str]) -> None:
 
 
 def print_plan(settings: Settings, runs: list[TableRun], measurements: list[Measurement]) -> None:
-    """Print one line per run (state, remaining epochs, estimated hours) and per measurement, and the total hours."""
+    """Print one line per run (state, remaining epochs) and per measurement, and the number of images to train on."""
     print(f"{settings.table}, {len(runs)} runs in {settings.out.absolute()}")
     print(f"launcher: {shlex.join(settings.launch)} (change it with --launch)")
     rows = [run.row for run in runs] + [measurement.row for measurement in measurements]
     name_width, run_width = (max(len(getattr(row, name)) for row in rows) for name in ("name", "run"))
-    total = 0.0
+    total = 0
     for run in runs:
         done = epochs_done(run)
         state = f"epoch {done} of {run.epochs}" if run.checkpoint.exists() else "not started"
         state, left = "finished" if done == run.epochs else state, run.epochs - done
-        images, hours = images_per_epoch(run.args), estimate_hours(run.args, left)
-        count = "?" if images is None else f"{images:,}"
-        cost = f"{left:>5} epochs x {count:>9} images  {format_hours(hours)}".rstrip()
+        images = images_per_epoch(run.args)
+        cost = f"{left:>5} epochs x {'?' if images is None else f'{images:,}':>9} images"
         print(f"  {run.row.name:<{name_width}}  {run.row.run:<{run_width}}  seed {run.seed}  {state:<18}{cost}")
-        total += hours or 0.0
+        total += left * (images or 0)
     for measurement in measurements:
         row, state = measurement.row, "measured" if measurement.is_measured else f"to measure: {measurement.words[0]}"
         print(f"  {row.name:<{name_width}}  {row.run:<{run_width}}  seed {measurement.seed}  {state}")
     if total:
-        print(f"total: {format_hours(total)} on 8 x V100 32 GB, the paper's hardware (estimate; the paper gives none)")
+        print(f"total: {total:,} images (docs/reproduce.md has a rule for the hours)")
 
 
 # --------------------------------------------------------------------------------------------------- the runs

@@ -5,10 +5,10 @@
 # recipes/*_in1k_paper.args.
 #
 #   bash scripts/table10_imagenet1k_hybrids.sh --data /data
-#   bash scripts/table10_imagenet1k_hybrids.sh --dry-run        # the commands and what they cost
+#   bash scripts/table10_imagenet1k_hybrids.sh --dry-run        # the commands and the number of images
 #
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
-# Time: about 108 hours on it (our estimate; the paper names no hours).
+# Time: the dry run counts the training images; docs/reproduce.md turns them into hours.
 # Expected, top-1:
 #   ViT-S/16 79.8, with SAR 80.7; T2T-ViT-14 81.5, 81.9; PVT-Small 79.8, 79.84; CvT-13 81.6, 81.8 (without SAR: quoted).
 # Options: bash scripts/table10_imagenet1k_hybrids.sh --help.

@@ -2,10 +2,10 @@
 # Table 1(b): the parts of SAR, one by one (ImageNet-100, 100 epochs).
 #
 #   bash scripts/table1b_components.sh --data /data
-#   bash scripts/table1b_components.sh --dry-run        # the commands and what they cost
+#   bash scripts/table1b_components.sh --dry-run        # the commands and the number of images
 #
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
-# Time: about 2.7 hours on it (our estimate; the paper names no hours).
+# Time: the dry run counts the training images; docs/reproduce.md turns them into hours.
 # Expected, top-1:
 #   A  ViT-S/16                        74.22
 #   B  A without the MSA skip          74.64

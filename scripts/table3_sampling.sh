@@ -3,10 +3,10 @@
 # here they are drawn class by class, and smaller shares lie inside larger ones.
 #
 #   bash scripts/table3_sampling.sh --data /data
-#   bash scripts/table3_sampling.sh --dry-run        # the commands and what they cost
+#   bash scripts/table3_sampling.sh --dry-run        # the commands and the number of images
 #
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
-# Time: about 2.3 hours on it (our estimate; the paper names no hours).
+# Time: the dry run counts the training images; docs/reproduce.md turns them into hours.
 # Expected, top-1 on 0.25, 0.50, 0.75 and all of the images:
 #   ViT-S/16 21.66, 29.86, 35.62, 74.22; with SAR 29.06, 38.02, 46.12, 76.72.
 # Options: bash scripts/table3_sampling.sh --help.

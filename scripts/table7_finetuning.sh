@@ -6,12 +6,12 @@
 #   bash scripts/table7_finetuning.sh --data /data        # trains Table 4's two rows first, or takes them if finished
 #   bash scripts/table7_finetuning.sh --data /data --ckpt-base vit.pth --ckpt-sar sar.pth        # from weights you have
 #     with --ckpt-options "--checkpoint-key ema" for their averaged weights
-#   bash scripts/table7_finetuning.sh --dry-run        # the commands and what they cost
+#   bash scripts/table7_finetuning.sh --dry-run        # the commands and the number of images
 #
 # Of Table 4's runs checkpoint.pth is taken, the last epoch, as DeiT does: best.pth was chosen on the validation set.
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
-# Time: about 29 hours on it, nearly all of it Table 4's; the fine-tuning alone about 1.5 hours (our
-#   estimates; the paper names no hours).
+# Time: the dry run counts the training images; docs/reproduce.md turns them into hours.
+#   Nearly all are those of Table 4's two runs.
 # Expected, top-1 on CIFAR-10, CIFAR-100, Flowers, Pets, by SAR in pre-training - in fine-tuning:
 #   no-no 98.59, 88.95, 95.07, 92.21; yes-no 98.69, 89.19, 96.05, 92.7;
 #   no-yes 98.72, 88.95, 95.1, 92.34; yes-yes 98.65, 89.21, 96.1, 92.7.

@@ -5,10 +5,10 @@
 # recipes/*_in1k_paper.args.
 #
 #   bash scripts/table9_imagenet100_hybrids.sh --data /data
-#   bash scripts/table9_imagenet100_hybrids.sh --dry-run        # the commands and what they cost
+#   bash scripts/table9_imagenet100_hybrids.sh --dry-run        # the commands and the number of images
 #
 # Hardware: the paper's is 8 x V100 32 GB; anything else needs only a total batch that its processes divide.
-# Time: about 3.6 hours on it (our estimate; the paper names no hours).
+# Time: the dry run counts the training images; docs/reproduce.md turns them into hours.
 # Expected, top-1:
 #   ViT-S/16 74.22, with SAR 76.72; T2T-ViT-14 82.42, 83.96; PVT-Small 76.57, 77.78; CvT-13 83.38, 85.2.
 # Options: bash scripts/table9_imagenet100_hybrids.sh --help.
