@@ -7,10 +7,8 @@
 import contextlib
 import io
 import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,7 @@ from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string
 
 from cli import expand_arguments
-from launch.job import SlurmJob, run_slurm_client
+from launch.job import SlurmJob
 from launch.runs import ROOT, RunSpec, epochs_done, hold_lock, is_locked
 from launch.status import format_table, jobs_in_queue, queued_job_id
 from utils import UserError, environment, write_json
@@ -138,7 +136,8 @@ def submit(cluster: Cluster, specs: Sequence[RunSpec], folder: Path, after: Sequ
     except FailedJobError as error:
         for path in set(folder.iterdir()) - existing:
             path.unlink()
-        raise UserError(_format_refusal(str(error))) from None
+        words = "; ".join(str(error).replace("sbatch: error: ", "").splitlines())
+        raise UserError(f"sbatch refuses the job: {words}") from None
     # 2. record each submission beside its run
     for spec, job in zip(specs, jobs, strict=True):
         record = {
@@ -269,29 +268,3 @@ def _prepare_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; choose a writable folder that the nodes share") from None
-
-
-def _format_refusal(error: str) -> str:
-    """sbatch's error message in one line, with the option that may solve the problem."""
-    message = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in error.splitlines() if line)
-    hints = {
-        "account": "give the account with --slurm-arg account=NAME",
-        "partition": f"choose --partition from {_list_partitions()}",
-        "qos": "give another one with --slurm-arg qos=NAME",
-        "time limit": "change --timeout, in minutes",
-        "memory": "change it with --slurm-arg mem=...",
-        "feature": "change it with --slurm-arg constraint=...",
-        "array": "sweep over fewer values in one command",
-        "node|cpu|gres|gpu": "request less with --nodes, --ngpus or --slurm-arg cpus_per_task=N",
-    }
-    for pattern, hint in hints.items():
-        if re.search(pattern, message, re.IGNORECASE):
-            return f"sbatch refuses the job: {message} ({hint})"
-    return f"sbatch refuses the job: {message}"
-
-
-def _list_partitions() -> str:
-    try:
-        return ", ".join(run_slurm_client("sinfo", "-h", "-o", "%R").split()) or "none"
-    except (OSError, subprocess.SubprocessError):
-        return "the output of sinfo"

@@ -222,26 +222,14 @@ def test_submitit_s_own_signal_is_refused(slurm, capsys, monkeypatch):
     assert "SUBMITIT_PREEMPT_SIGNAL is set: unset it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        (
-            "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed",
-            "invalid partition specified: x; Batch job submission failed (choose --partition from gpu, cpu)",
-        ),
-        ("sbatch: error: Requested node configuration is not available", "(request less with --nodes, --ngpus or"),
-        ("sbatch: error: Invalid feature specification", "(change it with --slurm-arg constraint=...)"),
-        ("sbatch: error: Invalid job array specification", "(sweep over fewer values in one command)"),
-        ("sbatch: error: Invalid account or account/partition combination", "account=NAME"),
-        ("sbatch: error: out of luck", "error: sbatch refuses the job: out of luck\n"),
-    ],
-)
-def test_what_slurm_refuses_is_one_line_with_the_mend(said, told, slurm, tmp_path, capsys):
+def test_what_slurm_refuses_is_one_line_in_its_words(slurm, tmp_path, capsys):
+    said = (
+        "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition"
+    )
     slurm.script("sbatch", f"printf '%s\n' '{said}' >&2; exit 1")
     assert call("--sweep", "seed=0,1") == 2
-    error = capsys.readouterr().err
-    assert told in error
-    assert len(error.splitlines()) == 1
+    told = "invalid partition specified: x; Batch job submission failed: Invalid partition"
+    assert capsys.readouterr().err == f"error: sbatch refuses the job: {told}\n"
     assert [path.name for path in (tmp_path / "dir/submitit").iterdir()] == ["lock"]
     assert not (tmp_path / "dir/seed=0").exists()
 

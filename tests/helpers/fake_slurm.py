@@ -13,7 +13,6 @@ class FakeSlurm:
         self.script("sbatch", f"n=$(ls {folder} | grep -c submitted); cp $1 {folder}/submitted$n; echo job $((70 + n))")
         self.script("squeue", f"cat {folder}/queue 2>/dev/null; true")
         self.script("srun", "exit 1")
-        self.script("sinfo", "printf 'gpu\\ncpu\\n'")
         self.script("scontrol", f'echo "$@" >> {folder}/told; echo "JobState=RUNNING PreemptTime=None"')
 
     def script(self, name: str, text: str) -> None:
