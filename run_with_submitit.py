@@ -259,7 +259,7 @@ def run_locally(specs: list[RunSpec], processes: int) -> int:
     check_not_queued(specs)
     codes = [0]
     for spec in specs:
-        with hold_lock(spec.lock, f"training {spec}"):
+        with hold_lock(spec.folder, f"training {spec}"):
             codes.append(complete_run(spec, local_command(spec, processes)))
         if codes[-1] > 1:
             return codes[-1]

@@ -15,6 +15,7 @@ from arguments import differences
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCK_FILE = "launcher.lock"  # see `hold_lock`
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,6 @@ class RunSpec:
     def epochs(self) -> int:
         """Number of epochs of the finished run."""
         return self.args.epochs + self.args.cooldown_epochs
-
-    @property
-    def lock(self) -> Path:
-        """Lock file; a launcher holds it while it trains the run on this machine."""
-        return self.folder / "launcher.lock"
 
     @property
     def dependencies(self) -> tuple[str, ...]:
@@ -136,15 +132,20 @@ def complete_run(spec: RunSpec, command: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, activity: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file; wait while another launcher holds it.
+def hold_lock(folder: Path, activity: str) -> Iterator[None]:
+    """Hold the lock of a folder: only one launcher at a time works in it; others wait here until it has ended.
+
+    A launcher trains in a run's folder, measures in a measurement's, and submits from the folder of submitit's files:
+    it asks the queue and adds to it, and another one must not see the queue in between. Each finds out what is left to
+    do while it holds the lock, so nothing is done twice. The system releases the lock when the launcher dies. Jobs of
+    Slurm hold none: `launch.status.check_not_queued` asks the queue for them.
 
     Args:
-        path: the lock file; created if missing.
-        activity: what the lock protects ("training <run>"), for the messages.
+        folder: created if missing; the lock is on its file LOCK_FILE, which stays.
+        activity: what the launcher does ("training <run>"), for the messages.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -152,21 +153,19 @@ def hold_lock(path: Path, activity: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             print(
-                f"warning: cannot lock {path} ({error.strerror}); make sure that no other launcher is {activity}",
+                f"warning: cannot lock {file.name} ({error.strerror}); make sure that no other launcher is {activity}",
                 file=sys.stderr,
             )
         yield
 
 
-def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock on the file."""
-    if not path.exists():
-        return False
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return isinstance(error, BlockingIOError)
+def is_locked(folder: Path) -> bool:
+    """Whether a launcher works in the folder; see `hold_lock`."""
+    try:
+        with (folder / LOCK_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # also without the file, or on a file system without locks
+        return isinstance(error, BlockingIOError)
     return False
 
 

@@ -168,12 +168,12 @@ def submit_all(cluster: Cluster, specs: Sequence[RunSpec], folder: Path) -> None
         UserError: see `split_unfinished` and `submit`; no Slurm on this machine; a folder that cannot be written.
     """
     _prepare_folder(folder)
-    with hold_lock(folder / "lock", f"submitting with {folder}"):
+    with hold_lock(folder, f"submitting with {folder}"):
         # 1. find out which runs to submit
         queue = jobs_in_queue()
         to_submit, ids = split_unfinished(specs, queue)
         for spec in to_submit:
-            if is_locked(spec.lock):
+            if is_locked(spec.folder):
                 raise UserError(f"{spec}: another launcher is training it on a machine without Slurm; stop it or wait")
         # 2. submit group after group; the ids of earlier groups are the dependencies of later ones
         states = {name: f"already queued, {queue[job_id]}" for name, job_id in ids.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from arguments import differences
 from launch.job import failure_reason, run_slurm_client
-from launch.runs import RunSpec
+from launch.runs import RunSpec, is_locked
 from utils import UserError
 
 
@@ -105,7 +105,9 @@ def describe_state(folder: Path, queue: dict[str, str] | None) -> tuple[str, str
     progress = f"{done} of {job['epochs']} epochs"
     if done >= job["epochs"]:
         return "finished", progress
-    # 2. from the queue: pending and running jobs
+    # 2. from the lock of a launcher that trains without Slurm; from the queue: pending and running jobs
+    if is_locked(folder):
+        return "running", f"{progress} (without Slurm)"
     if queue is None:
         return "unknown", progress
     if job["job_id"] in queue:

@@ -52,11 +52,6 @@ class Measurement:
     folder: Path
 
     @property
-    def lock(self) -> Path:
-        """Lock file; the script that measures holds it."""
-        return self.folder / "launcher.lock"
-
-    @property
     def is_measured(self) -> bool:
         """Whether it was completed for the present command line and checkpoints."""
         return self.matches_state("measured.json")

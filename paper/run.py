@@ -9,7 +9,7 @@ Runs that a row depends on are executed before it. A row with an ``analysis.<nam
 measurements run last, on this machine.
 
     OUT/runs/<run>/seed<k>/          main.py's output folder, or the results of a measurement
-    .../seed<k>/launcher.lock        lock of the script that trains it; other scripts wait
+    .../seed<k>/launcher.lock        lock of the script that works in the folder; other scripts wait
     OUT/submitit/                    logs of jobs, and submitit's files
     OUT/<table>/<row>/seed<k>        link to the run
     OUT/<table>/<row>/protocol.json  the row's arguments before --overrides
@@ -26,7 +26,7 @@ from typing import cast
 import launch.runs
 from arguments import accumulation
 from cli import exit_code
-from launch.runs import ROOT, complete_run, epochs_done, hold_lock, warn_missing_data
+from launch.runs import LOCK_FILE, ROOT, complete_run, epochs_done, hold_lock, warn_missing_data
 from launch.slurm import Cluster, print_submission, submit_all
 from launch.status import check_not_queued
 from paper.options import Settings, check_removed_variables, read_settings, world_size
@@ -189,7 +189,7 @@ def complete_all(settings: Settings, runs: list[TableRun], measurements: list[Me
     everything: list[TableRun | Measurement] = [*runs, *measurements]
     for planned in everything:
         failed_dependencies = {(run, planned.seed) for run in planned.row.dependencies()} & failed
-        with hold_lock(planned.lock, f"{'measuring' if planned.row.is_measurement else 'training'} {planned}"):
+        with hold_lock(planned.folder, f"{'measuring' if planned.row.is_measurement else 'training'} {planned}"):
             # 1. the row's folder in the table; 2. the run itself
             folder, command, code = settings.out / settings.table, command_line(settings, planned), 1
             if isinstance(planned, Measurement):
@@ -234,7 +234,7 @@ def complete_measurement(measurement: Measurement, command: list[str]) -> int:
 def clear_results(measurement: Measurement) -> None:
     """Delete results of another command line or checkpoint, and record the present state in begun.json."""
     for path in measurement.folder.iterdir():
-        if path.is_file() and path != measurement.lock:
+        if path.is_file() and path.name != LOCK_FILE:
             path.unlink()
     write_json(measurement.folder / "begun.json", measurement.state())
 

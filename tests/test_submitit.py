@@ -230,7 +230,7 @@ def test_what_slurm_refuses_is_one_line_in_its_words(slurm, tmp_path, capsys):
     assert call("--sweep", "seed=0,1") == 2
     told = "invalid partition specified: x; Batch job submission failed: Invalid partition"
     assert capsys.readouterr().err == f"error: sbatch refuses the job: {told}\n"
-    assert [path.name for path in (tmp_path / "dir/submitit").iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / "dir/submitit").iterdir()] == ["launcher.lock"]
     assert not (tmp_path / "dir/seed=0").exists()
 
 
@@ -375,6 +375,27 @@ def test_a_run_that_is_trained_here_is_not_submitted_and_held(slurm, tmp_path, c
     assert "seed=0: another launcher is training it on a machine without Slurm" in capsys.readouterr().err
     assert not slurm.submitted
     assert call("--sweep", "seed=0,1") == 0, "it has ended"
+
+
+def test_the_status_knows_of_a_run_that_is_trained_here(slurm, capsys, monkeypatch):
+    """It was submitted, and its job is gone."""
+    status = ["--job-dir", "dir", "--status"]
+    monkeypatch.setattr(launch_runs, "run_command", lambda command: run_with_submitit.main(status) or 130)
+    assert call() == 0
+    assert call("--local", "--ngpus", "1") == 130
+    assert re.search(r"^dir +70 +running +0 of 2 epochs \(without Slurm\)$", capsys.readouterr().out, re.MULTILINE)
+    assert run_with_submitit.main(status) == 0
+    assert "70   stopped" in capsys.readouterr().out
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import launch.runs as runs, pathlib, sys, time\nwith runs.hold_lock(pathlib.Path(sys.argv[1]), 'training'):"
+    command = [sys.executable, "-c", f"{code} print('held', flush=True), time.sleep(60)", str(tmp_path)]
+    with subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == "held\n"
+        assert launch_runs.is_locked(tmp_path)
+        launcher.kill()
+    assert not launch_runs.is_locked(tmp_path)
 
 
 def test_a_damaged_record_is_named(slurm, tmp_path, capsys):

@@ -727,17 +727,17 @@ def test_a_run_that_another_script_trains_is_waited_for(run, no_report, tmp_path
     assert lines[at + 1] == "in100_100/vit_small_sar, seed 0: already finished"
 
 
-def test_a_run_is_held_while_it_is_trained(run, no_report, tmp_path):
+@pytest.mark.parametrize(("table", "counts"), [("table1b", (6, 0)), ("table11", (2, 4))])
+def test_a_folder_is_held_while_its_run_is_trained_or_measured(table, counts, run, no_report, tmp_path):
     launch = Pretend()
 
     def held(command):
-        lock = Path(command[-1], "launcher.lock")
-        with lock.open("w") as file, pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert launch_runs.is_locked(Path(command[-1]))
         return launch(command)
 
-    assert run("table1b", held, smoke=True, out=tmp_path, rows="A F") == 0
-    assert len(launch.started) == 2
+    assert run(table, held, smoke=True, out=tmp_path) == 0
+    assert (len(launch.started), len(launch.measured)) == counts
+    assert not any(launch_runs.is_locked(path.parent) for path in tmp_path.glob("**/launcher.lock"))
 
 
 def test_a_file_system_without_locks(run, no_report, tmp_path, capsys, monkeypatch):
