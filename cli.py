@@ -5,7 +5,9 @@ import ast
 import difflib
 import math
 import os
+import select
 import shlex
+import signal
 import sys
 import textwrap
 import time
@@ -164,10 +166,28 @@ class Exit:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """The result of ``work``, or the exit code of the error that ended it; see `Exit`."""
+    """The result of ``work``, or the exit code of the error that ended it; see `Exit`.
+
+    As for other Unix programs, it is no error that the reader of standard output has left (``| head``): the code is
+    128 + SIGPIPE, and nothing is printed.
+    """
     with Exit() as end:
-        end.code = work()
+        try:
+            end.code = work()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if not _reader_has_left():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left at its end
+            end.code = 128 + signal.SIGPIPE
     return end.code
+
+
+def _reader_has_left() -> bool:
+    """Whether nothing reads standard output any more. A BrokenPipeError can also be that of another pipe."""
+    pipe = select.poll()
+    pipe.register(sys.stdout, 0)  # no event is asked for: an error of the pipe is reported in any case
+    return bool(pipe.poll(0))
 
 
 def report_error(error: Exception) -> int:

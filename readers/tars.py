@@ -3,11 +3,11 @@
 python -m readers.tars /data/train.tar        # write an index, which makes later starts fast
 """
 
+import argparse
 import io
 import os
 import pickle
 import shlex
-import sys
 import tarfile
 from functools import lru_cache
 from pathlib import Path
@@ -173,6 +173,17 @@ def _tar_images(root: Path, samples: np.ndarray, targets: np.ndarray, timm_class
     )
 
 
-if __name__ == "__main__":
-    for place in sys.argv[1:]:
+def main(argv: list[str] | None = None) -> None:
+    """Write the indices that the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m readers.tars",
+        description="Write an index of the images in tars, which makes later starts fast.",
+    )
+    text = "a tar, whose index is written beside it, or a folder of tars, whose index is written into it"
+    parser.add_argument("tars", nargs="+", metavar="TAR", help=text)
+    for place in parser.parse_args(argv).tars:
         write_tar_index(place)
+
+
+if __name__ == "__main__":
+    main()

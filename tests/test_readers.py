@@ -242,13 +242,21 @@ def test_a_data_folder_of_tars_is_left_as_it_was_and_an_index_is_read(folder, tm
     assert sorted(os.listdir(root)) == ["train.tar", "val.tar"]
     (message,) = messages
     assert f"python -m readers.tars {root / 'val.tar'}" in message
-    tars.write_tar_index(str(root / "val.tar"))
+    tars.main([str(root / "val.tar")])
     tars._scan_tars.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)  # with the index, no tar is looked through
         indexed = read_split("tar", "val", root)
     assert (indexed.names, indexed.targets) == (before.names, before.targets)
     assert indexed[3][0].tobytes() == before[3][0].tobytes()
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2)])
+def test_the_command_of_the_index_explains_itself(words, code, capsys):
+    with pytest.raises(SystemExit) as end:
+        tars.main(words)
+    assert end.value.code == code
+    assert "usage: python -m readers.tars [-h] TAR [TAR ...]" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("layout", ["one", "classes"])
