@@ -1,14 +1,16 @@
-"""Data sets by name, the transforms of their images, and the loader.
+"""Data sets by name, and the loader of their images.
 
 A data set is one entry of :data:`DATASETS`. Reading it checks its files (:mod:`readers`), so building both splits at
 start-up reports every error as one line, a ``UserError``. The augmentation of an image depends on (seed, epoch,
 position) alone, not on workers or on earlier images.
 """
 
+import atexit
+import multiprocessing
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from timm.data import create_transform
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
 
 from randomness import isolated_rng, seed_sequence
 from readers import DATASETS, canonical_name
@@ -29,7 +29,6 @@ from readers.images import LabelledImages, SubsetOf, UnreadableImage
 from samplers import Draw, class_subset
 from utils import Processes, UserError, logger, write_json
 
-SMALL_IMAGE = 32  # px; up to this size DeiT crops the padded image instead of a resized random crop
 MAX_REPLACEMENTS = 10  # consecutive unreadable images that are replaced before the run stops
 
 
@@ -90,7 +89,7 @@ class SplitSettings:
 
 
 def build_split(
-    settings: SplitSettings, split: str, transform: Callable[[Image.Image], Any] | None, processes: Processes
+    settings: SplitSettings, split: str, transform: Callable[[Tensor], Any] | None, processes: Processes
 ) -> "AugmentedDataset":
     """Build one split of a run's data set; called by all processes. No image is decoded.
 
@@ -215,10 +214,11 @@ def _remove_new_folders_on_error(data_path: Path) -> Iterator[None]:
 class AugmentedDataset(Dataset):
     """A data set indexed by the draws of a sampler; its items are dicts, which a loader collates to batches.
 
-    ``images`` is the tensor ``(3, h, w)`` of ``transform`` (without one, the RGB image itself), ``targets`` its label,
-    and ``replaced`` is 1 if the image replaces an unreadable one, else 0. With ``pairs``, the item has DRLoc's
-    ``pairs``: float32 ``(pairs, 2, 2)`` in [0, 1), row and column of both positions of each pair. All random numbers
-    depend on ``(seed, draw.epoch, draw.position)`` alone; the global generators are not changed.
+    An item holds what ``transform`` makes of the image: a dict, or a tensor that becomes ``images``. Without one,
+    ``images`` is the image itself, uint8 ``(3, h, w)``. ``targets`` is its label, and ``replaced`` is 1 if the image
+    replaces an unreadable one, else 0. With ``pairs``, the item has DRLoc's ``pairs``: float32 ``(pairs, 2, 2)`` in
+    [0, 1), row and column of both positions of each pair. All random numbers depend on
+    ``(seed, draw.epoch, draw.position)`` alone; the global generators are not changed.
 
     Args:
         base: the images, without a transform.
@@ -234,7 +234,7 @@ class AugmentedDataset(Dataset):
     def __init__(
         self,
         base: LabelledImages,
-        transform: Callable[[Image.Image], Any] | None = None,
+        transform: Callable[[Tensor], Any] | None = None,
         seed: int = 0,
         skip_unreadable: bool = False,
         pairs: int = 0,
@@ -251,16 +251,18 @@ class AugmentedDataset(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         image, target, replaced = self._read(draw.index)
+        views: Any = image
         if self.transform is not None:
             with isolated_rng(seed_sequence("augmentation", self.seed, draw.epoch, draw.position)):
-                image = self.transform(image)
-        item = {"images": image, "targets": target, "replaced": replaced}
+                views = self.transform(image)
+        item = views if isinstance(views, dict) else {"images": views}
+        item |= {"targets": target, "replaced": replaced}
         if self.pairs:
             generator = np.random.default_rng(seed_sequence("drloc", self.seed, draw.epoch, draw.position))
             item["pairs"] = generator.random((self.pairs, 2, 2), dtype=np.float32)
         return item
 
-    def _read(self, index: int) -> tuple[Image.Image, int, int]:
+    def _read(self, index: int) -> tuple[Tensor, int, int]:
         """The image, its label, and whether it replaces an unreadable one (1 or 0)."""
         last_attempt = MAX_REPLACEMENTS if self.skip_unreadable else 0
         for attempt in range(last_attempt + 1):
@@ -271,70 +273,6 @@ class AugmentedDataset(Dataset):
                 if attempt == last_attempt:
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def train_transform(
-    size: int,
-    *,
-    scale: Sequence[float] = (0.08, 1.0),
-    hflip: float = 0.5,
-    color_jitter: float = 0.4,
-    aa: str = "rand-m9-mstd0.5-inc1",
-    interpolation: str = "bicubic",
-    reprob: float = 0.25,
-    remode: str = "pixel",
-    recount: int = 1,
-) -> transforms.Compose:
-    """DeiT's augmentation by timm: from an RGB image to a normalised float32 tensor ``(3, size, size)``.
-
-    Random resized crop (up to :data:`SMALL_IMAGE` px: random crop of the image padded by 4 px), flip, RandAugment (or
-    colour jitter without it), random erasing.
-
-    Args:
-        size: side of the result, px.
-        scale: range of the crop's area, as a fraction of the image.
-        hflip, reprob: probabilities of a flip and of random erasing.
-        color_jitter: strength, used with ``aa="none"`` only.
-        aa: timm's name of an augmentation policy, or "none".
-        interpolation: of the random crop.
-        remode, recount: see timm's ``RandomErasing``.
-
-    Raises:
-        UserError: timm does not know the policy ``aa``.
-    """
-    try:
-        transform = create_transform(
-            size,
-            is_training=True,
-            scale=(scale[0], scale[1]),
-            hflip=hflip,
-            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
-            auto_augment=None if aa == "none" else aa,
-            interpolation=interpolation,
-            re_prob=reprob,
-            re_mode=remode,
-            re_count=recount,
-        )
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"--aa {aa}: not a policy of timm ({error}); an example is rand-m9-mstd0.5-inc1") from error
-    if size <= SMALL_IMAGE:
-        resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
-        transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=4)]
-    return transform
-
-
-def eval_transform(size: int, crop_pct: float | None = None) -> transforms.Compose:
-    """The transform of evaluation: from an RGB image to a normalised float32 tensor ``(3, size, size)``.
-
-    Bicubic resize of the shorter side to ``size / crop_pct``, then a centre crop.
-
-    Args:
-        size: side of the result, px.
-        crop_pct: None: DeiT's, which is 0.875, or 1 up to :data:`SMALL_IMAGE` px.
-    """
-    if crop_pct is None:
-        crop_pct = 1.0 if size <= SMALL_IMAGE else 0.875
-    return create_transform(size, interpolation="bicubic", crop_pct=crop_pct)
 
 
 def build_loader(
@@ -369,3 +307,11 @@ def _ignore_signals(worker_id: int) -> None:
     os.setpgrp()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers that an error left: they ignore the signal by which the interpreter would end them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from batches import device_batches
 from losses import SpatialEntropyLoss, TotalVariationLoss, localisation_loss
 from randomness import seed_step
 from samplers import TrainSampler
 from schedules import Position
 from tasks import Evaluator, Task
-from utils import Processes, RunError, StopSignal, progress, to_device
+from utils import Processes, RunError, StopSignal, progress
 
 SAR_TERMS = {
     "spatial-entropy": ("spatial_entropy", SpatialEntropyLoss()),
@@ -96,7 +97,7 @@ class Window:
         self.run, self.first_update = run, run.step
         self.rows: list[Tensor] = []
         self.names: tuple[str, ...] = ()
-        self.data_time, self.unreadable = 0.0, 0
+        self.data_time, self.unreadable = 0.0, torch.zeros((), device=run.processes.device)
         self.start = time.perf_counter()
 
     def add(self, terms: dict[str, Tensor]) -> None:
@@ -130,16 +131,17 @@ class Window:
         # 2. sums of the epoch
         seconds = time.perf_counter() - self.start
         updates = run.step - self.first_update
+        counts = run.processes.gather(torch.stack([self.unreadable, torch.full_like(self.unreadable, self.data_time)]))
+        unreadable, data_time = int(counts[:, 0].sum()), counts[:, 1].max().item()  # all wait for the slowest loader
         rows = (values.mean(dim=0) / run.plan.accumulation).tolist()
         for row in rows:  # singly: the sum must not depend on where windows end
             run.add_totals(**dict(zip(self.names, row, strict=True)))
-        unreadable = run.processes.gather(torch.tensor(self.unreadable, device=run.processes.device)).sum()
-        run.add_totals(seconds=seconds, data_time=self.data_time, updates=updates, unreadable=int(unreadable))
+        run.add_totals(seconds=seconds, data_time=data_time, updates=updates, unreadable=unreadable)
         # 3. means of the window
         means = dict(zip(self.names, values.mean(dim=(0, 1)).tolist(), strict=True))
         return means | {
             "images_per_second": run.plan.total_batch * updates / seconds,
-            "data_time": self.data_time / updates,
+            "data_share": 100 * data_time / seconds,
             "step_time": seconds / updates,
         }
 
@@ -160,7 +162,8 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
     task, plan, device = run.task, run.plan, run.processes.device
     run.network.train()
     run.sampler.set_epoch(run.epoch, first_update=run.step)
-    batches, window, running = iter(progress(run.loader, f"epoch {run.epoch}")), Window(run), True
+    batches = device_batches(progress(run.loader, f"epoch {run.epoch}"), device)
+    window, running = Window(run), True
     while running and run.step < plan.updates_per_epoch:
         # 1. set the learning rate and all other scheduled values
         schedule = set_schedule(run)
@@ -170,8 +173,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
             waiting = time.perf_counter()
             batch = next(batches)
             window.data_time += time.perf_counter() - waiting
-            window.unreadable += int(batch["replaced"].sum()) if "replaced" in batch else 0
-            batch = to_device(batch, device)
+            window.unreadable += batch["replaced"].sum() if "replaced" in batch else 0
             seed_step(plan.seed, run.processes.rank, run.position.update * plan.accumulation + micro)
             batch = task.prepare(batch)
             # 3. forward and backward; processes average gradients in the last micro-batch
@@ -272,12 +274,11 @@ def evaluate(
     model.eval()
     longest = math.ceil(math.ceil(len(cast(Sized, loader.dataset)) / processes.world_size) / loader.batch_size)
     padding = [None] * (longest - len(loader))  # ranks differ by one batch at most
-    for batch in itertools.chain(progress(loader, "evaluation"), padding):
+    for batch in itertools.chain(device_batches(progress(loader, "evaluation"), processes.device), padding):
         if interrupted():
             return None
         if batch is None:
             continue
-        batch = to_device(batch, processes.device)
         with _autocast(processes.device, amp_dtype):
             evaluator.update(model, batch)
     return evaluator.compute(processes)

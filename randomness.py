@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 
 def seed_sequence(purpose: str, *numbers: int) -> np.random.SeedSequence:
@@ -36,9 +37,10 @@ def seed_step(seed: int, rank: int, micro_step: int) -> None:
 def isolated_rng(seeds: np.random.SeedSequence) -> Iterator[None]:
     """Seed the global generators of random, numpy and torch's CPU within the block, and restore them after it.
 
-    CUDA's generators are not changed.
+    A loader's worker does not restore them, as nothing else in it uses them. CUDA's generators are not changed.
     """
-    saved = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    in_worker = get_worker_info() is not None
+    saved = None if in_worker else _get_states()
     for_random, for_torch, for_numpy = seeds.generate_state(3, np.uint64)
     random.seed(int(for_random))
     torch.default_generator.manual_seed(int(for_torch))  # torch.manual_seed would reseed CUDA, too
@@ -46,6 +48,15 @@ def isolated_rng(seeds: np.random.SeedSequence) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(saved[0])
-        np.random.set_state(saved[1])  # noqa: NPY002
-        torch.default_generator.set_state(saved[2])
+        if saved is not None:
+            _set_states(*saved)
+
+
+def _get_states() -> tuple:
+    return random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+
+
+def _set_states(for_random, for_numpy, for_torch) -> None:
+    random.setstate(for_random)
+    np.random.set_state(for_numpy)  # noqa: NPY002
+    torch.default_generator.set_state(for_torch)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +17,15 @@ from utils import UserError, environment, logger, write_atomically, write_json
 
 SHORT_NAMES = {
     "images_per_second": "images/s",
-    "data_time": "data s",
+    "data_share": "waiting for data %",
     "step_time": "step s",
     "sar_weight": "lambda",
     "drloc_weight": "DRLoc weight",
     "peak_memory": "peak GiB",
 }
-"""Names of values in the terminal's lines, where they are shorter than in TensorBoard."""
+"""Names of values in the terminal's lines, where they differ from TensorBoard's."""
+LARGEST_WAIT = 10.0
+"""Percent of an epoch's time spent waiting for the loader, above which the log calls it the bottleneck."""
 
 
 def step_line(position: Position, means: Mapping[str, float], seconds_left: float) -> str:
@@ -45,6 +49,22 @@ def format_duration(seconds: float) -> str:
         return f"{minutes // 60}:{minutes % 60:02} h"
     hours = math.ceil(minutes / 60)
     return f"{hours // 24}:{hours % 24:02} d"
+
+
+def describe_bottleneck(share: float, images_per_second: float, num_workers: int) -> str:
+    """A warning that the loader is slower than the steps.
+
+    Args:
+        share: percent of the time spent waiting for the loader.
+        images_per_second: what was trained, on all processes.
+        num_workers: loader workers of a process.
+    """
+    possible, cores = images_per_second / (1 - share / 100), len(os.sched_getaffinity(0))
+    return (
+        f"the loader is the bottleneck: {share:.0f} % of the time is spent waiting for it. It gives "
+        f"{images_per_second:,.0f} images/s, and the steps could take {possible:,.0f}. More --num-workers "
+        f"({num_workers} per process, on {cores} cores), --cache-images, or tars on a shared disk (--data-set tar) help"
+    )
 
 
 class EpochLog:
@@ -71,6 +91,7 @@ class Records:
     def __init__(self, run: Run):
         self.run, self.log, self.board = run, None, None
         self.start_time, self.first_update = time.monotonic(), run.position.update
+        self.warming_up, self.waits, self.rates = True, [], []  # of this epoch's windows, without the very first
         if not run.processes.is_main:
             return
         output = run.plan.output_dir
@@ -86,6 +107,10 @@ class Records:
         """Record the means since the last logging step."""
         if not self.run.processes.is_main:
             return
+        if not self.warming_up:  # at first workers start, and kernels are loaded or compiled
+            self.waits.append(means["data_share"])
+            self.rates.append(means["images_per_second"])
+        self.warming_up = False
         device = self.run.processes.device
         if device.type == "cuda":  # the allocator's own count: no synchronisation with the device
             means = means | {"peak_memory": torch.cuda.max_memory_allocated(device) / 2**30}
@@ -117,6 +142,10 @@ class Records:
         task, epoch = self.run.task, f"epoch {record['epoch']}"
         if not results:
             logger.info(f"{epoch}: not evaluated (--eval-every)")
+        if self.waits and statistics.mean(self.waits) > LARGEST_WAIT:
+            workers = self.run.arguments["num_workers"]
+            logger.warning(describe_bottleneck(statistics.mean(self.waits), statistics.mean(self.rates), workers))
+        self.waits, self.rates = [], []
         for name, measured in results.items():
             which = "" if name == "test" else f", {name.removeprefix('test_')} weights"
             logger.info(f"{epoch}{which}: {task.describe(measured)}")

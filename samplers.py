@@ -117,7 +117,7 @@ def _check_rank(rank: int, world_size: int) -> None:
         raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
 
 
-def class_subset(targets: Sequence[int], ratio: float, seed: int) -> list[int]:
+def class_subset(targets: Sequence[int] | np.ndarray, ratio: float, seed: int) -> list[int]:
     """Ascending indices of a random fraction of each class's images: the smaller training sets of Table 3.
 
     The images of a class are permuted by ``(seed, class)`` alone, and the first ``ratio`` of them are taken (rounded,

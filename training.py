@@ -12,6 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from analysis.attention import similarity_maps
 from analysis.images import choose_samples
 from arguments import parse_arguments
+from augmentation import normalise
 from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
 from checkpoints import save, start_or_resume
 from datasets import cache_splits, save_subset
@@ -147,7 +148,7 @@ def draw_attention(run: Run, dataset):
     from analysis.panels import attention_panel  # imports Matplotlib, which takes a second
 
     samples = choose_samples(dataset, PANEL_IMAGES)
-    images = torch.stack([image for image, _ in samples])
+    images = normalise(torch.stack([image for image, _ in samples]))
     similarity = similarity_maps(run.task.model.eval(), images.to(run.processes.device))
     return attention_panel(images, similarity, titles=[dataset.classes[label] for _, label in samples])
 

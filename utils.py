@@ -427,22 +427,6 @@ def start_logging(rank: int) -> None:
     logger.propagate = False
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Copy all tensors in nested dicts, lists and tuples to ``device``; asynchronous from pinned memory."""
-    import torch
-
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: to_device(part, device) for name, part in batch.items()}
-    if isinstance(batch, list):
-        return [to_device(part, device) for part in batch]
-    if isinstance(batch, tuple):
-        parts = (to_device(part, device) for part in batch)
-        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
-    return batch
-
-
 def progress(iterable, description: str):
     """``iterable``, with a progress bar if rank 0 has a terminal."""
     hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: only shown in a terminal

@@ -36,6 +36,7 @@ from analysis.images import choose_samples, squash
 from analysis.models import TrainedModel
 from analysis.panels import ModelMaps, attention_page, component_page, mask_page
 from arguments import parse_arguments
+from augmentation import as_pillow
 from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import AugmentedDataset, read_split
 from readers.images import list_images, read_image
@@ -136,7 +137,7 @@ def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:
     run_args = parse_arguments(["--eval", *given], saved=dict(saved))
     dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path))
     chosen = choose_samples(dataset, args.count)
-    return [Sample(dataset.classes[label], image) for image, label in chosen], dataset.classes
+    return [Sample(dataset.classes[label], as_pillow(image)) for image, label in chosen], dataset.classes
 
 
 @torch.inference_mode()

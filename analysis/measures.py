@@ -34,9 +34,10 @@ from analysis.commands import (
     write_results,
 )
 from analysis.models import TrainedModel
+from augmentation import eval_transform
+from batches import device_batches
 from cli import Parser, at_least, exit_code
-from datasets import eval_transform
-from readers.images import list_images, read_image
+from readers.images import decode, list_images, open_image
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging
 
@@ -51,7 +52,7 @@ MEASURES = ("entropy", "components", "largest", "kept", "share")
 
 
 class CroppedImages(Dataset):
-    """Images from files, transformed as in evaluation at this input size: ``(3, size, size)``."""
+    """Images from files, transformed as in evaluation at this input size: uint8 ``(3, size, size)``."""
 
     def __init__(self, paths: list[Path], size: int, crop_pct: float | None = None):
         self.paths, self.transform = paths, eval_transform(size, crop_pct)
@@ -60,7 +61,8 @@ class CroppedImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(read_image(self.paths[index]))
+        with open_image(self.paths[index]) as image:
+            return self.transform(decode(image))
 
 
 def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[str, Tensor]:
@@ -70,8 +72,8 @@ def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[
     ``largest / kept``; 0 for a constant map, which has no patch above its mean.
     """
     batches = []
-    for images in progress(loader, trained.name):
-        found = measure_maps(similarity_maps(trained.model, images.to(device, non_blocking=True)))
+    for images in device_batches(progress(loader, trained.name), device):
+        found = measure_maps(similarity_maps(trained.model, images))
         batches.append({name: values.cpu() for name, values in found.items()})
     measured = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     return measured | {"share": measured["largest"] / measured["kept"].clamp_min(1)}

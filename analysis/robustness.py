@@ -22,22 +22,22 @@ import pkgutil
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
-from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from analysis.commands import add_loading_options, add_model_options
 from analysis.models import TrainedModel, load_model, short_names
+from augmentation import eval_transform
 from build import choose_amp
 from cli import Parser, at_least, exit_code
-from datasets import AugmentedDataset, build_loader, eval_transform
+from datasets import AugmentedDataset, build_loader
 from engine import evaluate
 from readers.images import ImageFiles, UnreadableImage
 from samplers import EvalSampler
@@ -193,9 +193,10 @@ class ImagesOfSize(ImageFiles):
 
     def __getitem__(self, index: int):
         image, target = super().__getitem__(index)
-        if image.size != (self.side, self.side):
+        height, width = image.shape[1:]
+        if (height, width) != (self.side, self.side):
             raise UnreadableImage(
-                f"{self._location(index)}: {image.width} x {image.height} px, where the model takes {self.side} x "
+                f"{self._location(index)}: {width} x {height} px, where the model takes {self.side} x "
                 f"{self.side} and corrupted images are not resized; load it at their size with --input-size"
             )
         return image, target
@@ -246,7 +247,7 @@ class Evaluation:
 
     network: nn.Module
     label_of: dict[str, int]
-    transform: transforms.Compose
+    transform: Callable[[Tensor], Tensor] | None
     side: int | None
     amp_dtype: torch.dtype | None
     batch_size: int
@@ -290,8 +291,7 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
         )
     # 2. ImageNet-C: all logits, unresized images; ImageNet-A: the logits of its classes, the evaluation transform
     network, label_of = trained.model, {name: label for label, name in enumerate(trained.classes)}
-    unresized = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    transform = transforms.Compose(unresized)
+    transform: Callable[[Tensor], Tensor] | None = None
     side: int | None = trained.input_size
     if args.data_set == "imagenet-a":
         network = ClassSubset(network, [label_of[name] for name in common]).to(device)

@@ -16,8 +16,10 @@ from multiprocessing.reduction import DupFd
 from typing import IO, Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
-from PIL import Image
+from einops import rearrange
+from torch import Tensor
 
 from readers.images import EncodedImages, LabelledImages, SubsetOf, UnreadableImage
 from utils import Processes, UserError, logger, progress
@@ -39,12 +41,12 @@ class CachedImages(LabelledImages):
         self._images, self._file, self._table = images, file, table
         self._bytes = np.asarray(np.memmap(file, np.uint8, "r"))
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         start, width, height = self._table[index].tolist()
         if not width:
             return self._images[index]
-        pixels = self._bytes[start : start + 3 * width * height]
-        return Image.fromarray(pixels.reshape(height, width, 3)), self.targets[index]
+        pixels = self._bytes[start : start + 3 * width * height].copy()  # torch knows no memory that is read-only
+        return rearrange(torch.from_numpy(pixels), "(h w c) -> c h w", h=height, c=3), int(self.targets[index])
 
     def __reduce__(self) -> tuple:
         """For workers that are not forked: they inherit the open file."""
@@ -114,8 +116,8 @@ def _decode(images: OnDisk, bounds: np.ndarray, file: np.ndarray, skip_unreadabl
 
     def decode(index: int) -> tuple[int, int]:
         image, _ = images[index]
-        file[bounds[index] : bounds[index + 1]] = np.asarray(image).reshape(-1)
-        return image.size
+        file[bounds[index] : bounds[index + 1]] = rearrange(image, "c h w -> (h w c)").numpy()
+        return image.shape[2], image.shape[1]
 
     sizes = _sizes(decode, len(images), "decoding images", skip_unreadable)
     seconds = time.monotonic() - began

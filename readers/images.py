@@ -1,4 +1,4 @@
-"""Sets of labelled images, and reading of image files.
+"""Sets of labelled images, and decoding of image files.
 
 The readers of the data sets return :class:`LabelledImages`; the registry is in :mod:`readers`.
 """
@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
+from einops import rearrange, repeat
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_jpeg
 
+from readers.names import Names
 from utils import UserError
 
 
@@ -33,20 +39,20 @@ class UnreadableImage(UserError):
 
 
 class LabelledImages(Dataset):
-    """A data set of pairs (RGB image, label).
+    """A data set of pairs: RGB image, uint8 ``(3, h, w)``, and label.
 
     Attributes:
         names: identifies each image in the published files.
-        targets: label of each image, an index into ``classes``.
+        targets: int64 ``(N,)``, label of each image, an index into ``classes``.
         classes: names of the classes.
         in_memory: whether the images are decoded already.
     """
 
     in_memory = False
 
-    def __init__(self, names: Sequence, targets: list[int], classes: list[str]):
-        self.names = names
-        self.targets = targets
+    def __init__(self, names: Sequence, targets: Sequence[int] | np.ndarray, classes: list[str]):
+        self.names: Sequence[Any] = Names(names) if len(names) and isinstance(names[0], str) else names
+        self.targets = np.asarray(targets, np.int64)
         self.classes = classes
 
     def __len__(self) -> int:
@@ -58,12 +64,14 @@ class ArrayImages(LabelledImages):
 
     in_memory = True
 
-    def __init__(self, images: np.ndarray, targets: list[int], classes: list[str]):
+    def __init__(self, images: np.ndarray, targets: Sequence[int], classes: list[str]):
         super().__init__(range(len(targets)), targets, classes)
         self.images = images
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels = torch.from_numpy(self.images[index])
+        image = repeat(pixels, "h w -> c h w", c=3) if pixels.ndim == 2 else rearrange(pixels, "h w c -> c h w")
+        return image, int(self.targets[index])
 
 
 class EncodedImages(LabelledImages):
@@ -73,9 +81,9 @@ class EncodedImages(LabelledImages):
         UnreadableImage: on access, if the file is missing, truncated, or not an image.
     """
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with self._image(index) as image:
-            return image.convert("RGB"), self.targets[index]
+            return decode(image), int(self.targets[index])
 
     def size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels, from the file's header alone."""
@@ -103,7 +111,7 @@ class EncodedImages(LabelledImages):
 class ImageFiles(EncodedImages):
     """Image files; ``names`` are their paths below ``root``."""
 
-    def __init__(self, root: Path, names: list[str], targets: list[int], classes: list[str]):
+    def __init__(self, root: Path, names: Sequence[str], targets: Sequence[int], classes: list[str]):
         super().__init__(names, targets, classes)
         self.root = root
 
@@ -117,15 +125,14 @@ class ImageFiles(EncodedImages):
 class SubsetOf(LabelledImages):
     """A subset of another set, given by indices."""
 
-    def __init__(self, images: LabelledImages, indices: list[int]):
-        super().__init__(
-            [images.names[index] for index in indices], [images.targets[index] for index in indices], images.classes
-        )
+    def __init__(self, images: LabelledImages, indices: Sequence[int]):
+        names = [images.names[index] for index in indices]
+        super().__init__(names, images.targets[np.asarray(indices)], images.classes)
         self.in_memory = images.in_memory
         self._images: Any = images
-        self._indices = indices
+        self._indices = np.asarray(indices)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._images[self._indices[index]]
 
     def size(self, index: int) -> tuple[int, int]:
@@ -152,6 +159,28 @@ def list_images(folder: str | Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder}: no image in it or below; known are {', '.join(IMG_EXTENSIONS)}")
     return sorted(found)
+
+
+def decode(image: Image.Image) -> Tensor:
+    """Decode an open image file: RGB, uint8 ``(3, h, w)``.
+
+    Baseline and progressive JPEGs, RGB or grey, are decoded by torchvision, which gives Pillow's pixels in less time.
+    Pillow decodes all others, such as CMYK, and what torchvision refuses.
+
+    Args:
+        image: as ``Image.open`` returns it, with its file open.
+
+    Raises:
+        Exception: a dozen types, if the file is broken.
+    """
+    if isinstance(image, JpegImageFile) and image.mode in ("RGB", "L"):
+        image.fp.seek(0)
+        data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+        try:
+            return decode_jpeg(data, ImageReadMode.RGB)
+        except RuntimeError:  # Pillow may read more, and its errors say more
+            image.fp.seek(0)
+    return rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> c h w")
 
 
 def read_image(path: str | Path) -> Image.Image:

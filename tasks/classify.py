@@ -9,7 +9,8 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from datasets import AugmentedDataset, build_split, eval_transform, train_transform
+from augmentation import TrainTransform, erase, eval_transform
+from datasets import AugmentedDataset, build_split
 from losses import spatial_entropy
 from tasks import Evaluator, Task
 from tasks.options import classify as options
@@ -32,7 +33,7 @@ class Classification(Task):
     def __init__(self, args: argparse.Namespace, dataset: AugmentedDataset, device: torch.device):
         num_classes = len(dataset.classes)
         super().__init__(args, build_task_model(args, num_classes, device), device)
-        self.repeats, self.reported = 3 if args.repeated_aug else 1, args.report
+        self.repeats, self.reported, self.erasing = 3 if args.repeated_aug else 1, args.report, args.remode
         self.mixup = build_mixup(args, num_classes)
         # the soft targets of Mixup are already smoothed
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
@@ -48,20 +49,8 @@ class Classification(Task):
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:
-        if split == "val":
-            transform = eval_transform(args.input_size, args.crop_pct)
-        else:
-            transform = train_transform(
-                args.input_size,
-                scale=args.scale,
-                hflip=args.hflip,
-                color_jitter=args.color_jitter,
-                aa=args.aa,
-                interpolation=args.train_interpolation,
-                reprob=args.reprob,
-                remode=args.remode,
-                recount=args.recount,
-            )
+        evaluation = eval_transform(args.input_size, args.crop_pct)
+        transform = evaluation if split == "val" else train_transform(args)
         return build_split(split_settings(args), split, transform, processes)
 
     @property
@@ -69,9 +58,11 @@ class Classification(Task):
         return self.ema[0].module if self.ema else None
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.mixup is None:
-            return batch
-        images, targets = self.mixup(batch["images"], batch["targets"])
+        images, targets = batch["images"], batch["targets"]
+        if "erased" in batch:
+            images = erase(images, batch["erased"], self.erasing)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
         return batch | {"images": images, "targets": targets}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,6 +85,20 @@ class Classification(Task):
             f"spatial entropy {results['spatial_entropy']:.3f} components {results['components']:.2f} "
             f"({results['images']} images)"
         )
+
+
+def train_transform(args: argparse.Namespace) -> TrainTransform:
+    """DeiT's augmentation with the settings of the arguments."""
+    return TrainTransform(
+        args.input_size,
+        scale=args.scale,
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
+        aa=args.aa,
+        interpolation=args.train_interpolation,
+        reprob=args.reprob,
+        recount=args.recount,
+    )
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:

@@ -274,7 +274,7 @@ def test_the_new_data_set_of_contributing_is_read(tmp_path, monkeypatch):
     }
     np.savez(tmp_path / "shapes.npz", **arrays)
     images = datasets.read_split(name, "val", tmp_path)
-    assert (len(images), images.classes[images[0][1]], images[0][0].size) == (4, "triangle", (28, 28))
+    assert (len(images), images.classes[images[0][1]], images[0][0].shape) == (4, "triangle", (3, 28, 28))
 
 
 def test_the_new_model_of_contributing_is_built(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from analysis import measures
 from analysis.attention import measure_maps, similarity_maps
 from analysis.measures import foreground, head_rows, measure_images, summarise_masks
 from analysis.models import TrainedModel, load_model
-from datasets import eval_transform
+from augmentation import as_tensor, eval_transform, normalise
 from readers.masks import VOID
 
 # ------------------------------------------------------------------------------------------------- of maps
@@ -49,7 +49,7 @@ def test_the_command_measures_a_folder_of_images(checkpoint, tmp_path, capsys):
     folder = str(tmp_path / "photographs")
     assert measures.main([*words, "--images", folder, "--out", str(tmp_path / "out")]) == 0
     model = load_model(checkpoint, num_heads=3, input_size=64).model
-    images = [eval_transform(64)(photograph(number)) for number in range(5)]
+    images = [normalise(eval_transform(64)(as_tensor(photograph(number)))) for number in range(5)]
     one_by_one = [measure_maps(similarity_maps(model, image[None])) for image in images]
     rows = rows_of(tmp_path / "out/images.csv")
     assert [(row["image"], row["head"]) for row in rows] == [(name, str(head)) for name in names for head in (1, 2, 3)]

@@ -1,15 +1,19 @@
 """Every reader on a small copy of its set in the published layout, and on broken ones."""
 
+import contextlib
 import gzip
+import io
 import os
 import pickle
 import re
 import shutil
 import tarfile
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from helpers.image_sets import (
     BREEDS,
     log_messages,
@@ -30,10 +34,12 @@ from helpers.image_sets import (
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from augmentation import as_tensor
 from datasets import read_split
 from readers import tars
 from readers.folders import CLASS_LISTS
-from readers.images import ImageFiles, SubsetOf, UnreadableImage
+from readers.images import ImageFiles, SubsetOf, UnreadableImage, decode
+from readers.names import Names
 from utils import UserError
 
 IMAGENET100 = sorted(
@@ -65,10 +71,9 @@ def test_digits_are_sklearns_and_every_fifth_is_val():
     assert (len(train), len(val), len(train.classes)) == (1437, 360, 10)
     for number, (images, index) in {0: (val, 0), 1: (train, 0), 4: (train, 3), 5: (val, 1)}.items():
         image, target = images[index]
-        assert (image.mode, image.size, target) == ("RGB", (8, 8), scans.target[number])
-        pixels = np.asarray(image)
-        np.testing.assert_allclose(pixels[..., 0], scans.images[number] * 255 / 16, atol=0.5)
-        assert (pixels == pixels[..., :1]).all()
+        assert (image.shape, image.dtype, target) == ((3, 8, 8), torch.uint8, scans.target[number])
+        np.testing.assert_allclose(image[0], scans.images[number] * 255 / 16, atol=0.5)
+        assert (image == image[:1]).all()
 
 
 # -------------------------------------------------------------------------------------------- folders
@@ -76,10 +81,10 @@ def test_digits_are_sklearns_and_every_fifth_is_val():
 
 def test_a_folder_is_read_by_sorted_class_names(folder):
     images = read_split("folder", "train", str(folder))
-    assert (len(images), images.classes, images.targets) == (6, ["ant", "bee", "cat"], [0, 0, 1, 1, 2, 2])
+    assert (len(images), images.classes, images.targets.tolist()) == (6, ["ant", "bee", "cat"], [0, 0, 1, 1, 2, 2])
     assert images.names[2:5] == ["train/bee/0.jpg", "train/bee/1.jpg", "train/cat/0.jpg"]
     image, target = images[4]
-    assert (image.size, image.mode, target) == ((40, 30), "RGB", 2)
+    assert (image.shape, image.dtype, target) == ((3, 30, 40), torch.uint8, 2)
     assert images.size(4) == (40, 30)
 
 
@@ -88,7 +93,7 @@ def test_names_are_the_paths_below_the_data_path_however_that_is_written(folder,
     monkeypatch.chdir(folder if path == "." else folder.parent)
     images = read_split("folder", "val", path)
     assert images.names[0] == "val/ant/0.jpg"
-    assert images[0][0].size == (40, 30)
+    assert images[0][0].shape == (3, 30, 40)
 
 
 def test_a_home_folder_is_found(folder, monkeypatch):
@@ -198,10 +203,10 @@ def test_imagenet100_is_filtered_from_imagenet_or_ready(tmp_path):
 def test_tars_hold_what_the_folder_holds(folder, tmp_path, layout):
     expected = read_split("folder", "train", folder)
     images = read_split("tar", "train", write_tars(folder, tmp_path / "tars", layout))
-    assert (images.classes, images.targets) == (expected.classes, expected.targets)
+    assert (images.classes, images.targets.tolist()) == (expected.classes, expected.targets.tolist())
     if layout != "shards":  # there, each shard is in order
         assert [name.split("/")[-1] for name in images.names] == [name.split("/")[-1] for name in expected.names]
-    ours, theirs = (Counter((image.tobytes(), target) for image, target in each) for each in (images, expected))
+    ours, theirs = (Counter((image.numpy().tobytes(), target) for image, target in each) for each in (images, expected))
     assert ours == theirs
     assert [images.size(index) for index in range(6)] == [(40, 30)] * 6
 
@@ -210,7 +215,7 @@ def test_labels_are_in_the_order_of_an_image_folder(tmp_path):
     folder = write_folder(tmp_path / "numbers", ["9", "10", "a1"])
     images = read_split("tar", "val", write_tars(folder, tmp_path / "tars", "one"))
     assert images.classes == read_split("folder", "val", folder).classes == ["10", "9", "a1"]
-    assert images[2][0].tobytes() == read_split("folder", "val", folder)[2][0].tobytes()
+    assert torch.equal(images[2][0], read_split("folder", "val", folder)[2][0])
 
 
 class Pixels:
@@ -220,7 +225,7 @@ class Pixels:
         self.images = images
 
     def __getitem__(self, index):
-        return self.images[index][0].tobytes()
+        return self.images[index][0].numpy().tobytes()
 
 
 def test_workers_read_one_tar_at_the_same_time(folder, tmp_path):
@@ -247,8 +252,8 @@ def test_a_data_folder_of_tars_is_left_as_it_was_and_an_index_is_read(folder, tm
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)  # with the index, no tar is looked through
         indexed = read_split("tar", "val", root)
-    assert (indexed.names, indexed.targets) == (before.names, before.targets)
-    assert indexed[3][0].tobytes() == before[3][0].tobytes()
+    assert (indexed.names, indexed.targets.tolist()) == (before.names, before.targets.tolist())
+    assert torch.equal(indexed[3][0], before[3][0])
 
 
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2)])
@@ -355,8 +360,8 @@ def test_cars_are_read_as_published(tmp_path):
     assert train.names[196] == "stanford_cars/cars_train/00197.jpg"
     assert val.names[0] == "stanford_cars/cars_test/00001.jpg"
     image, target = train[4]
-    assert (image.size, image.mode, target) == (train.size(4), "RGB", 4)
-    assert image.tobytes() == Image.open(root / train.names[4]).tobytes()
+    assert (image.shape, target) == ((3, *reversed(train.size(4))), 4)
+    assert torch.equal(image, as_tensor(Image.open(root / train.names[4])))
 
 
 def break_car_annotations(cars):
@@ -409,9 +414,9 @@ def test_flowers_are_trained_on_with_their_validation_images(tmp_path, monkeypat
     root = write_flowers(monkeypatch, tmp_path)
     train, val = (read_split("flowers", split, root) for split in ("train", "val"))
     assert [name[-9:] for name in train.names] == ["00002.jpg", "00005.jpg", "00001.jpg", "00006.jpg"]
-    assert (train.targets, val.targets) == ([0, 4, 76, 8], [101, 4])
+    assert (train.targets.tolist(), val.targets.tolist()) == ([0, 4, 76, 8], [101, 4])
     assert (len(train.classes), train.classes[76]) == (102, "passion flower")
-    assert val[0][0].tobytes() == Image.open(root / "flowers-102/jpg/image_00003.jpg").tobytes()
+    assert torch.equal(val[0][0], as_tensor(Image.open(root / "flowers-102/jpg/image_00003.jpg")))
 
 
 def test_what_is_wrong_with_flowers_is_one_line(tmp_path, monkeypatch):
@@ -434,9 +439,9 @@ def test_pets_are_read_as_published(tmp_path):
     root = write_pets(tmp_path)
     train, val = (read_split("pets", split, root) for split in ("train", "val"))
     assert (len(train), len(val), len(train.classes)) == (74, 37, 37)
-    assert (train.targets[:4], val.targets[:3]) == ([0, 0, 1, 1], [0, 1, 2])
+    assert (train.targets[:4].tolist(), val.targets[:3].tolist()) == ([0, 0, 1, 1], [0, 1, 2])
     assert train.names[3] == f"oxford-iiit-pet/images/{BREEDS[1]}_2.jpg"
-    assert train[3][0].tobytes() == Image.open(root / train.names[3]).tobytes()
+    assert torch.equal(train[3][0], as_tensor(Image.open(root / train.names[3])))
 
 
 def break_pet_list(pets):
@@ -487,7 +492,7 @@ def test_a_domain_is_read_by_its_lists(tmp_path, domain):
     assert (len(train), len(val), len(train.classes)) == (690, 345, 345)
     assert (train.targets[3], val.targets[344], train.classes[344]) == (1, 344, "class_344")
     assert train.names[3] == f"{domain}/class_001/{domain}_001_000001.jpg"
-    assert train[3][0].tobytes() == Image.open(root / train.names[3]).tobytes()
+    assert torch.equal(train[3][0], as_tensor(Image.open(root / train.names[3])))
 
 
 def edit_list(root, part, edit):
@@ -585,9 +590,9 @@ def test_cifar10_is_read_from_its_batches(monkeypatch, tmp_path):
     train, val = (read_split("cifar10", split, tmp_path) for split in ("train", "val"))
     assert (len(train), len(val), len(train.classes)) == (20, 4, 10)
     image, target = train[5]
-    assert (image.size, image.mode, target) == ((32, 32), "RGB", 1)
+    assert (image.shape, image.dtype, target) == ((3, 32, 32), torch.uint8, 1)
     batch = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_2").read_bytes())["data"]
-    assert np.array_equal(np.asarray(image), batch[1].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert np.array_equal(image, batch[1].reshape(3, 32, 32))
 
 
 def test_cifar100_takes_the_fine_labels(monkeypatch, tmp_path):
@@ -613,11 +618,51 @@ def test_a_truncated_image_is_noticed_and_named(tmp_path, suffix, keep):
     path = tmp_path / f"broken{suffix}"
     picture(size=(200, 150)).save(path)
     images = ImageFiles(tmp_path, [path.name], [0], ["a"])
-    assert images[0][0].size == (200, 150)
+    assert images[0][0].shape == (3, 150, 200)
     truncate(path, keep)
     with pytest.raises(UnreadableImage, match=rf"broken\{suffix}.*--skip-unreadable") as error:
         images[0]
     assert "\n" not in str(error.value)
+
+
+JPEGS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "without subsampling": {"subsampling": 0, "quality": 95},
+    "stored as RGB": {"keep_rgb": True},
+    "with restart markers": {"restart_marker_rows": 1},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_has_pillows_pixels(tmp_path, mode, kind):
+    path = tmp_path / "image.jpg"
+    picture(size=(77, 50), mode=mode).save(path, **JPEGS[kind])
+    with Image.open(path) as image, mock.patch("readers.images.np.array", side_effect=AssertionError("by Pillow")):
+        decoded = decode(image)
+    assert torch.equal(decoded, as_tensor(Image.open(path).convert("RGB")))
+
+
+def test_what_torchvision_refuses_or_reads_otherwise_is_left_to_pillow(tmp_path):
+    """A file cut anywhere, or with wrong bytes, gives Pillow's pixels or Pillow's error; so does CMYK."""
+    picture(size=(64, 48)).save(tmp_path / "whole.jpg")
+    picture(size=(64, 48), mode="CMYK").save(tmp_path / "cmyk.jpg")
+    whole, generator = (tmp_path / "whole.jpg").read_bytes(), np.random.default_rng(0)
+    broken = [whole[:end] for end in range(20, len(whole), len(whole) // 20)] + [whole + b"more", whole[:-2]]
+    for _ in range(40):
+        changed = bytearray(whole)
+        changed[generator.integers(200, len(whole))] = generator.integers(256)
+        broken.append(bytes(changed))
+    for data in [*broken, (tmp_path / "cmyk.jpg").read_bytes()]:
+        (tmp_path / "image.jpg").write_bytes(data)
+        ours = theirs = None
+        with contextlib.suppress(UnreadableImage):
+            ours = ImageFiles(tmp_path, ["image.jpg"], [0], ["a"])[0][0]
+        with contextlib.suppress(OSError, SyntaxError):
+            theirs = as_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
 
 
 def test_a_file_that_is_no_image_or_is_gone_is_named(tmp_path):
@@ -629,14 +674,28 @@ def test_a_file_that_is_no_image_or_is_gone_is_named(tmp_path):
                 access(0)
 
 
+# ---------------------------------------------------------------------------------------------------- names
+
+
+def test_names_are_a_sequence_of_any_file_names():
+    given = ["a/1.jpg", "", "Ä/猫.png", os.fsdecode(b"\xff\xfe.jpg")]
+    names = Names(given)
+    assert (len(names), list(names), names[1:3], names[-1]) == (4, given, given[1:3], given[-1])
+    assert names == given
+    assert names != given[:3]
+    with pytest.raises(IndexError):
+        names[4]
+
+
 # -------------------------------------------------------------------------------------------------- subsets
 
 
 def test_a_subset_is_the_images_at_its_indices(folder):
     images = read_split("folder", "train", folder)
     part = SubsetOf(images, [1, 4])
-    assert (part.names, part.targets, part.classes) == ([images.names[1], images.names[4]], [0, 2], images.classes)
+    assert part.names == [images.names[1], images.names[4]]
+    assert (part.targets.tolist(), part.classes) == ([0, 2], images.classes)
     assert len(part) == 2
-    assert part[1][0].tobytes() == images[4][0].tobytes()
+    assert torch.equal(part[1][0], images[4][0])
     assert part[1][1] == 2
     assert part.size(1) == (40, 30)

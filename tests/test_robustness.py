@@ -21,7 +21,7 @@ from analysis import robustness
 from analysis.attention import measure_maps, similarity_maps
 from analysis.models import load_model
 from analysis.robustness import CORRUPTIONS, IMAGES, MCE_CORRUPTIONS, SEVERITIES, list_classes
-from datasets import eval_transform
+from augmentation import as_tensor, eval_transform, normalise
 
 
 def write_images(folder: Path, classes: list[str], per_class: int = 2, side: int = SIDE) -> None:
@@ -150,7 +150,7 @@ def slowly(checkpoint: Path, folder: Path, transform, columns: list[int], names:
     model, wrong = load_model(checkpoint).model, []
     for path in sorted(folder.glob("*/*.png")):
         with torch.inference_mode():
-            logits = model(transform(Image.open(path).convert("RGB"))[None])[0]
+            logits = model(normalise(transform(as_tensor(Image.open(path).convert("RGB"))))[None])[0]
         wrong.append(names[logits[columns].argmax()] != path.parent.name)
     return 100 * float(np.mean(wrong))
 
@@ -191,7 +191,8 @@ def test_a_head_of_another_program_has_the_wnids_in_order(tmp_path):
     write_images(tmp_path / "c/snow/1", wnids[500:503])
     image = Image.open(tmp_path / "c/snow/1" / wnids[501] / "0.png").convert("RGB")
     with torch.no_grad():  # it takes the first image of class 501 for what it is
-        features = model.forward_head(model.eval().forward_features(eval_transform(8)(image)[None]), pre_logits=True)
+        images = normalise(eval_transform(8)(as_tensor(image)))[None]
+        features = model.forward_head(model.eval().forward_features(images), pre_logits=True)
         model.head.weight[501] = 100 * features[0]
     torch.save({"model": model.state_dict()}, tmp_path / "other.pth")
     assert run("imagenet-c", tmp_path / "other.pth", tmp_path / "c", tmp_path / "out", "--num-heads", "3") == 0
@@ -206,7 +207,8 @@ def test_how_blob_like_the_maps_are(checkpoint, corrupted, tmp_path):
         files = (corrupted / measured["corruption"] / str(measured["severity"])).glob("*/*.png")
         transform = eval_transform(8, 1.0)
         maps = [
-            measure_maps(similarity_maps(model, transform(Image.open(path).convert("RGB"))[None])) for path in files
+            measure_maps(similarity_maps(model, normalise(transform(as_tensor(Image.open(path).convert("RGB"))))[None]))
+            for path in files
         ]
         for name, key in (("spatial_entropy", "entropy"), ("components", "components")):
             mean = torch.cat([one[key] for one in maps]).double().mean().item()

@@ -2,10 +2,8 @@
 
 import io
 import os
-from typing import NamedTuple
 
 import pytest
-import torch
 
 import utils
 
@@ -45,18 +43,3 @@ def test_environment_says_what_a_result_depends_on():
     environment = utils.environment()
     assert environment["cpu"]
     assert {"commit", "uncommitted_changes", "torch", "timm", "gpus", "command", "threads"} <= environment.keys()
-
-
-class Pair(NamedTuple):
-    one: torch.Tensor
-    other: list
-
-
-def test_a_tree_of_tensors_is_brought_to_a_device_as_it_is():
-    batch = {"images": torch.ones(2), "boxes": [torch.ones(1), torch.ones(3)], "pair": Pair(torch.ones(1), [1]), "n": 3}
-    moved = utils.to_device(batch, torch.device("meta"))
-    assert moved["images"].is_meta
-    assert [box.is_meta for box in moved["boxes"]] == [True, True]
-    assert isinstance(moved["pair"], Pair)
-    assert moved["pair"].one.is_meta
-    assert (moved["pair"].other, moved["n"]) == ([1], 3)

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from augmentation import eval_transform
 from cli import at_least
-from datasets import AugmentedDataset, build_split, eval_transform
+from datasets import AugmentedDataset, build_split
 from tasks import Evaluator, Task
 from tasks.settings import build_task_model, split_settings
 

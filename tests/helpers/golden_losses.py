@@ -48,7 +48,7 @@ CONFIGURATIONS = {
 }
 PROCESSES = {"two_processes": 2}
 STOPPED = {"resumed": "epoch 1 [2/5]"}  # SIGTERM as the log says so; the same command again
-TIMES = {"images_per_second", "data_time", "step_time"}
+TIMES = {"images_per_second", "data_time", "data_share", "step_time"}
 
 TOLERANCE = 2e-3
 """Largest relative difference of a loss term between other versions or processors.

@@ -1,0 +1,41 @@
+"""Crops of one decoded image: a random box, and several boxes resized from the same pixels."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels."""
+
+
+def random_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)) -> Box:
+    """The box of a random resized crop by timm's rule, which is torchvision's; drawn from Python's generator.
+
+    Args:
+        height, width: size of the image, px.
+        scale: range of the box's area, as a fraction of the image.
+        ratio: range of width / height.
+    """
+    image = torch.empty(1, height, width, device="meta")  # only its size is read
+    return RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
+
+
+def resize_crops(image: Tensor, boxes: Sequence[Box], size: int, interpolation: str = "bicubic") -> Tensor:
+    """Cut boxes out of an image and resize each to a square, with antialiasing.
+
+    Args:
+        image: uint8 ``(3, h, w)``.
+        boxes: inside the image.
+        size: side of the results, px.
+        interpolation: "bicubic" or "bilinear". The results differ from Pillow's by rounding, at most 2 of 255.
+
+    Returns:
+        uint8 ``(len(boxes), 3, size, size)``.
+    """
+    mode = InterpolationMode(interpolation)
+    crops = [functional.resized_crop(image, *box, [size, size], mode, antialias=True) for box in boxes]
+    return torch.stack(crops)
