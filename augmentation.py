@@ -12,11 +12,12 @@ from functools import cache
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
+from affine import speed_up
 from crops import random_box, resize_crops
 from utils import UserError
 
@@ -91,19 +92,18 @@ class TrainTransform:
         else:
             box = random_box(image.shape[1], image.shape[2], self.scale)
             image = resize_crops(image, [box], self.size, random.choice(self.interpolations))[0]
-        # 2. flip
+        # 2. flip and colours, which Pillow does faster than torch
+        picture = as_pillow(image)
         if random.random() < self.hflip:
-            image = image.flip(-1)
-        # 3. colours and RandAugment, which are Pillow's
-        if self.colours is not None:
-            image = as_tensor(self.colours(as_pillow(image)))
-        # 4. areas to erase
+            picture = ImageOps.mirror(picture)
+        image = as_tensor(self.colours(picture))
+        # 3. areas to erase
         erased = {"erased": random_erasing(self.size, self.reprob, self.recount)} if self.reprob > 0 else {}
         return {"images": image} | erased
 
 
 def _colour_transform(size: int, color_jitter: float, aa: str, interpolation: str):
-    """timm's transform between crop and tensor, which takes Pillow images; None if there is none."""
+    """timm's transform between crop and tensor, which takes Pillow images."""
     try:
         _, colours, _ = create_transform(
             size,
@@ -115,12 +115,14 @@ def _colour_transform(size: int, color_jitter: float, aa: str, interpolation: st
         )
     except (AssertionError, ValueError) as error:
         raise UserError(f"--aa {aa}: not a policy of timm ({error}); an example is rand-m9-mstd0.5-inc1") from error
-    return colours if colours.transforms else None
+    speed_up(colours)
+    return colours
 
 
 def as_pillow(image: Tensor) -> Image.Image:
     """uint8 ``(3, h, w)`` -> RGB image."""
-    return Image.fromarray(rearrange(image, "c h w -> h w c").numpy())
+    pixels = rearrange(image, "c h w -> h w c").contiguous().numpy()
+    return Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGB", 0, 1)
 
 
 def as_tensor(image: Image.Image) -> Tensor:

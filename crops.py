@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
+from torch.nn.functional import interpolate
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
@@ -24,7 +24,7 @@ def random_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[
     return RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
 
 
-def resize_crops(image: Tensor, boxes: Sequence[Box], size: int, interpolation: str = "bicubic") -> Tensor:
+def resize_crops(image: Tensor, boxes: Sequence[Box], size: int, interpolation: str = "bicubic") -> list[Tensor]:
     """Cut boxes out of an image and resize each to a square, with antialiasing.
 
     Args:
@@ -34,8 +34,11 @@ def resize_crops(image: Tensor, boxes: Sequence[Box], size: int, interpolation: 
         interpolation: "bicubic" or "bilinear". The results differ from Pillow's by rounding, at most 2 of 255.
 
     Returns:
-        uint8 ``(len(boxes), 3, size, size)``.
+        For each box, uint8 ``(3, size, size)``, laid out in memory as the image is.
     """
-    mode = InterpolationMode(interpolation)
-    crops = [functional.resized_crop(image, *box, [size, size], mode, antialias=True) for box in boxes]
-    return torch.stack(crops)
+    pixels = rearrange(image, "c h w -> 1 h w c")
+    crops = []
+    for top, left, height, width in boxes:
+        cut = rearrange(pixels[:, top : top + height, left : left + width], "n h w c -> n c h w")
+        crops.append(interpolate(cut, size=(size, size), mode=interpolation, antialias=True)[0])
+    return crops

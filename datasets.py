@@ -253,7 +253,7 @@ class AugmentedDataset(Dataset):
         image, target, replaced = self._read(draw.index)
         views: Any = image
         if self.transform is not None:
-            with isolated_rng(seed_sequence("augmentation", self.seed, draw.epoch, draw.position)):
+            with isolated_rng("augmentation", self.seed, draw.epoch, draw.position):
                 views = self.transform(image)
         item = views if isinstance(views, dict) else {"images": views}
         item |= {"targets": target, "replaced": replaced}

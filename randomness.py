@@ -4,7 +4,9 @@ A random number depends on its purpose, the seed and the position (epoch, image 
 checkpoint holds no random state, and results do not depend on loader workers or on interruptions.
 """
 
+import hashlib
 import random
+import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,17 +36,19 @@ def seed_step(seed: int, rank: int, micro_step: int) -> None:
 
 
 @contextmanager
-def isolated_rng(seeds: np.random.SeedSequence) -> Iterator[None]:
+def isolated_rng(purpose: str, *numbers: int) -> Iterator[None]:
     """Seed the global generators of random, numpy and torch's CPU within the block, and restore them after it.
 
-    A loader's worker does not restore them, as nothing else in it uses them. CUDA's generators are not changed.
+    The seeds are a hash of the purpose and the numbers, which takes microseconds. A loader's worker does not restore
+    the generators, as nothing else in it uses them. CUDA's generators are not changed.
     """
     in_worker = get_worker_info() is not None
     saved = None if in_worker else _get_states()
-    for_random, for_torch, for_numpy = seeds.generate_state(3, np.uint64)
-    random.seed(int(for_random))
-    torch.default_generator.manual_seed(int(for_torch))  # torch.manual_seed would reseed CUDA, too
-    np.random.seed(np.array([for_numpy]).view(np.uint32))  # noqa: NPY002  timm draws from the global generator
+    digest = hashlib.blake2b(repr((purpose, numbers)).encode(), digest_size=20).digest()
+    for_random, for_torch, for_numpy = struct.unpack("=QQI", digest)
+    random.seed(for_random)
+    torch.default_generator.manual_seed(for_torch)  # torch.manual_seed would reseed CUDA, too
+    np.random.seed(for_numpy)  # noqa: NPY002  timm draws from the global generator
     try:
         yield
     finally:

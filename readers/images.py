@@ -3,8 +3,9 @@
 The readers of the data sets return :class:`LabelledImages`; the registry is in :mod:`readers`.
 """
 
+import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,7 +83,7 @@ class EncodedImages(LabelledImages):
     """
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with self._image(index) as image:
+        with self._image(index, lambda file: io.BytesIO(file.read())) as image:
             return decode(image), int(self.targets[index])
 
     def size(self, index: int) -> tuple[int, int]:
@@ -91,9 +92,9 @@ class EncodedImages(LabelledImages):
             return image.size
 
     @contextmanager
-    def _image(self, index: int) -> Iterator[Image.Image]:
+    def _image(self, index: int, read: Callable[[BinaryIO], BinaryIO] = lambda file: file) -> Iterator[Image.Image]:
         try:
-            with self._open(index) as file, Image.open(file) as image:
+            with self._open(index) as file, Image.open(read(file)) as image:
                 yield image
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             raise UnreadableImage(

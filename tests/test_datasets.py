@@ -42,7 +42,7 @@ from datasets import (
     download,
     save_subset,
 )
-from randomness import isolated_rng, seed_sequence
+from randomness import isolated_rng
 from readers.images import UnreadableImage
 from samplers import Draw, EvalSampler, TrainSampler
 from utils import Processes, UserError
@@ -422,11 +422,11 @@ def draws_from_global_generators():
 
 def test_isolated_rng_seeds_all_generators_and_restores_them():
     before = rng_states()
-    with isolated_rng(seed_sequence("test", 1)):
+    with isolated_rng("test", 1):
         first = draws_from_global_generators()
-    with isolated_rng(seed_sequence("test", 1)):
+    with isolated_rng("test", 1):
         second = draws_from_global_generators()
-    with isolated_rng(seed_sequence("test", 2)):
+    with isolated_rng("test", 2):
         third = draws_from_global_generators()
     assert same_states(before, rng_states())
     assert first == second
@@ -435,7 +435,7 @@ def test_isolated_rng_seeds_all_generators_and_restores_them():
 
 def test_isolated_rng_restores_after_an_error():
     before = rng_states()
-    with contextlib.suppress(KeyError), isolated_rng(seed_sequence("test", 1)):
+    with contextlib.suppress(KeyError), isolated_rng("test", 1):
         raise KeyError
     assert same_states(before, rng_states())
 
