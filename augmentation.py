@@ -25,7 +25,7 @@ SMALL_IMAGE = 32  # px; up to this size DeiT crops the padded image instead of a
 ERASED_AREA = (0.02, 1 / 3)  # range of an erased area, as a fraction of the image; here and below timm's defaults
 ERASED_ASPECT = 0.3  # its sides' smallest ratio
 ERASING_ATTEMPTS = 10  # at a box inside the image
-NOISE = 2**22  # length of the list of random numbers that erased pixels take theirs from
+NOISE = 2**23  # length of the list of random numbers that erased pixels take theirs from; it serves 1,600 px
 
 
 # -------------------------------------------------------------------------------------------- in the workers
@@ -152,7 +152,7 @@ def random_erasing(size: int, probability: float, most: int) -> Tensor:
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height < size and width < size:
                 top, left = random.randint(0, size - height), random.randint(0, size - width)
-                row[:] = torch.tensor([top, left, height, width, random.randrange(NOISE)])
+                row[:] = torch.tensor([top, left, height, width, random.randrange(NOISE - 3 * size**2)])
                 break
     return areas
 
@@ -191,7 +191,7 @@ def erase(images: Tensor, erased: Tensor, mode: str) -> Tensor:
         if mode == "const":
             values = images.new_zeros(())
         else:
-            places = (first[..., 0] + step[mode]) % NOISE
+            places = first[..., 0] + step[mode]
             values = _noise(images.device)[places].view(len(images), c, *((h, w) if mode == "pixel" else (1, 1)))
         images = torch.where(inside, values, images)
     return images
