@@ -126,7 +126,8 @@ def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None
     Raises:
         UserError, UnreadableImage: see :func:`readers.cache.cache_images`; no split is changed then.
     """
-    on_disk = [split for split in splits if not split.base.in_memory]
+    parts = [part for split in splits for part in getattr(split, "parts", (split,))]  # a split may join others
+    on_disk = [split for split in parts if not split.base.in_memory]
     if on_disk:
         skip_unreadable = all(split.skip_unreadable for split in on_disk)
         cached = cache_images([split.base for split in on_disk], processes, skip_unreadable)  # type: ignore[misc]
