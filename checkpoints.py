@@ -19,7 +19,7 @@ from arguments import differences
 from engine import NonFiniteLoss, Run
 from tasks import Task
 from utils import UserError, logger, write_atomically
-from weights import load_weights, read_checkpoint
+from weights import read_checkpoint
 
 
 def saved_modules(task: Task) -> dict[str, nn.Module | None]:
@@ -113,7 +113,7 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
 
     Args:
         resume: checkpoint of another run to resume from.
-        finetune, key: initial weights, see `weights.load_weights`.
+        finetune, key: initial weights, see `tasks.Task.load`.
 
     Raises:
         UserError: a file cannot be used, or the processes would start at different positions.
@@ -126,7 +126,7 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
             run.best = {}  # its best.pth is in the other folder
         logger.info(f"resuming from {source}: epoch {run.epoch}, update {run.step}")
     elif finetune:
-        for note in load_weights(run.task.model, finetune, key):
+        for note in run.task.load(read_checkpoint(finetune), key):
             logger.info(f"{finetune}: {note}")
         run.task.reset_averaged()
     positions = run.processes.gather(torch.tensor([run.epoch, run.step], device=run.processes.device))

@@ -20,7 +20,7 @@ from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, epoch_record
 from tasks import load_task
 from utils import Processes, StopSignal, UserError, logger, prepare_output_dir
-from weights import load_weights, read_checkpoint
+from weights import read_checkpoint
 
 PANEL_IMAGES = 4  # images in the figure of `--log-attention`
 
@@ -157,13 +157,13 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     """Evaluate a checkpoint; task, model and sizes that are not given are those of its run."""
     path = Path(args.resume or args.finetune or Path(args.output_dir, "best.pth"))
     if not path.exists():
-        raise UserError(f"--eval: nothing to evaluate at {path}; name a checkpoint with --resume FILE")
+        raise UserError(f"nothing to evaluate at {path}; name a checkpoint with --finetune FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
     task_class = load_task(args.task)
     dataset = task_class.data(args, "val", processes)
     task = task_class(args, dataset, processes.device)
-    for note in load_weights(task.model, checkpoint, args.checkpoint_key, keep_head=True):
+    for note in task.load(checkpoint, args.checkpoint_key, evaluate=True):
         logger.info(f"{path}: {note}")
     dtype, _ = choose_amp(args.amp, processes.device)
     loader = build_eval_loader(args, processes, dataset)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "Evaluator", "Task", "add_options", "check_options", "load_task"]
 
-TASKS = {"classify": "tasks.classify:Classification"}
+TASKS = {"classify": "tasks.classify:Classification", "knn": "tasks.knn:NearestNeighbourProbe"}
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features, as in DINO's ``eval_knn.py``.
+"""Weighted k-nearest-neighbour classification of frozen features, as in DINO's ``eval_knn.py``; ``--task knn``.
 
 The bank is the training set under the transform of evaluation. A validation image takes the class for which its k
 nearest neighbours in the bank vote: each votes with the weight exp(s / 0.07), where s is the cosine of both features.
@@ -7,7 +7,7 @@ Letters of the axes: N images of the bank, T validation images, D channels of a 
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,48 @@ from torch.utils.data import Dataset
 from augmentation import eval_transform
 from datasets import AugmentedDataset, build_split
 from samplers import Draw
-from tasks import Evaluator
-from tasks.settings import split_settings
+from tasks import Evaluator, Task
+from tasks.options import knn as options
+from tasks.settings import build_task_model, split_settings
 from utils import Processes
+from weights import load_weights
 
 TEMPERATURE = 0.07
 NEIGHBOURS = (10, 20, 100, 200)
 
 # A product of so many rows takes 64 MiB, and what is computed from it a few times that.
 BANK_ROWS, TEST_ROWS = 8192, 1024
+
+
+class NearestNeighbourProbe(Task):
+    """``--task knn``: the k-NN accuracy of a checkpoint's features; nothing is trained.
+
+    A classifier in the checkpoint is dropped.
+    """
+
+    metric = "knn20"
+
+    def __init__(self, args: argparse.Namespace, dataset: "BankAndQueries", device: torch.device):
+        super().__init__(args, build_task_model(args, 0, device), device)
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        options.add(parser)
+
+    @classmethod
+    def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> "BankAndQueries":
+        return knn_split(args, processes)
+
+    def load(self, checkpoint: Mapping, key: str | None, evaluate: bool = False) -> list[str]:
+        return load_weights(self.model, checkpoint, key)
+
+    def evaluator(self) -> "KNearestNeighbours":
+        return KNearestNeighbours()
+
+    @classmethod
+    def describe(cls, results: Mapping[str, float]) -> str:
+        rates = [f"{k} {results[f'knn{k}']:.3f} ({results[f'knn{k}_top5']:.3f})" for k in NEIGHBOURS]
+        return f"* k-NN Acc@1 (Acc@5) of k = {', '.join(rates)} ({results['images']} images)"
 
 
 class BankAndQueries(Dataset):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from losses import Localiser
 from schedules import LearningRate, Position, drloc_weight_schedule, sar_weight_schedule
 from utils import Processes
+from weights import load_weights
 
 
 class Evaluator:
@@ -198,6 +199,18 @@ class Task(nn.Module):
     def other_modules(self) -> dict[str, nn.Module]:
         """All modules with a state other than `model` and `averaged`, by their keys in a checkpoint."""
         return {"localiser": self.localiser} if self.localiser is not None else {}
+
+    def load(self, checkpoint: Mapping, key: str | None, evaluate: bool = False) -> list[str]:
+        """Load the weights of a checkpoint: of any origin for fine-tuning, or to evaluate them.
+
+        Args:
+            checkpoint, key: see `weights.load_weights`, also for errors.
+            evaluate: nothing of the model may be missing in the checkpoint, such as the classifier.
+
+        Returns:
+            One line for each adaptation, to be logged.
+        """
+        return load_weights(self.model, checkpoint, key, keep_head=evaluate)
 
     def reset_averaged(self) -> None:
         """Copy the model's weights, which were just loaded for fine-tuning, to `averaged`."""

@@ -6,11 +6,14 @@ import socket
 import numpy as np
 import pytest
 import torch
+from helpers import checkpoints as files
 from helpers import runs
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+import main
 import utils
+from analysis.models import load_model
 from arguments import parse_arguments
 from datasets import cache_splits
 from samplers import Draw, EvalSampler
@@ -83,15 +86,17 @@ def test_votes_and_predictions_are_those_of_dinos_own_program(numbers):
     assert max(errors) < 1e-10
 
 
-def test_scikit_learn_predicts_the_same_classes(numbers):
-    def weights(distances):
-        return np.exp((1 - distances**2 / 2) / knn.TEMPERATURE)  # cosine of vectors of length 1
+def votes(distances: np.ndarray) -> np.ndarray:
+    """scikit-learn's weights: of the distance of two vectors of length 1, which gives their cosine."""
+    return np.exp((1 - distances**2 / 2) / knn.TEMPERATURE)
 
+
+def test_scikit_learn_predicts_the_same_classes(numbers):
     train, test = (
         nn.functional.normalize(numbers[f"{split}_features"].double(), dim=1).numpy() for split in ("train", "test")
     )
     for k in (10, 20, 100, 200):
-        judge = KNeighborsClassifier(k, weights=weights, algorithm="brute").fit(train, numbers["train_labels"].numpy())
+        judge = KNeighborsClassifier(k, weights=votes, algorithm="brute").fit(train, numbers["train_labels"].numpy())
         accuracy = 100 * judge.score(test, numbers["test_labels"].numpy())
         bank = batch(numbers["train_features"], numbers["train_labels"], 1)
         queries = batch(numbers["test_features"], numbers["test_labels"], 0)
@@ -197,3 +202,50 @@ def test_the_bank_is_the_training_set_under_the_transform_of_evaluation(folder):
     cache_splits([images], ALONE)
     assert all(part.base.in_memory for part in images.parts)
     assert torch.equal(images[Draw(25, 0, 25)]["images"], first[25]["images"])
+
+
+# -------------------------------------------------------------------------------------------------- the task
+
+
+def printed(words: list[str], capsys) -> str:
+    """The last line of ``main.py --task knn``."""
+    assert main.main(["--task", "knn", "--num-workers", "0", *words]) == 0
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_it_evaluates_a_checkpoint_with_the_settings_of_its_run(folder, tmp_path, capsys):
+    """Here with other classes than the checkpoint's; scikit-learn says the same of the same features."""
+    path = files.write_checkpoint(tmp_path / "vit.pth", ["one", "two", "three"])
+    line = printed(["--finetune", str(path), "--data-path", str(folder)], capsys)
+    model = load_model(path).model
+    features, labels = [], []
+    images = knn_split(parse_arguments([*files.OWN, "--data-path", str(folder)]), ALONE)
+    for item in (images[Draw(index, 0, index)] for index in range(len(images))):
+        features.append(model.forward_features(item["images"][None])[0, 0].detach().double().numpy())
+        labels.append(item["targets"])
+    features = np.stack(features) / np.linalg.norm(features, axis=1, keepdims=True)
+    judge = KNeighborsClassifier(10, weights=votes, algorithm="brute").fit(features[:40], labels[:40])
+    accuracy = 100 * judge.score(features[40:], labels[40:])
+    assert line.startswith(f"* k-NN Acc@1 (Acc@5) of k = 10 {accuracy:.3f} (")
+    assert line.endswith("(20 images)")
+
+
+def test_it_evaluates_the_encoders_of_self_supervised_programs(folder, tmp_path, capsys):
+    """Each in the model that the command line describes; the teacher and the base encoder by default."""
+    small = "--model vit_tiny --input-size 32 --patch-size 8 --model-kwargs embed_dim=24 depth=2 num_heads=3".split()
+    data = ["--data-set", "folder", "--data-path", str(folder)]
+    files.write_dino(tmp_path / "dino.pth", files.headless(1), files.headless(2))
+    files.write_moco(tmp_path / "moco.pth", files.headless(2), files.headless(1))
+    lines = {
+        (name, key): printed(["--finetune", str(tmp_path / name), *key, *small, *data], capsys)
+        for name in ("dino.pth", "moco.pth")
+        for key in ((), ("--checkpoint-key", "student" if name == "dino.pth" else "momentum"))
+    }
+    (teacher, student), (base, momentum) = list(lines.values())[:2], list(lines.values())[2:]
+    assert teacher == base != student == momentum
+
+
+def test_without_a_checkpoint_it_says_what_is_missing(tmp_path, capsys):
+    assert main.main(["--task", "knn", "--output-dir", str(tmp_path / "none")]) == 2
+    error = f"error: nothing to evaluate at {tmp_path / 'none/best.pth'}; name a checkpoint with --finetune FILE\n"
+    assert capsys.readouterr().err == error

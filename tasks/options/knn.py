@@ -1,0 +1,12 @@
+"""The defaults of ``--task knn``: evaluation in float32, as in DINO's ``eval_knn.py``."""
+
+import argparse
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """See `tasks.Task.add_options`."""
+    parser.set_defaults(eval=True, amp="off")
+
+
+def check(args: argparse.Namespace) -> None:
+    """See `tasks.Task.check`."""
