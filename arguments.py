@@ -25,7 +25,7 @@ SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS,
 # Splitting a total batch into processes and micro-batches changes only rounding and the ranks' random numbers. --amp is
 # compared by the resulting data type.
 NOT_MATHEMATICAL = set(
-    "data_path output_dir resume eval eval_every save_every print_every log_attention num_workers device amp "
+    "data_path output_dir resume eval export eval_every save_every print_every log_attention num_workers device amp "
     "batch_size compile grad_checkpointing skip_unreadable download cache_images".split()
 )
 
@@ -46,6 +46,9 @@ MODEL_OPTIONS = {
     "checkpoint_path": "--finetune",
     "pretrained": "--finetune",
 }
+
+TRUNK = ("model", "input_size", "patch_size", "model_kwargs", "last_block")
+"""Options whose defaults in a linear probe are those of its checkpoint."""
 
 
 _count, _index = at_least(int, 1), at_least(int, 0)
@@ -298,6 +301,12 @@ def _add_run(parser):
     )
     add("--resume", default="", metavar="FILE", help="resume from the checkpoint of another run")
     add("--eval", action="store_true", help="only evaluate --resume, --finetune or best.pth in --output-dir")
+    add(
+        "--export",
+        default="",
+        metavar="FILE",
+        help="with --eval: write the evaluated weights as *.safetensors (timm), *.pth (DINO) or *.pth.tar (MoCo-v3)",
+    )
     add("--eval-every", type=_count, default=1, help="evaluate every N epochs and at the end")
     add("--save-every", type=_count, default=1, help="save every N epochs and at the end")
     add("--print-every", type=_count, default=50, help="log to the terminal and TensorBoard every N updates")
@@ -372,17 +381,21 @@ def _context_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser)
     """Defaults that depend on the data set, the model and the weights of ``--finetune``."""
     data_set = args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
-    last_block = "sar" if regularised else "standard"
+    last_block, trunk = "sar" if regularised else "standard", {}
     if Path(args.finetune).is_file():  # fine-tuning keeps the architecture of the pre-training (Appendix E.4)
-        from weights import last_block_of  # imports torch
+        from weights import is_own, last_block_of, read_checkpoint  # imports torch
 
-        last_block = last_block_of(args.finetune, args.checkpoint_key) or last_block
+        checkpoint = read_checkpoint(args.finetune, lazily=True)
+        last_block = last_block_of(checkpoint, args.checkpoint_key) or last_block
+        if args.task == "linear" and is_own(checkpoint):  # a frozen trunk has no other architecture
+            trunk = {name: checkpoint["args"][name] for name in TRUNK}
     defaults = {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
         "sar_query": MODELS[args.model].query if args.model in MODELS else "cls",
         "last_block": last_block,
         **DATASETS[canonical_name(data_set)].defaults,
+        **trunk,
     }
     shared = shared_defaults()  # a default that the task has changed is part of its protocol, and is kept
     return {
@@ -414,6 +427,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}; "
             f"the nearest size that is: {max(1, round(args.input_size / args.patch_size)) * args.patch_size}"
         )
+    if args.export and not args.eval:
+        raise UserError("--export needs --eval, which loads the weights that are written")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
         if path and not args.eval and not Path(path).exists():

@@ -31,18 +31,21 @@ NOISE = 2**23  # length of the list of random numbers that erased pixels take th
 # -------------------------------------------------------------------------------------------- in the workers
 
 
-def eval_transform(size: int, crop_pct: float | None = None) -> Callable[[Tensor], Tensor]:
+def eval_transform(
+    size: int, crop_pct: float | None = None, interpolation: str = "bicubic"
+) -> Callable[[Tensor], Tensor]:
     """The transform of evaluation: uint8 ``(3, h, w)`` -> uint8 ``(3, size, size)``.
 
-    Bicubic resize of the shorter side to ``size / crop_pct``, then a centre crop.
+    Resize of the shorter side to ``size / crop_pct``, then a centre crop.
 
     Args:
         size: side of the result, px.
         crop_pct: None: DeiT's, which is 0.875, or 1 up to :data:`SMALL_IMAGE` px.
+        interpolation: of the resize, "bicubic" or "bilinear".
     """
     if crop_pct is None:
         crop_pct = 1.0 if size <= SMALL_IMAGE else 0.875
-    resize = v2.Resize(math.floor(size / crop_pct), v2.InterpolationMode.BICUBIC, antialias=True)
+    resize = v2.Resize(math.floor(size / crop_pct), v2.InterpolationMode(interpolation), antialias=True)
     return v2.Compose([resize, v2.CenterCrop(size)])
 
 

@@ -33,6 +33,7 @@ def snapshot(run: Run) -> dict[str, Any]:
     states = {name: None if module is None else module.state_dict() for name, module in saved_modules(run.task).items()}
     rest = {
         "weight_names": list(run.task.weight_names),
+        "reported": run.task.reported,
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "epoch": run.epoch,
@@ -84,7 +85,8 @@ def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
     """Refuse a checkpoint that this run cannot resume from; see `restore`."""
     # 1. every key is there
     own = snapshot(run)
-    missing = [key for key in own if key not in checkpoint and key != "weight_names"]  # not in older ones
+    newer = ("weight_names", "reported")  # not in older checkpoints
+    missing = [key for key in own if key not in checkpoint and key not in newer]
     if missing:
         raise UserError(
             f"{source} is not a checkpoint of this program (it has no {', '.join(missing)}); "

@@ -20,7 +20,7 @@ from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, epoch_record
 from tasks import load_task
 from utils import Processes, StopSignal, UserError, logger, prepare_output_dir
-from weights import read_checkpoint
+from weights import read_checkpoint, write_weights
 
 PANEL_IMAGES = 4  # images in the figure of `--log-attention`
 
@@ -165,6 +165,11 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     task = task_class(args, dataset, processes.device)
     for note in task.load(checkpoint, args.checkpoint_key, evaluate=True):
         logger.info(f"{path}: {note}")
+    if args.export and processes.is_main:
+        write_weights(task.exported, args.export)
+        logger.info(f"{args.export}: written")
+        if args.last_block != "standard":
+            logger.warning(f"{args.export}: its last block is {args.last_block!r}, which other programs' ViTs lack")
     dtype, _ = choose_amp(args.amp, processes.device)
     loader = build_eval_loader(args, processes, dataset)
     results = evaluate(task.evaluator(), task.model, loader, processes, dtype)

@@ -11,9 +11,14 @@ The known formats, and the keys that select weights:
     timm                          the whole file, state_dict, state_dict_ema           state_dict, state_dict_ema
     DINO                          teacher, student; backbone.* in them, or all         teacher, student
     MoCo-v3                       state_dict; base_encoder.*, momentum_encoder.* in it base, momentum
+    MoCo-v3's linear probe        state_dict: the ViT and its classifier
+    DINO's linear probe           state_dict: a classifier alone, see `classifier_of`
+
+Self-supervised training by this program has the keys of the last two networks, too: student, teacher; base, momentum.
 
 The prefixes of DistributedDataParallel and ``torch.compile`` are removed. The projection and prediction heads of DINO
-and MoCo-v3 are not part of the ViT and are left out. Any other name that does not fit is an error.
+and MoCo-v3 are not part of the ViT and are left out. Any other name that does not fit is an error. `write_weights`
+writes weights for other programs.
 """
 
 import argparse
@@ -35,7 +40,7 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, write_atomically
 
 # Keys of this program, DeiT, the released SAR code and timm; averaged weights come last.
 WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
@@ -74,7 +79,7 @@ class SelfSupervised:
             raise UserError(f"the {self.name} checkpoint has no weights under {key!r}; keys with weights: {there}")
         state = clean_state_dict(checkpoint[entry])
         if not any(name.startswith(prefix) for name in state):
-            return state, key
+            return {name: value for name, value in state.items() if not re.match(self.head, name)}, key
         odd = [name for name in state if not name.startswith((prefix, *self.others))]
         if odd:
             raise UserError(f"{entry!r} of the {self.name} checkpoint has weights of unknown networks: {_shorten(odd)}")
@@ -82,12 +87,14 @@ class SelfSupervised:
         return {name: value for name, value in encoder.items() if not re.match(self.head, name)}, key
 
 
+DINO_HEAD = r"(head\.)?(mlp|last_layer|projection_head|prototypes)\."  # the last two in early files
+
 SELF_SUPERVISED = (
     SelfSupervised(
         "DINO",
         {"teacher": ("teacher", "backbone."), "student": ("student", "backbone.")},
-        others=("head.",),
-        head=r"head\.(mlp|last_layer)\.",
+        others=("head.", "projection_head.", "prototypes."),
+        head=DINO_HEAD,
     ),
     SelfSupervised(
         "MoCo-v3",
@@ -188,6 +195,49 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     )
 
 
+# Names in the head of DINO's early files, and of torch's newer weight normalisation -> those in DINO's files of today.
+HEAD_NAMES = {
+    r"^(?:head\.)?(?:mlp|projection_head)\.": "mlp.",
+    r"^(?:head\.)?(?:last_layer|prototypes)\.": "last_layer.",
+    r"\.parametrizations\.weight\.original0$": ".weight_g",
+    r"\.parametrizations\.weight\.original1$": ".weight_v",
+}
+
+
+def select_dino_head(checkpoint: Mapping, key: str = "teacher") -> dict[str, Tensor]:
+    """The projection head in a training checkpoint of DINO's program: ``mlp.*``, ``last_layer.weight_{g,v}``.
+
+    Args:
+        checkpoint: the result of `read_checkpoint`.
+        key: ``teacher`` or ``student``.
+
+    Raises:
+        UserError: there is no such head.
+    """
+    head: dict[str, Tensor] = {}
+    if _is_state_dict(checkpoint.get(key)):
+        for name, value in clean_state_dict(checkpoint[key]).items():
+            if re.match(DINO_HEAD, name):
+                for pattern, today in HEAD_NAMES.items():
+                    name = re.sub(pattern, today, name)
+                head[name] = value
+    if not head:
+        raise UserError(f"the checkpoint has no projection head of DINO under {key!r}; give one of DINO's training")
+    return head
+
+
+def classifier_of(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a linear classifier: a ViT's, or the one in a file of DINO's linear probe; None without one.
+
+    Args:
+        state: a state dict from `select_weights`.
+    """
+    for name in ("head", "linear"):
+        if f"{name}.weight" in state and f"{name}.bias" in state:
+            return state[f"{name}.weight"], state[f"{name}.bias"]
+    return None
+
+
 def is_own(checkpoint: Mapping) -> bool:
     """Whether main.py of this program wrote the checkpoint."""
     args = checkpoint.get("args")
@@ -195,9 +245,9 @@ def is_own(checkpoint: Mapping) -> bool:
 
 
 def own_key(checkpoint: Mapping) -> str:
-    """The key of the weights that a run of this program reported; before its first evaluation, the model's."""
-    model, *_ = checkpoint.get("weight_names", ("model",))  # older checkpoints have no such entry
-    return (checkpoint.get("best") or {}).get("weights", model)
+    """The key of the weights that a run of this program reports."""
+    model, *_ = checkpoint.get("weight_names", ("model",))  # older checkpoints have neither entry
+    return checkpoint.get("reported") or (checkpoint.get("best") or {}).get("weights", model)
 
 
 def self_supervised(checkpoint: Mapping) -> SelfSupervised | None:
@@ -289,13 +339,14 @@ def has_moco_positions(state: Mapping[str, Tensor]) -> bool:
     if side * side + 1 != tokens or width % 4:
         return False
     fixed = build_sincos2d_pos_embed([side, side], dim=width, interleave_sin_cos=True)
-    return not positions[0, 0].any() and torch.allclose(positions[0, 1:].float(), fixed, atol=1e-5)
+    # A momentum encoder's are averaged in float32 at every update, and drift by up to 1e-4 in 300 epochs.
+    return not positions[0, 0].any() and torch.allclose(positions[0, 1:].float(), fixed, rtol=0, atol=1e-3)
 
 
 def load_weights(
     model: nn.Module, source: str | Path | Mapping, key: str | None = None, keep_head: bool = False
 ) -> list[str]:
-    """Load a checkpoint of timm, DeiT, the released SAR code or this program into ``model``.
+    """Load a checkpoint of any known program into ``model``.
 
     A head with another number of classes is dropped, and the model keeps its own. In a ViT, position embedding and
     patch embedding of another grid are resampled by timm. Nothing else may differ.
@@ -315,12 +366,18 @@ def load_weights(
     """
     checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
     state, _ = select_weights(checkpoint, key)
+    if state.keys() == {"linear.weight", "linear.bias"}:
+        raise UserError(
+            "the checkpoint is of DINO's linear probe, a classifier without its model; evaluate both by --task linear "
+            "--eval --finetune BACKBONE --classifier FILE"
+        )
     notes = _compare_heads(num_heads_of(checkpoint, key), model)
     state, grid_notes = _fit_grid(state, model)
     head_notes = []
     if not keep_head:
         state, head_notes = _fit_head(state, model)
-    _check_fit(state, model)
+    program = self_supervised(checkpoint)
+    _check_fit(state, model, f"{program.name} checkpoint" if program else "checkpoint")
     model.load_state_dict(state)
     return notes + grid_notes + head_notes
 
@@ -378,8 +435,8 @@ def _fit_head(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
     return state, notes
 
 
-def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Raise a `UserError` that lists missing and unexpected weights and other shapes."""
+def _check_fit(state: dict[str, Tensor], model: nn.Module, file: str) -> None:
+    """Raise a `UserError` that lists missing and unexpected weights and other shapes; ``file`` says whose they are."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
@@ -390,7 +447,7 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
     listed = "; ".join(f"{what}: {_shorten(keys)}" for what, keys in problems.items() if keys)
     if listed:
         raise UserError(
-            f"the checkpoint's weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model)}"
+            f"the {file}'s weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model)}"
         )
 
 
@@ -416,3 +473,32 @@ def _shorten(names, limit: int = 12) -> str:
     """A list of names in words, cut after ``limit`` of them."""
     names = list(map(str, names))
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# ---------------------------------------------------------------------------------------------- writing weights
+
+MOCO_PREFIX = "module.base_encoder."
+
+
+def write_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a model's weights for other programs, which the suffix of the file names.
+
+    ``.safetensors``: the state dict, whose names are timm's, for timm and others. ``.pth``: the same as a file of
+    torch, for DINO's scripts (``--pretrained_weights``). ``.tar``: with the names of a MoCo-v3 checkpoint, for its
+    scripts (``--pretrained``). `read_checkpoint` reads all three.
+
+    Raises:
+        UserError: another suffix, or no such folder.
+        RunError: see `utils.write_atomically`.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth", ".tar"):
+        raise UserError(f"--export {path}: name a file *.safetensors (timm), *.pth (DINO) or *.pth.tar (MoCo-v3)")
+    if not path.parent.is_dir():
+        raise UserError(f"--export {path}: there is no folder {path.parent}; make it first")
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        write_atomically(path, lambda file: file.write(safetensors.torch.save(state)))
+        return
+    content = state if path.suffix == ".pth" else {"state_dict": {MOCO_PREFIX + k: v for k, v in state.items()}}
+    write_atomically(path, lambda file: torch.save(content, file))

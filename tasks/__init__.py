@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "Evaluator", "Task", "add_options", "check_options", "load_task"]
 
-TASKS = {"classify": "tasks.classify:Classification", "knn": "tasks.knn:NearestNeighbourProbe"}
+TASKS = {
+    "classify": "tasks.classify:Classification",
+    "knn": "tasks.knn:NearestNeighbourProbe",
+    "linear": "tasks.linear:LinearClassification",
+}
 
 
 def __getattr__(name: str):

@@ -217,6 +217,11 @@ class Task(nn.Module):
         if self.averaged is not None:
             self.averaged.load_state_dict(self.model.state_dict())
 
+    @property
+    def exported(self) -> nn.Module:
+        """The module whose weights ``--export`` writes."""
+        return self.model
+
     def evaluated(self) -> dict[str, nn.Module]:
         """The models to evaluate, by the prefix of the names of their results."""
         averaged = {} if self.averaged is None else {f"test_{self.weight_names[1]}": self.averaged}
