@@ -13,7 +13,16 @@ from helpers.checkpoints import SMALL, dino_head, headless, make, moco_positions
 
 import models_sar  # noqa: F401 - registers the models
 from utils import UserError
-from weights import last_block_of, load_weights, num_heads_of, read_checkpoint, select_weights
+from weights import (
+    classifier_of,
+    last_block_of,
+    load_weights,
+    num_heads_of,
+    read_checkpoint,
+    select_dino_head,
+    select_weights,
+    write_weights,
+)
 
 
 def same_weights(model, state, but=()):
@@ -207,6 +216,82 @@ def test_a_missing_weight_of_an_encoder_is_an_error(tmp_path):
         load_weights(make(num_classes=0), tmp_path / "moco.pth", keep_head=True)
 
 
+def renamed(head: dict, old: bool, new_norm: bool) -> dict:
+    """Today's names of a DINO head as in early files, or with torch's newer weight normalisation."""
+    words = {"mlp": "projection_head", "last_layer": "prototypes"} if old else {}
+    if new_norm:
+        words |= {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    for word, other in words.items():
+        head = {name.replace(word, other): value for name, value in head.items()}
+    return head
+
+
+@pytest.mark.parametrize("backbone", ["backbone.", ""])
+@pytest.mark.parametrize("old", [True, False], ids=["early names", "today's"])
+@pytest.mark.parametrize("new_norm", [True, False], ids=["parametrized", "weight_norm"])
+def test_dinos_head_of_any_age_is_found_and_is_no_part_of_the_model(old, new_norm, backbone):
+    teacher, head = headless(), dino_head()
+    state = with_prefix(backbone, teacher) | renamed(head, old, new_norm)
+    for prefix in ("", "module."):
+        checkpoint = {"teacher": with_prefix(prefix, state), "student": {}}
+        model = make(num_classes=0)
+        assert load_weights(model, checkpoint, keep_head=True) == []
+        assert same_weights(model, teacher)
+        found = select_dino_head(checkpoint)
+        assert found.keys() == {name.removeprefix("head.") for name in head}
+        assert all(torch.equal(found[name.removeprefix("head.")], value) for name, value in head.items())
+
+
+def test_a_file_without_dinos_head_says_so(state):
+    for checkpoint in ({"teacher": headless()}, {"model": state}, {"student": dino_head()}):
+        with pytest.raises(UserError, match="no projection head of DINO under 'teacher'; give one of DINO's training"):
+            select_dino_head(checkpoint)
+
+
+def test_the_layouts_of_the_official_training_files_are_read(golden):
+    """Names and shapes as the programs write them."""
+    layout = golden("selfsup_layouts.pt")
+    dino = {name: torch.empty(shape, device="meta") for name, shape in layout["dino"]["teacher"].items()}
+    teacher, _ = select_weights({"teacher": dino, "student": with_prefix("module.", dino), "epoch": 1})
+    moco = {name: torch.empty(shape, device="meta") for name, shape in layout["moco"]["state_dict"].items()}
+    base, _ = select_weights({"state_dict": with_prefix("module.", moco), "arch": "vit_small", "epoch": 1})
+    with torch.device("meta"):
+        expected = timm.create_model("vit_small", num_classes=0).state_dict()
+    for state in (teacher, base):
+        assert {name: value.shape for name, value in state.items()} == {k: v.shape for k, v in expected.items()}
+    head = select_dino_head({"teacher": dino})
+    assert (len(head), head["last_layer.weight_v"].shape) == (8, (65536, 256))
+
+
+def test_the_classifiers_of_linear_probes(state):
+    weight, bias = classifier_of(state)
+    assert weight is state["head.weight"]
+    assert bias is state["head.bias"]
+    linear = {"module.linear.weight": weight, "module.linear.bias": bias}
+    found, _ = select_weights({"epoch": 100, "state_dict": linear, "optimizer": {}, "scheduler": {}, "best_acc": 77.0})
+    assert classifier_of(found) == (weight, bias)
+    assert classifier_of(headless()) is None
+    with pytest.raises(UserError, match=r"of DINO's linear probe, a classifier without its model; .* --classifier"):
+        load_weights(make(), {"state_dict": linear})
+
+
+def test_an_error_names_the_program_that_wrote_the_file(tmp_path):
+    write_dino(tmp_path / "dino.pth", headless(), headless())
+    write_moco(tmp_path / "moco.pth", headless(), headless())
+    for name, program in (("dino", "DINO"), ("moco", "MoCo-v3")):
+        with pytest.raises(UserError, match=rf"^the {program} checkpoint's weights do not fit the model. of another"):
+            load_weights(make(num_classes=0, embed_dim=48), tmp_path / f"{name}.pth")
+
+
+def test_a_run_that_was_never_evaluated_gives_the_weights_that_it_reports(state):
+    averaged = {name: value + 1 for name, value in state.items()}
+    checkpoint = {"args": {"last_block": "standard"}, "data": {}, "best": {}, "weight_names": ["student", "teacher"]}
+    checkpoint |= {"student": state, "teacher": averaged}
+    assert select_weights(checkpoint)[1] == "student", "an older checkpoint"
+    assert select_weights(checkpoint | {"reported": "teacher"})[1] == "teacher"
+    assert select_weights(checkpoint | {"reported": "teacher"}, "student")[1] == "student"
+
+
 def wide(width=384, positions=None, **kwargs):
     state = make(embed_dim=width, num_heads=6, **kwargs).state_dict()
     return state if positions is None else state | {"pos_embed": positions}
@@ -222,6 +307,9 @@ def test_six_and_twelve_heads_of_a_vit_s_are_told_apart_as_far_as_the_file_allow
     assert num_heads_of({"teacher": with_prefix("backbone.", bare)}) == 6
     assert num_heads_of(moco) == 12
     assert num_heads_of({"model": fixed}) == num_heads_of(fixed) == 12, "MoCo-v3's positions"
+    drifted = moco_positions(384, 4)
+    drifted[0, 1:] += 1e-4 * torch.rand(16, 384)
+    assert num_heads_of({"model": wide(positions=drifted)}) == 12, "a momentum encoder's, after 300 epochs"
     learned_cls = moco_positions(384, 4)
     learned_cls[0, 0] = 0.1
     assert num_heads_of({"model": wide(positions=learned_cls)}) == 6, "MoCo-v3's have zeros for [CLS]"
@@ -377,3 +465,43 @@ def test_half_precision_weights_are_cast(state):
     model = make(img_size=64)
     load_weights(model, {k: v.half() for k, v in state.items()})
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------- for other programs
+
+
+def test_written_weights_are_loaded_by_timm_and_by_this_program(tmp_path):
+    model, images = make(num_classes=0).eval(), torch.randn(2, 3, 32, 32)
+    for name in ("vit.safetensors", "vit.pth", "vit.pth.tar"):
+        write_weights(model, tmp_path / name)
+        again = make(num_classes=0).eval()
+        load_weights(again, tmp_path / name, keep_head=True)
+        assert torch.equal(again(images), model(images))
+    theirs = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 0}).eval()
+    for name in ("vit.safetensors", "vit.pth"):
+        theirs.load_state_dict(read_checkpoint(tmp_path / name), strict=True)
+        torch.testing.assert_close(theirs(images), model(images))
+    by_path = timm.create_model(
+        "vit_tiny_patch16_224", checkpoint_path=tmp_path / "vit.safetensors", **{**SMALL, "num_classes": 0}
+    )
+    assert torch.equal(by_path.eval()(images), theirs(images))
+
+
+def test_written_weights_have_the_names_that_dinos_and_mocos_scripts_read(tmp_path):
+    model = make(num_classes=0)
+    write_weights(model, tmp_path / "dino.pth")
+    content = torch.load(tmp_path / "dino.pth", weights_only=True)
+    stripped = {name.replace("module.", "").replace("backbone.", ""): value for name, value in content.items()}
+    assert same_weights(model, stripped)
+    assert stripped.keys() == model.state_dict().keys()
+    write_weights(make(), tmp_path / "moco.pth.tar")
+    names = torch.load(tmp_path / "moco.pth.tar", weights_only=True)["state_dict"]
+    prefix = "module.base_encoder"
+    kept = [name.removeprefix(f"{prefix}.") for name in names if not name.startswith(f"{prefix}.head")]
+    assert kept == list(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["vit.onnx", "none/vit.pth"])
+def test_weights_that_cannot_be_written_are_one_line(tmp_path, name):
+    with pytest.raises(UserError, match=r"--export .*(name a file \*\.safetensors|make it first)"):
+        write_weights(make(), tmp_path / name)
