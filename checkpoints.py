@@ -6,6 +6,7 @@ A checkpoint holds tensors and plain values (no random state, see ``randomness.p
     localiser, ...              the task's other modules with a state, by name
     optimizer, scaler           their states
     epoch, step, best, totals   position (step: updates in this epoch), best result, sums of this epoch
+    reported                    the weights whose result picks best.pth
     args, data, precision       what must be the same in a run that resumes from it
 """
 
@@ -32,7 +33,6 @@ def snapshot(run: Run) -> dict[str, Any]:
     """The content of a checkpoint of the run."""
     states = {name: None if module is None else module.state_dict() for name, module in saved_modules(run.task).items()}
     rest = {
-        "weight_names": list(run.task.weight_names),
         "reported": run.task.reported,
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -85,8 +85,7 @@ def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
     """Refuse a checkpoint that this run cannot resume from; see `restore`."""
     # 1. every key is there
     own = snapshot(run)
-    newer = ("weight_names", "reported")  # not in older checkpoints
-    missing = [key for key in own if key not in checkpoint and key not in newer]
+    missing = [key for key in own if key not in checkpoint and key != "reported"]  # not in older ones
     if missing:
         raise UserError(
             f"{source} is not a checkpoint of this program (it has no {', '.join(missing)}); "

@@ -40,6 +40,7 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models_sar import SIZES
 from utils import UserError, write_atomically
 
 # Keys of this program, DeiT, the released SAR code and timm; averaged weights come last.
@@ -246,8 +247,8 @@ def is_own(checkpoint: Mapping) -> bool:
 
 def own_key(checkpoint: Mapping) -> str:
     """The key of the weights that a run of this program reports."""
-    model, *_ = checkpoint.get("weight_names", ("model",))  # older checkpoints have neither entry
-    return checkpoint.get("reported") or (checkpoint.get("best") or {}).get("weights", model)
+    model = checkpoint.get("reported", "model")  # older checkpoints have no such entry
+    return (checkpoint.get("best") or {}).get("weights", model)
 
 
 def self_supervised(checkpoint: Mapping) -> SelfSupervised | None:
@@ -311,6 +312,8 @@ def num_heads_of(checkpoint: Mapping, key: str | None = None) -> int | None:
     """
     # 1. from the arguments
     args = checkpoint.get("args")
+    if is_own(checkpoint) and args["model"].startswith("vit_"):
+        return {**SIZES[args["model"].split("_")[1]], **args["model_kwargs"]}["num_heads"]
     if isinstance(args, Mapping) and "model_kwargs" in args and "num_heads" in args["model_kwargs"]:
         return args["model_kwargs"]["num_heads"]
     # 2. from the format and the position embedding

@@ -285,11 +285,12 @@ def test_an_error_names_the_program_that_wrote_the_file(tmp_path):
 
 def test_a_run_that_was_never_evaluated_gives_the_weights_that_it_reports(state):
     averaged = {name: value + 1 for name, value in state.items()}
-    checkpoint = {"args": {"last_block": "standard"}, "data": {}, "best": {}, "weight_names": ["student", "teacher"]}
+    checkpoint = {"args": {"last_block": "standard"}, "data": {}, "best": {}, "reported": "teacher"}
     checkpoint |= {"student": state, "teacher": averaged}
-    assert select_weights(checkpoint)[1] == "student", "an older checkpoint"
-    assert select_weights(checkpoint | {"reported": "teacher"})[1] == "teacher"
-    assert select_weights(checkpoint | {"reported": "teacher"}, "student")[1] == "student"
+    assert select_weights(checkpoint)[1] == "teacher"
+    assert select_weights(checkpoint, "student")[1] == "student"
+    for key in ("base", "momentum"):
+        assert select_weights(checkpoint | {key: state}, key)[0].keys() == state.keys()
 
 
 def wide(width=384, positions=None, **kwargs):
@@ -307,6 +308,8 @@ def test_six_and_twelve_heads_of_a_vit_s_are_told_apart_as_far_as_the_file_allow
     assert num_heads_of({"teacher": with_prefix("backbone.", bare)}) == 6
     assert num_heads_of(moco) == 12
     assert num_heads_of({"model": fixed}) == num_heads_of(fixed) == 12, "MoCo-v3's positions"
+    own = {"model": fixed, "data": {}, "args": {"model": "vit_small_sar", "model_kwargs": {}, "last_block": "sar"}}
+    assert num_heads_of(own) == 6, "this program's ViT-S, with MoCo-v3's positions"
     drifted = moco_positions(384, 4)
     drifted[0, 1:] += 1e-4 * torch.rand(16, 384)
     assert num_heads_of({"model": wide(positions=drifted)}) == 12, "a momentum encoder's, after 300 epochs"

@@ -5,6 +5,7 @@ import socket
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import checkpoints as files
 from helpers import runs
@@ -19,6 +20,7 @@ from datasets import cache_splits
 from samplers import Draw, EvalSampler
 from tasks import knn
 from tasks.knn import KNearestNeighbours, knn_split
+from weights import read_checkpoint
 
 ALONE = utils.Processes(0, 1, torch.device("cpu"))
 
@@ -249,3 +251,23 @@ def test_without_a_checkpoint_it_says_what_is_missing(tmp_path, capsys):
     assert main.main(["--task", "knn", "--output-dir", str(tmp_path / "none")]) == 2
     error = f"error: nothing to evaluate at {tmp_path / 'none/best.pth'}; name a checkpoint with --finetune FILE\n"
     assert capsys.readouterr().err == error
+
+
+def test_the_evaluated_weights_are_exported(folder, tmp_path, capsys):
+    path = files.write_checkpoint(tmp_path / "vit.pth", ["one", "two"], more="--last-block standard")
+    printed(["--finetune", str(path), "--data-path", str(folder), "--export", str(tmp_path / "x.safetensors")], capsys)
+    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
+    theirs = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    theirs.load_state_dict(read_checkpoint(tmp_path / "x.safetensors"))
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(theirs(images), knn.pooled_features(load_model(path).model, images))
+
+
+def test_exports_that_are_of_little_use_are_told(folder, tmp_path, capsys):
+    words = ["--data-path", str(folder), "--num-workers", "0", "--export", str(tmp_path / "x.pth")]
+    assert main.main(["--data-set", "folder", *words]) == 2
+    assert "error: --export needs --eval" in capsys.readouterr().err
+    path = files.write_checkpoint(tmp_path / "vit.pth", [str(number) for number in range(10)])
+    assert main.main(["--eval", "--finetune", str(path), *words]) == 0
+    assert "x.pth: its last block is 'sar', which other programs' ViTs lack" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "x.pth").keys() == read_checkpoint(path)["model"].keys()
