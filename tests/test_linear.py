@@ -16,6 +16,7 @@ import utils
 from arguments import parse_arguments
 from build import build_optimizer, wrap
 from engine import train_one_epoch
+from samplers import Draw
 from schedules import Position
 from tasks.linear import LinearClassification, LinearProbe
 from utils import RunError, UserError
@@ -260,6 +261,19 @@ def test_what_a_probe_cannot_do_is_one_line(words, message, tmp_path, monkeypatc
     with pytest.raises(UserError) as raised:
         parse_arguments(["--task", "linear", *words.split()])
     assert str(raised.value) == message
+
+
+def test_images_of_both_programs(folder):
+    """Random crops and flips to train on; a resize of either kind, here from 8 to 32 px, to evaluate."""
+    words = f"--task linear --eval --data-set folder --data-path {folder} --input-size 32 --crop-pct 1".split()
+    found = {}
+    for interpolation in ("bicubic", "bilinear"):
+        args = parse_arguments([*words, "--eval-interpolation", interpolation], saved={})
+        train, val = (LinearClassification.data(args, split, ALONE) for split in ("train", "val"))
+        found[interpolation] = [val[Draw(3, epoch, 3)]["images"] for epoch in (0, 1)]
+        assert torch.equal(*found[interpolation])
+        assert not torch.equal(*(train[Draw(3, epoch, 3)]["images"] for epoch in (0, 1)))
+    assert not torch.equal(found["bicubic"][0], found["bilinear"][0])
 
 
 def test_features_of_models_other_than_vits():
