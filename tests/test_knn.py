@@ -47,11 +47,11 @@ def batch(features, targets, bank, replaced=None) -> dict[str, torch.Tensor]:
     }
 
 
-def evaluate(*batches, neighbours=knn.NEIGHBOURS) -> dict[str, float]:
+def evaluate(*batches, neighbours=knn.NEIGHBOURS, device="cpu") -> dict[str, float]:
     evaluator = KNearestNeighbours(neighbours)
     for each in batches:
-        evaluator.update(Features(), each)
-    return evaluator.compute(ALONE)
+        evaluator.update(Features(), {name: rows.to(device) for name, rows in each.items()})
+    return evaluator.compute(utils.Processes(0, 1, torch.device(device)))
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,11 @@ def numbers(golden):
 # ------------------------------------------------------------------------------------------- the reference's numbers
 
 
-def test_accuracies_are_those_of_dinos_own_program(numbers):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_accuracies_are_those_of_dinos_own_program(device, numbers):
     bank = batch(numbers["train_features"], numbers["train_labels"], 1)
     test = batch(numbers["test_features"], numbers["test_labels"], 0)
-    results = evaluate(bank, test, neighbours=numbers["config"]["k"])
+    results = evaluate(bank, test, neighbours=numbers["config"]["k"], device=device)
     for case in numbers["results"]:
         assert results[f"knn{case['k']}"] == case["top1"]
         if case["k"] in (1, 100, 200):  # in the others DINO's program counts classes without a vote
