@@ -147,7 +147,8 @@ def draw_attention(run: Run, dataset):
     """A figure of each head's attention on the same few validation images, which are of different classes."""
     from analysis.panels import attention_panel  # imports Matplotlib, which takes a second
 
-    samples = choose_samples(dataset, PANEL_IMAGES)
+    *_, validation = getattr(dataset, "parts", (dataset,))  # after the bank of a k-NN evaluation
+    samples = choose_samples(validation, PANEL_IMAGES)
     images = normalise(torch.stack([image for image, _ in samples]))
     similarity = similarity_maps(run.task.model.eval(), images.to(run.processes.device))
     return attention_panel(images, similarity, titles=[dataset.classes[label] for _, label in samples])

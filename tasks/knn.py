@@ -68,13 +68,12 @@ class BankAndQueries(Dataset):
     """Training images, the bank, followed by validation images; items have ``bank``, 1 for the former and else 0.
 
     Attributes:
-        parts: both splits.
-        base, classes: those of the validation images.
+        parts: both splits, the validation images last.
+        classes: those of the validation images.
     """
 
     def __init__(self, train: AugmentedDataset, val: AugmentedDataset):
-        self.parts = (train, val)
-        self.base, self.classes = val.base, val.classes
+        self.parts, self.classes = (train, val), val.classes
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ import main
 import utils
 from analysis.models import load_model
 from arguments import parse_arguments
+from augmentation import normalise
 from datasets import cache_splits
 from samplers import Draw, EvalSampler
 from tasks import knn
 from tasks.knn import KNearestNeighbours, knn_split
+from training import draw_attention
 from weights import read_checkpoint
 
 ALONE = utils.Processes(0, 1, torch.device("cpu"))
@@ -207,6 +210,13 @@ def test_the_bank_is_the_training_set_under_the_transform_of_evaluation(folder):
     assert torch.equal(images[Draw(25, 0, 25)]["images"], first[25]["images"])
 
 
+def test_attention_of_the_validation_images_can_be_drawn(folder, tmp_path):
+    path = files.write_checkpoint(tmp_path / "vit.pth", ["one", "two"])
+    images = knn_split(parse_arguments([*files.OWN, "--data-path", str(folder)]), ALONE)
+    run = SimpleNamespace(task=SimpleNamespace(model=load_model(path).model), processes=ALONE)
+    assert draw_attention(run, images).axes
+
+
 # -------------------------------------------------------------------------------------------------- the task
 
 
@@ -224,7 +234,7 @@ def test_it_evaluates_a_checkpoint_with_the_settings_of_its_run(folder, tmp_path
     features, labels = [], []
     images = knn_split(parse_arguments([*files.OWN, "--data-path", str(folder)]), ALONE)
     for item in (images[Draw(index, 0, index)] for index in range(len(images))):
-        features.append(model.forward_features(item["images"][None])[0, 0].detach().double().numpy())
+        features.append(model.forward_features(normalise(item["images"][None]))[0, 0].detach().double().numpy())
         labels.append(item["targets"])
     features = np.stack(features) / np.linalg.norm(features, axis=1, keepdims=True)
     judge = KNeighborsClassifier(10, weights=votes, algorithm="brute").fit(features[:40], labels[:40])
