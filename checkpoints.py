@@ -114,7 +114,7 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
 
     Args:
         resume: checkpoint of another run to resume from.
-        finetune, key: initial weights, see `tasks.Task.load`.
+        finetune, key: initial weights, see `weights.load_weights`.
 
     Raises:
         UserError: a file cannot be used, or the processes would start at different positions.
@@ -127,9 +127,8 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
             run.best = {}  # its best.pth is in the other folder
         logger.info(f"resuming from {source}: epoch {run.epoch}, update {run.step}")
     elif finetune:
-        for note in run.task.load(read_checkpoint(finetune), key):
+        for note in run.task.start_from(finetune, key):
             logger.info(f"{finetune}: {note}")
-        run.task.reset_averaged()
     positions = run.processes.gather(torch.tensor([run.epoch, run.step], device=run.processes.device))
     if (positions != positions[0]).any():
         raise UserError(f"--output-dir {own.parent}: not all processes see its checkpoint; name a shared folder")

@@ -147,8 +147,8 @@ def draw_attention(run: Run, dataset):
     """A figure of each head's attention on the same few validation images, which are of different classes."""
     from analysis.panels import attention_panel  # imports Matplotlib, which takes a second
 
-    *_, validation = getattr(dataset, "parts", (dataset,))  # after the bank of a k-NN evaluation
-    samples = choose_samples(validation, PANEL_IMAGES)
+    dataset = getattr(dataset, "parts", [dataset])[-1]  # of a k-NN evaluation, the images after its bank
+    samples = choose_samples(dataset, PANEL_IMAGES)
     images = normalise(torch.stack([image for image, _ in samples]))
     similarity = similarity_maps(run.task.model.eval(), images.to(run.processes.device))
     return attention_panel(images, similarity, titles=[dataset.classes[label] for _, label in samples])
@@ -164,7 +164,7 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     task_class = load_task(args.task)
     dataset = task_class.data(args, "val", processes)
     task = task_class(args, dataset, processes.device)
-    for note in task.load(checkpoint, args.checkpoint_key, evaluate=True):
+    for note in task.load(checkpoint, args.checkpoint_key):
         logger.info(f"{path}: {note}")
     if args.export and processes.is_main:
         write_weights(task.exported, args.export)

@@ -205,25 +205,22 @@ HEAD_NAMES = {
 }
 
 
-def select_dino_head(checkpoint: Mapping, key: str = "teacher") -> dict[str, Tensor]:
+def dino_head_of(checkpoint: Mapping, key: str) -> dict[str, Tensor]:
     """The projection head in a training checkpoint of DINO's program: ``mlp.*``, ``last_layer.weight_{g,v}``.
 
     Args:
         checkpoint: the result of `read_checkpoint`.
         key: ``teacher`` or ``student``.
 
-    Raises:
-        UserError: there is no such head.
+    Returns:
+        Its weights by the names of today's files, also from early files; empty without a head.
     """
-    head: dict[str, Tensor] = {}
-    if _is_state_dict(checkpoint.get(key)):
-        for name, value in clean_state_dict(checkpoint[key]).items():
-            if re.match(DINO_HEAD, name):
-                for pattern, today in HEAD_NAMES.items():
-                    name = re.sub(pattern, today, name)
-                head[name] = value
-    if not head:
-        raise UserError(f"the checkpoint has no projection head of DINO under {key!r}; give one of DINO's training")
+    head = {}
+    for name, value in clean_state_dict(checkpoint.get(key) or {}).items():
+        if re.match(DINO_HEAD, name):
+            for pattern, today in HEAD_NAMES.items():
+                name = re.sub(pattern, today, name)
+            head[name] = value
     return head
 
 

@@ -52,7 +52,7 @@ class NearestNeighbourProbe(Task):
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> "BankAndQueries":
         return knn_split(args, processes)
 
-    def load(self, checkpoint: Mapping, key: str | None, evaluate: bool = False) -> list[str]:
+    def load(self, checkpoint: Mapping, key: str | None) -> list[str]:
         return load_weights(self.model, checkpoint, key)
 
     def evaluator(self) -> "KNearestNeighbours":

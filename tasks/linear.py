@@ -169,14 +169,15 @@ class LinearClassification(Task):
     def exported(self) -> nn.Module:
         return self.model.trunk
 
-    def load(self, checkpoint: Mapping, key: str | None, evaluate: bool = False) -> list[str]:
-        """See `Task.load`. For evaluation the classifiers are this program's, MoCo-v3's or DINO's (``--classifier``).
+    def start_from(self, path: str, key: str | None) -> list[str]:
+        return load_weights(self.model.trunk, path, key)
+
+    def load(self, checkpoint: Mapping, key: str | None) -> list[str]:
+        """See `Task.load`. The classifiers are this program's, MoCo-v3's or DINO's (``--classifier``).
 
         Raises:
             UserError: also if there is no classifier to evaluate.
         """
-        if not evaluate:
-            return load_weights(self.model.trunk, checkpoint, key)
         state, _ = select_weights(checkpoint, key)
         if any(name.startswith("heads.") for name in state):
             return load_weights(self.model, checkpoint, key, keep_head=True)

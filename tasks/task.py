@@ -200,22 +200,26 @@ class Task(nn.Module):
         """All modules with a state other than `model` and `averaged`, by their keys in a checkpoint."""
         return {"localiser": self.localiser} if self.localiser is not None else {}
 
-    def load(self, checkpoint: Mapping, key: str | None, evaluate: bool = False) -> list[str]:
-        """Load the weights of a checkpoint: of any origin for fine-tuning, or to evaluate them.
-
-        Args:
-            checkpoint, key: see `weights.load_weights`, also for errors.
-            evaluate: nothing of the model may be missing in the checkpoint, such as the classifier.
+    def start_from(self, path: str, key: str | None) -> list[str]:
+        """Initialise the model with given weights, and `averaged` with a copy; see `weights.load_weights`.
 
         Returns:
             One line for each adaptation, to be logged.
-        """
-        return load_weights(self.model, checkpoint, key, keep_head=evaluate)
 
-    def reset_averaged(self) -> None:
-        """Copy the model's weights, which were just loaded for fine-tuning, to `averaged`."""
+        Raises:
+            UserError: the weights cannot be used.
+        """
+        notes = load_weights(self.model, path, key)
         if self.averaged is not None:
             self.averaged.load_state_dict(self.model.state_dict())
+        return notes
+
+    def load(self, checkpoint: Mapping, key: str | None) -> list[str]:
+        """Load the weights of a checkpoint to evaluate them; nothing of the model may be missing, such as a classifier.
+
+        Args, results and errors are those of `weights.load_weights`.
+        """
+        return load_weights(self.model, checkpoint, key, keep_head=True)
 
     @property
     def exported(self) -> nn.Module:

@@ -215,7 +215,7 @@ def test_a_probe_is_evaluated_from_its_own_checkpoint(trained, capsys):
 def small_run(pretrained, folder, *more: str):
     words = f"--task linear --finetune {pretrained} --data-set folder --data-path {folder}"
     run = runs.build(" ".join([words, *SHORT, *more]))
-    run.task.load(read_checkpoint(pretrained), None)
+    run.task.start_from(pretrained, None)
     return run
 
 
@@ -323,10 +323,10 @@ def test_official_linear_classifiers_are_evaluated(official):
     images = torch.randn(3, 3, 32, 32)
     tokens = [prefix[:, 0] for _, prefix in vit.get_intermediate_layers(images, 2, False, True, True)]
     dino = official_task("--classifier", str(path / "dino_linear.pth"))
-    assert dino.load(read_checkpoint(path / "dino_backbone.pth"), None, evaluate=True) == []
+    assert dino.load(read_checkpoint(path / "dino_backbone.pth"), None) == []
     torch.testing.assert_close(dino.model(images), classifiers[2](torch.cat(tokens, dim=1))[None])
     moco = official_task()
-    assert moco.load(read_checkpoint(path / "moco_linear.pth.tar"), None, evaluate=True) == []
+    assert moco.load(read_checkpoint(path / "moco_linear.pth.tar"), None) == []
     torch.testing.assert_close(moco.model(images), classifiers[1](tokens[-1])[None])
     assert (dino.evaluator().names, moco.evaluator().names) == (("blocks2",), ("blocks1",))
 
