@@ -214,6 +214,11 @@ class Task(nn.Module):
             self.averaged.load_state_dict(self.model.state_dict())
         return notes
 
+    def evaluated(self) -> dict[str, nn.Module]:
+        """The models to evaluate, by the prefix of the names of their results."""
+        averaged = {} if self.averaged is None else {f"test_{self.weight_names[1]}": self.averaged}
+        return {"test": self.model} | averaged
+
     def load(self, checkpoint: Mapping, key: str | None) -> list[str]:
         """Load the weights of a checkpoint to evaluate them; nothing of the model may be missing, such as a classifier.
 
@@ -225,11 +230,6 @@ class Task(nn.Module):
     def exported(self) -> nn.Module:
         """The module whose weights ``--export`` writes."""
         return self.model
-
-    def evaluated(self) -> dict[str, nn.Module]:
-        """The models to evaluate, by the prefix of the names of their results."""
-        averaged = {} if self.averaged is None else {f"test_{self.weight_names[1]}": self.averaged}
-        return {"test": self.model} | averaged
 
     def evaluator(self) -> Evaluator:
         """A new evaluator, for one pass over the validation images."""
