@@ -10,7 +10,6 @@ import torch
 
 from arguments import SAR_LOSSES, build_parser, differences, parse_arguments
 from engine import SAR_TERMS
-from tasks import TASKS
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -202,10 +201,11 @@ def test_every_option_trains_something_in_a_test():
         "test_processes.py",
         "test_tasks.py",
         "helpers/runs.py",
-        *(f"test_{task}.py" for task in TASKS if task != "classify"),
+        "test_knn.py",
+        "test_linear.py",
     )
     words = set(re.findall(r"--[a-z][a-z0-9-]*", "".join((ROOT / "tests" / name).read_text() for name in files)))
-    for action in [action for task in TASKS for action in build_parser(task)._actions]:
+    for action in [*build_parser()._actions, *build_parser("knn")._actions, *build_parser("linear")._actions]:
         assert words & set(action.option_strings) or action.dest == "help", action.option_strings
 
 

@@ -13,7 +13,7 @@ from helpers import runs
 import main
 import models
 import utils
-from arguments import parse_arguments
+from arguments import default_arguments, parse_arguments
 from build import build_optimizer, wrap
 from engine import train_one_epoch
 from samplers import Draw
@@ -341,3 +341,57 @@ def test_a_classifier_that_is_missing_or_does_not_fit_is_one_line(official, fold
     assert capsys.readouterr().err.startswith(error)
     assert main.main([*OFFICIAL, "--finetune", str(path / "dino_linear.pth"), "--data-path", str(folder)]) == 2
     assert "of DINO's linear probe, a classifier without its model; evaluate both by" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ recipes
+
+LINEAR_DINO = {
+    "task": "linear",
+    "epochs": 100,
+    "cooldown_epochs": 0,
+    "total_batch": 1024,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "unscale_lr": False,
+    "sched": "cosine",
+    "sched_on_updates": False,
+    "warmup_epochs": 0,
+    "min_lr": 0.0,
+    "opt": "momentum",
+    "weight_decay": 0.0,
+    "clip_grad": None,
+    "hflip": 0.5,
+    "eval_interpolation": "bicubic",
+    "crop_pct": None,  # 256 -> 224
+    "amp": "off",
+    "sar_weight": 0.0,
+    "drloc_weight": 0.0,
+    "sampling_ratio": 1.0,
+    "avgpool_patchtokens": False,
+}
+LINEAR_MOCO = LINEAR_DINO | {"epochs": 90, "lr": 3.0, "eval_interpolation": "bilinear"}
+PROBES = {
+    "linear_dino": (LINEAR_DINO, 4, 0.004),
+    "linear_moco": (LINEAR_MOCO, 1, 12.0),
+}
+"""Protocols of linear probes, with the official number of blocks and learning rate, which come first."""
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_linear_probe_is_its_program_s(name):
+    expected, blocks, peak = PROBES[name]
+    words = [f"@{runs.ROOT}/recipes/{name}.args", "--resume", __file__]
+    for data_set in ("digits", "cifar10"):  # their own defaults change nothing
+        args = parse_arguments([*words, "--data-set", data_set, "--crop-pct", "0.5"])
+        assert {key: vars(args)[key] for key in expected} == expected | {"crop_pct": 0.5}
+    assert (args.probe_blocks[0], args.lr_factors[0]) == (blocks, 1)
+    assert LinearClassification.peak_learning_rate(args) == pytest.approx(peak)
+    text = (runs.ROOT / f"recipes/{name}.args").read_text()
+    assert "Source: facebookresearch/" in text
+    assert "Expected there: " in text
+
+
+def test_the_defaults_of_the_linear_probe_are_dinos():
+    defaults = default_arguments("linear")
+    assert {key: defaults[key] for key in LINEAR_DINO} == LINEAR_DINO
+    assert (defaults["probe_blocks"], defaults["lr_factors"]) == ([4], [1.0])

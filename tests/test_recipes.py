@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from arguments import build_parser, default_arguments, parse_arguments
-from tasks import load_task
+from arguments import build_parser, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,36 +101,7 @@ RECIPES |= {
 }
 FURTHER = {"swin_in100_300", "t2t_in1k_paper", "t2t_in100", "pvt_in100", "cvt_in1k_paper", "cvt_in100"}
 """Recipes that begin with another one, where the rest is said."""
-LINEAR_DINO = {
-    "task": "linear",
-    "epochs": 100,
-    "cooldown_epochs": 0,
-    "total_batch": 1024,
-    "batch_size": 128,
-    "lr": 1e-3,
-    "unscale_lr": False,
-    "sched": "cosine",
-    "sched_on_updates": False,
-    "warmup_epochs": 0,
-    "min_lr": 0.0,
-    "opt": "momentum",
-    "weight_decay": 0.0,
-    "clip_grad": None,
-    "hflip": 0.5,
-    "eval_interpolation": "bicubic",
-    "crop_pct": None,  # 256 -> 224
-    "amp": "off",
-    "sar_weight": 0.0,
-    "drloc_weight": 0.0,
-    "sampling_ratio": 1.0,
-    "avgpool_patchtokens": False,
-}
-LINEAR_MOCO = LINEAR_DINO | {"epochs": 90, "lr": 3.0, "eval_interpolation": "bilinear"}
-PROBES = {
-    "linear_dino": (LINEAR_DINO, 4, 0.004),
-    "linear_moco": (LINEAR_MOCO, 1, 12.0),
-}
-"""Protocols of linear probes, with the official number of blocks and learning rate, which come first."""
+PROBES = {"linear_dino", "linear_moco"}  # tests/test_linear.py
 NO_PROTOCOL = {"quickstart", "smoke", "smoke_t2t", "smoke_pvt", "smoke_cvt"}  # of ours
 
 
@@ -148,7 +118,7 @@ def test_a_recipe_is_its_protocol(name):
 
 
 def test_every_recipe_is_tested():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.args")} == RECIPES.keys() | NO_PROTOCOL | PROBES.keys()
+    assert {path.stem for path in (ROOT / "recipes").glob("*.args")} == RECIPES.keys() | NO_PROTOCOL | PROBES
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -190,24 +160,3 @@ def test_a_recipe_says_where_it_comes_from(name):
         assert said in text
     assert name == "deit_in1k" or first == "@deit_in1k.args"
     assert name == "deit_in1k" or "guess" in text.lower()
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_a_linear_probe_is_its_program_s(name):
-    expected, blocks, peak = PROBES[name]
-    words = [f"@{ROOT}/recipes/{name}.args", "--resume", __file__]
-    for data_set in ("digits", "cifar10"):  # their own defaults change nothing
-        args = parse_arguments([*words, "--data-set", data_set, "--crop-pct", "0.5"])
-        assert {key: vars(args)[key] for key in expected} == expected | {"crop_pct": 0.5}
-    assert (args.probe_blocks[0], args.lr_factors[0]) == (blocks, 1)
-    task = load_task("linear")
-    assert task.peak_learning_rate(args) == pytest.approx(peak)
-    text = (ROOT / f"recipes/{name}.args").read_text()
-    assert "Source: facebookresearch/" in text
-    assert "Expected there: " in text
-
-
-def test_the_defaults_of_the_linear_probe_are_dinos():
-    defaults = default_arguments("linear")
-    assert {key: defaults[key] for key in LINEAR_DINO} == LINEAR_DINO
-    assert (defaults["probe_blocks"], defaults["lr_factors"]) == ([4], [1.0])
