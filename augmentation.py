@@ -124,13 +124,13 @@ def _colour_transform(size: int, color_jitter: float, aa: str, interpolation: st
 
 def as_pillow(image: Tensor) -> Image.Image:
     """uint8 ``(3, h, w)`` -> RGB image."""
-    pixels = rearrange(image, "c h w -> h w c").contiguous().numpy()
+    pixels = image.permute(1, 2, 0).contiguous().numpy()  # einops is slow for one small image
     return Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGB", 0, 1)
 
 
 def as_tensor(image: Image.Image) -> Tensor:
     """RGB image -> uint8 ``(3, h, w)``."""
-    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def random_erasing(size: int, probability: float, most: int) -> Tensor:
@@ -166,7 +166,7 @@ def random_erasing(size: int, probability: float, most: int) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     """uint8 ``(..., 3, h, w)`` -> float32, with ImageNet's mean and standard deviation of each channel."""
     mean, std = _statistics(images.device)
-    return (images.float() / 255 - mean) / std
+    return (images.contiguous().float() / 255 - mean) / std
 
 
 @cache

@@ -28,7 +28,7 @@ import randomness
 from augmentation import TrainTransform, as_pillow, as_tensor, eval_transform
 from cli import at_least
 from crops import random_box, resize_crops
-from datasets import AugmentedDataset
+from datasets import AugmentedDataset, collate
 from randomness import isolated_rng
 from readers.images import ImageFiles, decode, list_images, open_image
 from samplers import Draw
@@ -62,16 +62,16 @@ def training_ways(files: ImageFiles) -> dict[str, tuple[Way, Way]]:
     theirs = {"training": deit, "training, no RandAugment": without_policy, "evaluation": evaluation}
 
     def deits(transform) -> Way:
-        return collated(lambda number: (transform(pil_loader(files._location(number))), 0), len(files))
+        return collated(lambda number: (transform(pil_loader(files._location(number))), 0), len(files), default_collate)
 
     def our_items(transform) -> Way:
         dataset = AugmentedDataset(files, transform)
-        return collated(lambda number: dataset[Draw(number, 0, number)], len(files))
+        return collated(lambda number: dataset[Draw(number, 0, number)], len(files), collate)
 
     return {f"{name}, collated": (deits(theirs[name]), our_items(ours[name])) for name in ours}
 
 
-def collated(item: Way, count: int) -> Way:
+def collated(item: Way, count: int, collate_items: Callable) -> Way:
     """Collect items, and collate each full batch as a loader's worker does."""
     items: list[object] = []
 
@@ -79,7 +79,7 @@ def collated(item: Way, count: int) -> Way:
         items.append(item(number))
         if len(items) < BATCH and number < count - 1:
             return None
-        batch = default_collate(items)
+        batch = collate_items(items)
         items.clear()
         return batch
 

@@ -29,6 +29,7 @@ from helpers.image_sets import (
     write_pets,
 )
 from PIL import Image
+from torch.utils.data import default_collate
 from torchvision.datasets import CIFAR10, Flowers102, OxfordIIITPet
 
 from augmentation import TrainTransform, as_tensor, eval_transform
@@ -39,6 +40,7 @@ from datasets import (
     build_loader,
     build_split,
     canonical_name,
+    collate,
     download,
     save_subset,
 )
@@ -517,6 +519,14 @@ def test_batches_are_tensors_of_images_labels_and_replacements():
     assert batch["images"].shape == (5, 3, 24, 24)
     assert batch["targets"].tolist() == [0, 5, 0, 5, 0]
     assert (batch["targets"].dtype, batch["replaced"].tolist()) == (torch.int64, [0] * 5)
+
+
+def test_a_batch_of_decoded_images_is_torchs_in_another_layout():
+    pixels = [torch.randint(256, (4, 5, 3), dtype=torch.uint8) for _ in range(3)]
+    items = [{"images": each.permute(2, 0, 1), "targets": 7, "pairs": np.ones((2, 2), np.float32)} for each in pixels]
+    ours, theirs = collate(items), default_collate(items)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+    assert ours["images"].is_contiguous(memory_format=torch.channels_last)
 
 
 def load_while_signalled(results):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.image_sets import log_messages
 
 import records
 from schedules import Position
@@ -69,3 +70,26 @@ def test_peak_memory_is_recorded_on_a_gpu(start_records, monkeypatch, capsys):
         kept.step({"loss": 1.0})
     assert scalars == {"train/loss": 1.0, "train/peak_memory": 1.5}
     assert "  peak GiB 1.5  " in capsys.readouterr().out
+
+
+def test_the_log_says_that_the_loader_is_the_bottleneck():
+    text = records.describe_bottleneck(38.0, 1240.0, 8)
+    assert "38 % of the time is spent waiting for it. It gives 1,240 images/s, and the steps could take 2,000" in text
+    assert "--num-workers (8 per process" in text
+
+
+@pytest.mark.parametrize(("share", "said"), [(9.0, 0), (11.0, 2)])
+def test_a_starved_epoch_is_told_once_without_its_first_window(tmp_path, share, said):
+    task = SimpleNamespace(describe=lambda results: "", warning=lambda means: "")
+    plan = SimpleNamespace(output_dir=tmp_path)
+    position = Position(epoch=0, step=1, updates_per_epoch=4, epochs=2)
+    processes = SimpleNamespace(is_main=True, device=torch.device("cpu"))
+    arguments = {"num_workers": 3}
+    run = SimpleNamespace(plan=plan, processes=processes, position=position, task=task, epoch=0, arguments=arguments)
+    with records.Records(run) as each, log_messages() as messages:
+        each.first_update = 0
+        for epoch in range(2):
+            for wait in ([100.0] if epoch == 0 else []) + [share] * 2:
+                each.step({"data_share": wait, "images_per_second": 100.0})
+            each.epoch({"epoch": epoch}, {})
+    assert len([message for message in messages if "the loader is the bottleneck" in message]) == said
