@@ -263,19 +263,20 @@ def _add_optimiser(parser):
         "--weight-decay",
         type=_size,
         default=0.05,
-        help="weight decay; biases, norms, tokens and position embeddings have none",
+        help="weight decay; in classification not of biases, norms, tokens and position embeddings",
     )
     add(
         "--clip-grad",
-        type=_positive,
+        type=_size,
         default=None,
-        help="clip the global norm of the gradients to this value (default: no clipping)",
+        help="clip the norm of the gradients to this value: of all together, in dino of each tensor; 0: no clipping",
     )
     add(
         "--lr",
         type=_positive,
         default=5e-4,
-        help="peak learning rate for the task's reference batch (classify: 512), scaled linearly to --total-batch",
+        help="peak learning rate for the task's reference batch (classify: 512, dino: 256), scaled linearly to "
+        "--total-batch",
     )
     add("--unscale-lr", action="store_true", help="use --lr without scaling")
     add("--sched", choices=LR_SCHEDULES, default="cosine", help="schedule of the learning rate after the warm-up")

@@ -165,6 +165,7 @@ def log_banner(args, run: Run) -> None:
         "device": f"{processes.device}, {torch.get_num_threads()} threads",
         "output": args.output_dir,
     }
+    lines |= task.notes()
     defaults = data_set_defaults(args)
     if defaults:
         lines["defaults"] = f"of {args.data_set}: " + ", ".join(f"{name} {value}" for name, value in defaults.items())

@@ -183,7 +183,8 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
                     terms = task.losses(outputs, batch) | regularisers(outputs, plan.sar_loss)
                 loss = cast(Tensor, sum(weight_of(name, schedule) * term for name, term in terms.items()))
                 run.scaler.scale(loss / plan.accumulation).backward()
-            window.add({"loss": loss} | terms)
+            with torch.no_grad():
+                window.add({"loss": loss} | terms | task.measures(outputs, terms))
         # 4. update the weights
         update_weights(run, schedule)
         run.add_totals(**schedule)
@@ -206,20 +207,24 @@ def set_schedule(run: Run) -> dict[str, float]:
     return schedule
 
 
-def regularisers(outputs: dict[str, Tensor], sar_loss: str) -> dict[str, Tensor]:
+def regularisers(outputs: dict[str, Any], sar_loss: str) -> dict[str, Tensor]:
     """The regularisers' terms of the loss by name, unweighted, for every task whose outputs hold their inputs.
 
     Each is a mean over images, as the task's own terms are. So the mean of the gradients over micro-batches and
     processes of equal size is the gradient of the total batch.
 
     Args:
-        outputs: ``similarity (B, H, h, w)``, Eq. 4; for DRLoc ``distances`` and ``positions``, see `losses.Localiser`.
+        outputs: ``similarity (B, H, h, w)``, Eq. 4, or a list of such maps, one for each resolution; for DRLoc
+            ``distances`` and ``positions``, see `losses.Localiser`.
         sar_loss: a key of `SAR_TERMS`.
     """
     terms = {}
     if "similarity" in outputs:  # Eq. 9; or total variation in its place, Eq. 14
         name, regulariser = SAR_TERMS[sar_loss]
-        terms[name] = regulariser(outputs["similarity"])
+        maps = outputs["similarity"]
+        parts = maps if isinstance(maps, list) else [maps]
+        images = sum(map(len, parts))
+        terms[name] = cast(Tensor, sum(len(part) / images * regulariser(part) for part in parts))
     if "distances" in outputs:  # Table 4
         terms["drloc"] = localisation_loss(outputs["distances"], outputs["positions"])
     return terms

@@ -370,7 +370,46 @@ class SARVisionTransformer(SimilarityModel, VisionTransformer):
         return x, self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
 
 
+def scaled_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position embedding for another grid, as DINO resamples it (``interpolate_pos_encoding``).
+
+    Bicubic, without antialiasing. The scale is (h + 0.1) / side, so sample points are not quite those of a resize to
+    the new size, which is timm's function. At 6 x 6 of 14 x 14 both are some 16 % apart.
+
+    Args:
+        positions: ``(1, 1 + side * side, C)``, [CLS] first; its own is kept.
+        grid: ``(h, w)`` of the patches.
+
+    Returns:
+        ``(1, 1 + h * w, C)``.
+    """
+    (h, w), side = grid, round((positions.shape[1] - 1) ** 0.5)
+    if (h, w) == (side, side):
+        return positions
+    patches = rearrange(positions[:, 1:], "1 (h w) C -> 1 C h w", h=side)
+    patches = F.interpolate(patches, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+    return torch.cat([positions[:, :1], rearrange(patches, "1 C h w -> 1 (h w) C")], dim=1)
+
+
+class ScaledPositionsViT(SARVisionTransformer):
+    """A ViT for images of any whole number of patches, whose positions are resampled by `scaled_positions`.
+
+    Built by ``positions="dino"``. The position embedding belongs to a square grid, and the first token is [CLS].
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(dynamic_img_size=True, **kwargs)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Tokens ``(B, 1 + h * w, C)`` of patches ``(B, h, w, C)``: timm's method with other positions."""
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        return self.pos_drop(
+            torch.cat([cls_token, x.flatten(1, 2)], 1) + scaled_positions(self.pos_embed, x.shape[1:3])
+        )
+
+
 PATCH_SIZE = 16
+POSITIONS = {"timm": SARVisionTransformer, "dino": ScaledPositionsViT}
 SIZES = {
     "tiny": {"embed_dim": 192, "num_heads": 3},
     "small": {"embed_dim": 384, "num_heads": 6},
@@ -422,9 +461,11 @@ def create(model: type[nn.Module], name: str, pretrained: bool, features: int | 
     return build_model_with_cfg(model, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> SARVisionTransformer:
+def _create(name: str, pretrained: bool, positions: str = "timm", **kwargs) -> SARVisionTransformer:
+    """A registered ViT; ``positions="dino"`` builds a `ScaledPositionsViT`."""
+    check_choice("positions", positions, POSITIONS)
     sizes = SIZES[name.split("_")[1]] | kwargs
-    return create(SARVisionTransformer, name, pretrained, 3, pretrained_filter_fn=checkpoint_filter_fn, **sizes)
+    return create(POSITIONS[positions], name, pretrained, 3, pretrained_filter_fn=checkpoint_filter_fn, **sizes)
 
 
 @register_model

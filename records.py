@@ -21,6 +21,14 @@ SHORT_NAMES = {
     "step_time": "step s",
     "sar_weight": "lambda",
     "drloc_weight": "DRLoc weight",
+    "teacher_entropy": "teacher entropy",
+    "kl": "KL",
+    "feature_deviation": "feature deviation",
+    "centre_norm": "centre norm",
+    "weight_decay": "weight decay",
+    "teacher_momentum": "momentum",
+    "teacher_temp": "temperature",
+    "last_layer_frozen": "frozen",
     "peak_memory": "peak GiB",
 }
 """Names of values in the terminal's lines, where they differ from TensorBoard's."""
@@ -117,6 +125,8 @@ class Records:
         for name, value in means.items():
             self.board.add_scalar(f"train/{name}", value, self._global_step())
         logger.info(step_line(self.run.position, means, self._seconds_left()))
+        if warning := self.run.task.warning(means):
+            logger.warning(warning)
 
     def _seconds_left(self) -> float:
         """Time to the end of the run at this process's mean time per update, evaluation and saving included."""

@@ -99,3 +99,25 @@ def drloc_weight_schedule(weight: float, epoch: float, epochs: int) -> float:
     if epoch < DRLOC_WARMUP_EPOCHS or epochs <= DRLOC_WARMUP_EPOCHS:
         return weight * min(epoch / DRLOC_WARMUP_EPOCHS, 1.0)
     return weight * max(0.0, (epochs - epoch) / (epochs - DRLOC_WARMUP_EPOCHS))
+
+
+def warmup_cosine(
+    position: Position, peak: float, final: float, warmup_epochs: int = 0, warmup_start: float = 0.0
+) -> float:
+    """DINO's schedule of learning rate, weight decay and teacher momentum (``utils.cosine_scheduler``), by update.
+
+    W updates of linear warm-up reach ``peak`` in the last one, W - 1, and update W has it again. Half a cosine then
+    falls, or rises, towards ``final``, which would be the value of the update after the last.
+    """
+    t, warmup = position.update, warmup_epochs * position.updates_per_epoch
+    if t < warmup:
+        return warmup_start + (peak - warmup_start) * t / max(warmup - 1, 1)
+    progress = (t - warmup) / (position.epochs * position.updates_per_epoch - warmup)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
+
+
+def teacher_temperature(epoch: int, start: float, final: float, warmup_epochs: int) -> float:
+    """DINO's temperature of the teacher: linear from ``start`` in epoch 0 to ``final`` in the last warm-up epoch."""
+    if epoch >= warmup_epochs:
+        return final
+    return start + (final - start) * epoch / max(warmup_epochs - 1, 1)

@@ -44,8 +44,8 @@ def train(args, processes: Processes) -> int:
         if processes.is_main:
             save_subset(train_set, args.sampling_ratio, args.sampling_seed, plan.output_dir / "subset.json")
         if args.cache_images:
-            cache_splits([train_set, val_set], processes)
-        val_loader = build_eval_loader(args, processes, val_set)
+            cache_splits([split for split in (train_set, val_set) if split is not None], processes)
+        val_loader = None if val_set is None else build_eval_loader(args, processes, val_set)
         # 3. train, evaluate and save, epoch by epoch
         finished = True
         with Records(run) as records, add_position_to_errors(run):
@@ -84,6 +84,8 @@ def describe_best(run: Run) -> str:
 def finish_epoch(run: Run, val_loader, records: Records) -> bool:
     """Evaluate and save at the end of an epoch; False if a signal interrupted the evaluation.
 
+    Without a loader of validation images nothing is evaluated.
+
     Files are written in the order best.pth, log.txt, checkpoint.pth. A run that is killed between two of them repeats
     the epoch from the older checkpoint and writes the same files again.
     """
@@ -91,7 +93,7 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
     plan, done = run.plan, run.epoch + 1
     last = done == plan.epochs
     results = {}
-    if last or done % plan.eval_every == 0:
+    if val_loader is not None and (last or done % plan.eval_every == 0):
         results = evaluate_run(run, val_loader)
         if not results:
             return False
@@ -105,7 +107,8 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
     records.epoch(record, results)
     if last or done % plan.save_every == 0:
         save(run, "checkpoint.pth")
-    if run.processes.is_main and plan.log_attention and (last or done % plan.log_attention == 0):
+    panel = val_loader is not None and plan.log_attention and (last or done % plan.log_attention == 0)
+    if run.processes.is_main and panel:
         records.figure("attention", draw_attention(run, val_loader.dataset))
     return True
 
@@ -163,6 +166,8 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
     task_class = load_task(args.task)
     dataset = task_class.data(args, "val", processes)
+    if dataset is None:
+        raise UserError(f"--eval: --data-set {args.data_set} has no classes to evaluate with; name another set")
     task = task_class(args, dataset, processes.device)
     for note in task.load(checkpoint, args.checkpoint_key):
         logger.info(f"{path}: {note}")

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from arguments import parse_arguments
 from models import build_model
+from models_sar import scaled_positions
 from tasks.settings import model_settings
 from utils import UserError, logger
 from weights import is_own, last_block_of, load_weights, num_blocks, num_heads_of, read_checkpoint, select_weights
@@ -71,7 +71,7 @@ def load_model(
     path, checkpoint = Path(path), read_checkpoint(path)
     try:
         if is_own(checkpoint):
-            model, size, patch_size = _own_model(checkpoint, device, num_heads, input_size)
+            model, size, patch_size = _own_model(checkpoint, key, device, num_heads, input_size)
         else:
             model, size, patch_size = _foreign_vit(checkpoint, key, num_heads, input_size)
         state, _ = select_weights(checkpoint, key)
@@ -86,12 +86,17 @@ def load_model(
     return TrainedModel(name, model.to(device).eval(), size, patch_size, classes, crop_pct)
 
 
-def _own_model(checkpoint: Mapping, device: torch.device, num_heads: int | None, input_size: int | None) -> tuple:
+def _own_model(
+    checkpoint: Mapping, key: str | None, device: torch.device, num_heads: int | None, input_size: int | None
+) -> tuple:
     """The untrained model of a checkpoint of this program, its input size and its patch size (px)."""
     args = parse_arguments(["--eval"], saved=checkpoint["args"])
     size = input_size or args.input_size
     _check_size(size, args.patch_size)
-    settings = replace(model_settings(args, len(checkpoint["data"]["classes"])), input_size=size)
+    state, _ = select_weights(checkpoint, key)
+    has_classifier = any(name.startswith("head.") for name in state)  # self-supervised models have none
+    num_classes = len(checkpoint["data"]["classes"]) if has_classifier else 0
+    settings = replace(model_settings(args, num_classes), input_size=size)
     model, _ = build_model(settings, device)
     own = num_heads if num_heads is None else model.last().attn.num_heads
     if own != num_heads:
@@ -150,13 +155,8 @@ def _with_released_positions(state: dict[str, Tensor], model: nn.Module) -> dict
     """The state dict with its position embedding resampled to the model's grid, as in the released code."""
     if "pos_embed" not in state:
         raise UserError("the released code resamples positions of ViTs only; leave it to timm")
-    own, (h, w) = state["pos_embed"], cast(Any, model.patch_embed).grid_size
-    side = math.isqrt(own.shape[1] - 1)
-    if (side, side) == (h, w):
-        return state
-    grid = own[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
-    return state | {"pos_embed": torch.cat([own[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)}
+    positions = scaled_positions(state["pos_embed"], cast(Any, model.patch_embed).grid_size)
+    return state | {"pos_embed": positions}
 
 
 def _classes(checkpoint: Mapping, model: nn.Module) -> list[str] | None:

@@ -40,7 +40,7 @@ class DataSet:
         about: a description in one line.
         layout: required contents of ``--data-path``; empty if the set needs no path.
         defaults: defaults of main.py's arguments for this set.
-        num_classes: required number of classes; None for any number.
+        num_classes: required number of classes; None for any number, 0 for images without classes.
         images: split -> number of images, in the paper or as published; empty if unknown.
         cleaned_images: the same for DomainNet's later, cleaned lists.
         folder: subfolder of a common root of all data sets, without torchvision's own folder names.
@@ -58,6 +58,11 @@ class DataSet:
     folder: str = ""
     download: Callable[[Path], Any] | None = None
     source: str = ""
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the images are labelled; without labels only self-supervised tasks train on them."""
+        return self.num_classes != 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,12 @@ DATASETS: dict[str, DataSet] = {
         source="scikit-learn, which is installed",
     ),
     "folder": DataSet(READ_FOLDER, "your own images", FOLDER_LAYOUT),
+    "images": DataSet(
+        Deferred("readers.folders:read_images"),
+        "your own images without classes, for self-supervised training",
+        "image files in it or anywhere below",
+        num_classes=0,
+    ),
     "tar": DataSet(Deferred("readers.tars:read_tar"), "your own images in few large files", TAR_LAYOUT),
     "imagenet": DataSet(
         READ_FOLDER,

@@ -6,7 +6,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from readers import FOLDER_LAYOUT
-from readers.images import ImageFiles, first_few
+from readers.images import ImageFiles, first_few, list_images
 from utils import UserError
 
 CLASS_LISTS = Path(__file__).parent / "class_lists"
@@ -36,6 +36,16 @@ def read_folder(data_path: Path, split: str, class_list: str | None = None) -> I
             f"--data-path must hold all of readers/class_lists/{class_list}"
         )
     return _read_classes(data_path, split, wanted)
+
+
+def read_images(data_path: Path, split: str) -> ImageFiles:
+    """All images of a folder and of those below it, without classes; there is no other split than "train".
+
+    Raises:
+        UserError: no image.
+    """
+    names = [str(path.relative_to(data_path)) for path in list_images(data_path)]
+    return ImageFiles(data_path, names, [0] * len(names), [])
 
 
 def _read_classes(data_path: Path, split: str, classes: list[str]) -> ImageFiles:

@@ -1,6 +1,7 @@
 """From the arguments of the command line to the settings of models and data sets, for every task."""
 
 import argparse
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,8 @@ from models import ModelSettings, build_model
 from utils import UserError
 
 
-def model_settings(args: argparse.Namespace, num_classes: int) -> ModelSettings:
-    """The settings of the model that the arguments describe."""
+def model_settings(args: argparse.Namespace, num_classes: int, **sizes: Any) -> ModelSettings:
+    """The settings of the model that the arguments describe; ``sizes`` are a task's own, below ``--model-kwargs``."""
     return ModelSettings(
         name=args.model,
         num_classes=num_classes,
@@ -23,7 +24,7 @@ def model_settings(args: argparse.Namespace, num_classes: int) -> ModelSettings:
         similarity_query=args.sar_query,
         drop=args.drop,
         drop_path=args.drop_path,
-        sizes=args.model_kwargs,
+        sizes=sizes | args.model_kwargs,
     )
 
 
@@ -41,13 +42,13 @@ def split_settings(args: argparse.Namespace) -> SplitSettings:
     )
 
 
-def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
-    """The model that the arguments describe, on ``device``.
+def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.device, **sizes: Any) -> nn.Module:
+    """The model that the arguments describe, on ``device``; ``sizes`` as for `model_settings`.
 
     Raises:
         UserError: see `models.build_model`; or the spatial entropy has a weight and the maps are a single patch.
     """
-    settings = model_settings(args, num_classes)
+    settings = model_settings(args, num_classes, **sizes)
     model, grid = build_model(settings, device, args.seed)
     if args.sar_weight > 0 and grid == (1, 1):
         raise UserError(

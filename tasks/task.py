@@ -38,7 +38,8 @@ class Task(nn.Module):
 
     `data`, `forward`, `losses` and `evaluator` define a task; the other members have defaults. A task does not compute
     the spatial entropy or the other regularisers: `engine.regularisers` adds them for every task whose outputs hold
-    ``similarity`` (and ``positions``, ``distances``), as those of `run_model` do.
+    ``similarity`` (and ``positions``, ``distances``), as those of `run_model` do. Maps of several resolutions are a
+    list.
 
     Attributes:
         model: the model that is evaluated and exported.
@@ -110,7 +111,7 @@ class Task(nn.Module):
         """The data set of a split ("train" or "val"), whose items are dicts; called by all processes.
 
         `datasets.build_split` reads it with all shared options. The index of an item is a `samplers.Draw`. Random
-        numbers of an item depend on (seed, epoch, position) alone.
+        numbers of an item depend on (seed, epoch, position) alone. None for "val": nothing is evaluated.
 
         Raises:
             UserError: files are missing or not as expected.
@@ -138,13 +139,30 @@ class Task(nn.Module):
         """Change a micro-batch on its device before `forward`, as Mixup does; the generators are seeded for it."""
         return batch
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
+    def forward(self, batch: Any) -> dict[str, Any]:
         """All computation that needs gradients; returns the inputs of `losses` and of the regularisers, by name."""
         raise NotImplementedError
 
-    def losses(self, outputs: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
+    def losses(self, outputs: dict[str, Any], batch: Any) -> dict[str, Tensor]:
         """The task's own loss terms by name: scalars, each an unweighted mean over images."""
         raise NotImplementedError
+
+    def measures(self, outputs: dict[str, Any], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Further scalars of a micro-batch to log, by name, which are not part of the loss; called without gradients.
+
+        Args:
+            outputs: of `forward`.
+            terms: all terms of the loss, unweighted.
+        """
+        return {}
+
+    def warning(self, means: Mapping[str, float]) -> str:
+        """What is wrong with the means since the last logging step, in words; empty if nothing is."""
+        return ""
+
+    def notes(self) -> dict[str, str]:
+        """Further lines of the banner, by their headings."""
+        return {}
 
     def run_model(self, images: Tensor, pairs: Tensor | None = None) -> dict[str, Tensor]:
         """The model's ``logits (B, classes)``, and the inputs of the regularisers.
@@ -188,7 +206,7 @@ class Task(nn.Module):
 
     def finish_gradients(self, schedule: Mapping[str, float]) -> None:
         """Called with the accumulated, unscaled gradients. Default: clip their global norm."""
-        if self.clip_grad is not None:
+        if self.clip_grad:
             nn.utils.clip_grad_norm_(self.parameters(), self.clip_grad)
 
     def end_update(self, schedule: Mapping[str, float]) -> None:

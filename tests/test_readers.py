@@ -34,6 +34,7 @@ from helpers.image_sets import (
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from arguments import parse_arguments
 from augmentation import as_tensor
 from datasets import read_split
 from readers import tars
@@ -164,6 +165,15 @@ def test_classes_that_differ_stop_the_training_split_too(folder):
 
 def test_a_set_of_files_needs_a_path():
     assert "imagenet needs --data-path, a folder with train/<class>" in refusal("IMNET", "train", None)
+
+
+def test_images_without_classes_are_all_that_lie_in_a_folder(folder):
+    images = read_split("images", "train", folder)
+    assert images.names == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))
+    assert (images.classes, set(images.targets)) == ([], {0})
+    for task in ("classify", "knn", "linear"):
+        with pytest.raises(UserError, match=f"--data-set images has no classes, which --task {task} needs; use folder"):
+            parse_arguments(["--task", task, "--data-set", "images", "--data-path", str(folder)], saved={})
 
 
 def test_imagenet_has_a_thousand_classes(folder, tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 
 from cli import at_least
+from tasks.options import check_classes
 from utils import UserError
 
 _count, _size, _fraction = at_least(int, 1), at_least(float, 0), at_least(float, 0, 1)
@@ -82,6 +83,7 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """See `tasks.Task.check`."""
+    check_classes(args)
     if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
         raise UserError(
             f"--batch-size {args.batch_size} is odd, but Mixup pairs images; use an even one, or --mixup 0 --cutmix 0"

@@ -2,6 +2,8 @@
 
 import argparse
 
+from tasks.options import check_classes
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """See `tasks.Task.add_options`."""
@@ -10,3 +12,4 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """See `tasks.Task.check`."""
+    check_classes(args)

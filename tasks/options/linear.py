@@ -3,6 +3,7 @@
 import argparse
 
 from cli import at_least
+from tasks.options import check_classes
 from utils import UserError
 
 
@@ -57,6 +58,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """See `tasks.Task.check`."""
+    check_classes(args)
     if args.avgpool_patchtokens and args.probe_blocks != [1]:
         raise UserError("--avgpool-patchtokens needs --probe-blocks 1, as in DINO's program")
     if args.eval:
