@@ -21,6 +21,7 @@ __all__ = ["TASKS", "Evaluator", "Task", "add_options", "check_options", "load_t
 
 TASKS = {
     "classify": "tasks.classify:Classification",
+    "dino": "tasks.dino:DINO",
     "knn": "tasks.knn:NearestNeighbourProbe",
     "linear": "tasks.linear:LinearClassification",
 }

@@ -15,6 +15,13 @@ STEP = (
 )
 
 
+DINO = (
+    "--task dino --data-set digits --model vit_tiny_sar --input-size 16 --patch-size 4 --num-workers 0 "
+    "--print-every 1000 --model-kwargs embed_dim=24 depth=2 num_heads=3 --batch-size 32 --total-batch 64 "
+    "--local-crops-number 2 --sar-views all --out-dim 16 --sampling-ratio 0.2"
+)
+
+
 class Waits(TorchDispatchMode):
     """Counts the operations that would make the host wait for a GPU."""
 
@@ -30,9 +37,10 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_operation_of_a_step_would_wait_for_a_gpu(monkeypatch):
+@pytest.mark.parametrize("words", [STEP, DINO], ids=["classify", "dino"])
+def test_no_operation_of_a_step_would_wait_for_a_gpu(words, monkeypatch):
     """On a CPU. What waits is on the host anyway: once the loader's own seed."""
-    run = runs.build(STEP.replace("--num-workers 0", "--num-workers 1"))  # loading may call .item() as it likes
+    run = runs.build(words.replace("--num-workers 0", "--num-workers 1"))  # loading may call .item() as it likes
     monkeypatch.setattr(losses, "label_components", lambda mask: losses._label(mask, early_exit=False))
     waits, found = Waits(), []
     monkeypatch.setattr(engine.Window, "close", lambda window: found.extend(waits.found) or {})
@@ -42,9 +50,10 @@ def test_no_operation_of_a_step_would_wait_for_a_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("words", [STEP, DINO], ids=["classify", "dino"])
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
-def test_no_synchronisation_between_logging_steps(amp, monkeypatch):
-    run = runs.build(f"{STEP} --amp {amp}", "cuda")
+def test_no_synchronisation_between_logging_steps(words, amp, monkeypatch):
+    run = runs.build(f"{words} --amp {amp}", "cuda")
     engine.train_one_epoch(run)  # first use of kernels and of the optimiser's state may wait
     run.epoch, run.step = 1, 0
     original = engine.Window.close
