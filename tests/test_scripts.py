@@ -1,5 +1,6 @@
 """The scripts run, the pictures have something on them, and what is written twice says the same."""
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import hybrids, step
+from benchmarks import dino, hybrids, step
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,3 +74,13 @@ def test_the_step_benchmark_prints_its_table(more, row, capsys):
 def test_the_benchmark_of_architectures_prints_its_table(capsys):
     hybrids.main(["--models", "swin_tiny", *QUICK])
     assert re.fullmatch(r"\| swin_tiny( \| [\d.]+){3} \|", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_benchmark_of_dinos_loss_compares_equal_losses_and_prints_its_table(capsys, monkeypatch):
+    monkeypatch.setattr(dino, "measure_memory", lambda options: dict.fromkeys(dino.WAYS, 1.0))  # in new processes
+    dino.main("--out-dim 50 --local-crops 2 --batch-size 3 --repeats 1 --threads 1".split())
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert all(re.fullmatch(r"\| (pairs|ours) \| [\d.]+ \| 1 \|", line) for line in lines)
+    inputs = dino.make_inputs(argparse.Namespace(local_crops=2, batch_size=3, out_dim=50, device="cpu"))
+    losses = [dino.forward_and_backward(way, *inputs) for way in dino.WAYS]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
