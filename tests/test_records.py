@@ -42,10 +42,10 @@ def start_records(tmp_path, monkeypatch):
     def start(device: str) -> records.Records:
         monkeypatch.setattr(records.time, "monotonic", lambda: 100.0)
         processes = SimpleNamespace(is_main=True, device=torch.device(device))
-        plan = SimpleNamespace(output_dir=tmp_path)
+        plan, task = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(warning=lambda means: "")
         position = Position(epoch=1, step=2, updates_per_epoch=5, epochs=4)
         return records.Records(
-            SimpleNamespace(processes=processes, plan=plan, epoch=1, arguments={}, position=position)
+            SimpleNamespace(processes=processes, plan=plan, task=task, epoch=1, arguments={}, position=position)
         )
 
     return start
