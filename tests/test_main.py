@@ -462,7 +462,10 @@ def test_schedules_at_their_corners(per_update):
 
 
 def test_accumulation_is_the_same_mathematics(tmp_path):
-    """One batch of 64 and two of 32 give the same weights, to rounding, where nothing is random."""
+    """One batch of 64 and two of 32 give the same weights, to rounding, where nothing is random.
+
+    After few updates: rounding moves a patch across the mean of its map sooner or later, which changes a component.
+    """
     words = (
         DIGITS + "--total-batch 64 --drop-path 0 --sar-weight 0.1 --opt sgd --lr 0.5 --warmup-epochs 0 --batch-size "
     )
@@ -470,10 +473,11 @@ def test_accumulation_is_the_same_mathematics(tmp_path):
     for batch_size in (64, 32):
         run = runs.build(words + str(batch_size))
         run.stop.received = None
+        run.stop.poll = lambda run=run: run.step == 8
         engine.train_one_epoch(run)
         weights.append(torch.cat([p.flatten() for p in run.task.model.parameters()]))
-    assert torch.allclose(*weights, atol=1e-5)
-    assert run.step == run.plan.updates_per_epoch
+    assert torch.allclose(*weights, atol=1e-6)
+    assert run.step == 8
 
 
 @pytest.mark.parametrize("bad_step", [3, 11])
