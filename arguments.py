@@ -16,7 +16,7 @@ from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, ne
 from models import FAMILIES, MODELS
 from readers import DATASETS, canonical_name
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
-from tasks import TASKS, add_options, check_options
+from tasks import TASKS, add_options, against_accumulation, check_options
 from utils import UserError
 
 SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
@@ -275,8 +275,8 @@ def _add_optimiser(parser):
         "--lr",
         type=_positive,
         default=5e-4,
-        help="peak learning rate for the task's reference batch (classify: 512, dino: 256), scaled linearly to "
-        "--total-batch",
+        help="peak learning rate for the task's reference batch (classify: 512, dino and moco: 256), scaled linearly "
+        "to --total-batch",
     )
     add("--unscale-lr", action="store_true", help="use --lr without scaling")
     add("--sched", choices=LR_SCHEDULES, default="cosine", help="schedule of the learning rate after the warm-up")
@@ -440,9 +440,17 @@ def accumulation(args, world_size: int) -> int:
     """The number of micro-batches per update on ``world_size`` processes.
 
     Raises:
-        UserError: the total batch is not divisible so; the message lists batch sizes for which it is.
+        UserError: the total batch is not divisible so; the message lists batch sizes for which it is. Or the task
+            refuses several micro-batches; the message gives the reason and the sizes without them.
     """
     per_micro_batch = args.batch_size * world_size
+    reason = against_accumulation(args)
+    if reason and args.total_batch != per_micro_batch:
+        whole = f"--batch-size {args.total_batch // world_size}, or " * (args.total_batch % world_size == 0)
+        raise UserError(
+            f"--batch-size {args.batch_size} x {world_size} processes is not --total-batch {args.total_batch}: "
+            f"{reason}, which accumulation would change; give {whole}--total-batch {per_micro_batch}"
+        )
     if args.total_batch % per_micro_batch == 0:
         return args.total_batch // per_micro_batch
     share = args.total_batch // world_size if args.total_batch % world_size == 0 else 0
