@@ -25,7 +25,7 @@ from tasks.heads import MoCoHead
 from tasks.moco import MoCo, contrast_logits, contrastive_loss, fixed_positions
 from weights import read_checkpoint, select_weights
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
 EXACT = {"rtol": 0, "atol": 1e-10}
 ALONE = utils.Processes(0, 1, torch.device("cpu"))
 STEP = (
@@ -517,3 +517,76 @@ def test_the_loss_of_a_guess():
 def test_arguments_that_cannot_work_are_one_line(words, message):
     with pytest.raises(utils.UserError, match=re.escape(message)):
         parse_arguments(f"--task moco --data-path x {words}".split())
+
+
+# --------------------------------------------------------------------------------------------------- the recipes
+
+OFFICIAL = {  # facebookresearch/moco-v3, README.md: ViT-S on one node of 8 GPUs
+    "task": "moco",
+    "data_set": "imagenet100",
+    "input_size": 224,
+    "patch_size": 16,
+    "total_batch": 1024,
+    "peak_lr": 6e-4,
+    "min_lr": 0.0,
+    "warmup_epochs": 40,
+    "warmup_lr": 0.0,
+    "epochs": 300,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "opt_betas": None,
+    "weight_decay": 0.1,
+    "clip_grad": None,
+    "drop": 0.0,
+    "drop_path": 0.0,
+    "crop_min": 0.08,
+    "moco_dim": 256,
+    "moco_mlp_dim": 4096,
+    "moco_m": 0.99,
+    "moco_m_cos": True,
+    "moco_t": 0.2,
+    "stop_grad_conv1": True,
+    "model_kwargs": {},
+    "sar_weight": 0.01,
+    "sar_schedule": "constant",
+    "sar_loss": "spatial-entropy",
+    "last_block": "sar",
+}
+RECIPES = {
+    "moco_in100": OFFICIAL,
+    "moco_in100_12heads": OFFICIAL | {"model_kwargs": {"num_heads": 12}},
+    "moco_small": OFFICIAL | {"total_batch": 256, "peak_lr": 1.5e-4, "epochs": 100, "warmup_epochs": 10},
+}
+
+
+def resolved(*words: str):
+    return parse_arguments([*words, "--model", "vit_small_sar", "--data-path", "x"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_its_protocol(name):
+    args = resolved(f"@{ROOT}/recipes/{name}.args")
+    found = vars(args) | {"peak_lr": round(MoCo.peak_learning_rate(args), 12)}
+    assert {key: found[key] for key in RECIPES[name]} == RECIPES[name]
+    text = (ROOT / f"recipes/{name}.args").read_text()
+    assert "# Source: " in text
+    assert name == "moco_in100" or text.startswith("@moco_in100.args")
+
+
+def test_the_official_recipe_is_the_default():
+    defaults = vars(resolved("--task", "moco", "--data-set", "imagenet100"))
+    named = vars(resolved(f"@{ROOT}/recipes/moco_in100.args"))
+    assert {key for key in named if named[key] != defaults[key]} == {"eval_every"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_heads_have_torchs_synchronised_batch_normalisation():
+    task = MoCo(parse_arguments(IN_PROCESS.split()), range(10), torch.device("cuda"))
+    kinds = {type(part) for part in task.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {nn.SyncBatchNorm}
+    on_cpu = new_task(IN_PROCESS)
+    assert task.predictor.state_dict().keys() == on_cpu.predictor.state_dict().keys()
+    batch = {"views": torch.randn(4, 2, 3, 16, 16, device="cuda")}
+    terms = task.train().losses(task(batch), batch)
+    terms["moco"].backward()
+    assert terms["moco"].isfinite()
