@@ -606,7 +606,7 @@ def test_the_logs_of_main(tmp_path):
     data, table = runs.write_digits(tmp_path / "digits"), tmp_path / "table1b"
     for row, more in (("A", []), ("F", ["--report", "ema", "--eval-every", "2"])):
         output = table / row / "seed0"
-        argv = runs.command(data, output, "--epochs", "2", "--warmup-epochs", "0", "--lr", "0.05", *more)
+        argv = runs.command(data, output, "--epochs", "2", "--warmup-epochs", "0", "--lr", "0.2", *more)
         assert main.main(argv) == 0
         protocol = vars(parse_arguments([*argv, "--epochs", "100"]))
         (table / row / "protocol.json").write_text(json.dumps(protocol))
