@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 
+from models.pvt import DensePVT
+from models.vitdet import SimpleFeaturePyramid, ViTDet
+
 NORMS = {"group": partial(nn.GroupNorm, 32), "batch": nn.BatchNorm2d}
 
 
@@ -72,3 +75,45 @@ def feature_pyramid(in_channels: Sequence[int], out_channels: int = 256) -> Feat
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)
     return neck
+
+
+class Segmenter(nn.Module):
+    """A backbone, its pyramid of 256 channels, and `SemanticFPN`.
+
+    Args:
+        backbone: `ViTDet`, which gets a `SimpleFeaturePyramid`, or `DensePVT`, which gets a `feature_pyramid`.
+        num_classes: of the logits.
+        norm: of the head, a key of `NORMS`.
+    """
+
+    def __init__(self, backbone: ViTDet | DensePVT, num_classes: int, norm: str = "group"):
+        super().__init__()
+        self.num_features = backbone.num_features
+        self.backbone = backbone
+        if isinstance(backbone, ViTDet):
+            self.pyramid: nn.Module = SimpleFeaturePyramid(backbone.num_features)
+        else:
+            self.pyramid = feature_pyramid([stage["num_chs"] for stage in backbone.feature_info])
+        self.head = SemanticFPN(256, num_classes, norm=norm)
+
+    def forward(self, images: Tensor, return_similarity: bool = False):
+        """Logits of each pixel, ``(B, classes, h, w)``, and on request S of the last block.
+
+        Args:
+            images: ``(B, 3, h, w)`` of any size, normalised.
+            return_similarity: return ``(logits, S)``, S of ``(B, H, rows, columns)``.
+        """
+        found = self.backbone(images, return_similarity)
+        maps, similarity = found if return_similarity else (found, None)
+        if isinstance(maps, Tensor):
+            pyramid = self.pyramid(maps)[:4]
+        else:
+            pyramid = list(self.pyramid({str(number): x for number, x in enumerate(maps)}).values())
+        logits = self.head(pyramid)
+        # the backbone pads images to whole patches, so 4 times the logits can be larger than the image
+        logits = enlarge(logits, self._padded_size(images))[..., : images.shape[2], : images.shape[3]]
+        return (logits, similarity) if return_similarity else logits
+
+    def _padded_size(self, images: Tensor) -> list[int]:
+        patch = self.backbone.reduction
+        return [-(-side // patch) * patch for side in images.shape[2:]]

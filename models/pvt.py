@@ -211,12 +211,16 @@ class DensePVT(PVT):
     Args:
         similarity_query: ``"mean"``, as there is no [CLS].
         kwargs: those of `PVT`; ``img_size`` is that of the pre-training, whose positions are resized at each pass.
+
+    Attributes:
+        reduction: px between two locations of the last map; images are padded to a multiple of it.
     """
 
     def __init__(self, similarity_query: str = "mean", **kwargs):
         super().__init__(similarity_query=similarity_query, num_classes=0, **kwargs)
         del self.cls_token
         self.norm = nn.Identity()
+        self.reduction = self.feature_info[-1]["reduction"]
 
     def place(self, stage: int, x: Tensor, positions: Tensor, known: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         return super().place(stage, x, positions[:, -known[0] * known[1] :], known, grid)
@@ -227,8 +231,7 @@ class DensePVT(PVT):
         Images ``(B, 3, height, width)`` of any size are padded with zeros at the right and bottom to whole patches of
         the last stage.
         """
-        patch = self.feature_info[-1]["reduction"]
-        x = F.pad(images, (0, -images.shape[3] % patch, 0, -images.shape[2] % patch))
+        x = F.pad(images, (0, -images.shape[3] % self.reduction, 0, -images.shape[2] % self.reduction))
         maps: list[Tensor] = []
         for stage in range(self.num_stages - 1):
             x, grid = self.embed(stage, x)

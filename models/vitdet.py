@@ -117,6 +117,7 @@ class ViTDet(nn.Module):
 
     Attributes:
         num_features: channels of the map.
+        reduction: px between two of its locations; images are padded to a multiple of it.
         last_block: as given.
     """
 
@@ -140,7 +141,8 @@ class ViTDet(nn.Module):
         similarity: str = "dot",
     ):
         super().__init__()
-        self.num_features, self.last_block, self.grad_checkpointing = embed_dim, last_block, False
+        self.num_features, self.reduction = embed_dim, patch_size
+        self.last_block, self.grad_checkpointing = last_block, False
         # 1. patches, padded at the right and bottom to whole ones; positions, the first of which is [CLS]'s
         self.patch_embed = PatchEmbed(
             None, patch_size, in_chans, embed_dim, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True

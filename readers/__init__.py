@@ -7,7 +7,7 @@ Slow modules are imported on first use, so that a command line can list the name
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,18 +189,71 @@ DATASETS: dict[str, DataSet] = {
     "cifar10": _cifar("CIFAR10", "CIFAR-10", "cifar-10-batches-py", 10),
     "cifar100": _cifar("CIFAR100", "CIFAR-100", "cifar-100-python", 100),
 }
+VOC_LAYOUT = "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/<split>.txt"
+MASKS_LAYOUT = "classes.txt (a name a line), {train,val}/images/* and {train,val}/masks/*.png"
+ADE_LAYOUT = "ADEChallengeData2016/ with {images,annotations}/{training,validation}/* and objectInfo150.txt"
+
+
+def _voc2012(train: str, about: str, layout: str, images: dict[str, int], val: str = "val") -> DataSet:
+    lists = {"train": train, "val": val}
+    return DataSet(
+        Deferred("readers.segmentation:read_voc2012", {"lists": lists}),
+        about,
+        layout,
+        num_classes=21,
+        images=images,
+        source="http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    )
+
+
+MASKED_SETS: dict[str, DataSet] = {
+    "voc2012": _voc2012("train", "PASCAL VOC 2012, trained on train", VOC_LAYOUT, {"train": 1_464, "val": 1_449}),
+    "voc2012_trainval": _voc2012(
+        "trainval",
+        "PASCAL VOC 2012, trained on trainval, which contains the evaluated val",
+        VOC_LAYOUT,
+        {"train": 2_913, "val": 1_449},
+    ),
+    "voc2012_aug": _voc2012(
+        "train_aug",
+        "PASCAL VOC 2012, trained on train and the images of SBD that are not in val",
+        f"{VOC_LAYOUT}; and benchmark_RELEASE/dataset/ with cls/*.mat, train.txt and val.txt",
+        {"train": 10_582, "val": 1_449},
+    ),
+    "voc2012_test": _voc2012("", "PASCAL VOC 2012, test images without labels", VOC_LAYOUT, {"val": 1_456}, val="test"),
+    "ade20k": DataSet(
+        Deferred("readers.segmentation:read_ade20k"),
+        "ADE20K's scene parsing of 150 classes",
+        ADE_LAYOUT,
+        num_classes=150,
+        images={"train": 20_210, "val": 2_000},
+        source="http://sceneparsing.csail.mit.edu",
+    ),
+    "folder": DataSet(Deferred("readers.segmentation:read_masks_folder"), "your own images and masks", MASKS_LAYOUT),
+}
+"""Data sets of images with a class for each pixel: `readers.segmentation.SegmentationImages`."""
+
+SETS_OF_TASKS: dict[str, dict[str, DataSet]] = {"segment": MASKED_SETS}
+"""The data sets of tasks that need more than a label for each image."""
+
+
+def sets_of(task: str) -> dict[str, DataSet]:
+    """The data sets that a task can be trained on, by name."""
+    return SETS_OF_TASKS.get(task, DATASETS)
+
+
 DEIT_NAMES = {"imnet": "imagenet", "cifar": "cifar100"}
 
 
-def canonical_name(name: str) -> str:
-    """The key of :data:`DATASETS` for ``name``, ignoring case; DeiT's names IMNET and CIFAR are accepted.
+def canonical_name(name: str, sets: Mapping[str, DataSet] = DATASETS) -> str:
+    """The key of ``sets`` for ``name``, ignoring case; DeiT's names IMNET and CIFAR are accepted.
 
     Raises:
         UserError: no such set; the message suggests similar names.
     """
     key = DEIT_NAMES.get(name.lower(), name.lower())
-    if key in DATASETS:
+    if key in sets:
         return key
-    close = difflib.get_close_matches(key, DATASETS)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(DATASETS)}"
+    close = difflib.get_close_matches(key, sets)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sets)}"
     raise UserError(f"unknown data set {name!r}: {hint}")

@@ -24,6 +24,7 @@ TASKS = {
     "dino": "tasks.dino:DINO",
     "knn": "tasks.knn:NearestNeighbourProbe",
     "linear": "tasks.linear:LinearClassification",
+    "segment": "tasks.segment:Segmentation",
 }
 
 
