@@ -308,11 +308,10 @@ def build_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=getattr(dataset, "collate", None),
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=_ignore_signals,
-        collate_fn=collate,
+        collate_fn=getattr(dataset, "collate", collate),
         generator=torch.Generator(),  # without one, each iteration draws from the global generator
     )
 
