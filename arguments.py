@@ -7,6 +7,7 @@ have its own defaults for options that are not given.
 import argparse
 import os
 import sys
+from collections import ChainMap
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
 from models import FAMILIES, MODELS
-from readers import canonical_name, sets_of
+from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
 from tasks import TASKS, add_options, check_options
 from utils import UserError
@@ -355,7 +356,7 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
     args = read(parser, words)
     # 3. values that follow from others, and checks
-    args.data_set = canonical_name(args.data_set, sets_of(args.task))
+    args.data_set = canonical_name(args.data_set, _sets_for(args))
     if args.patch_size is None:
         args.patch_size = _own_patch_size(args)
     if args.output_dir is None:
@@ -378,9 +379,14 @@ def _saved_defaults(saved) -> dict:
     return {name: value for name, value in saved.items() if name not in training_only}
 
 
+def _sets_for(args: argparse.Namespace) -> Mapping[str, DataSet]:
+    """The data sets that a command line can name; ``--eval`` may evaluate any task, which its checkpoint tells."""
+    return ChainMap(sets_of(args.task), *(sets_of(task) for task in TASKS)) if args.eval else sets_of(args.task)
+
+
 def _context_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
     """Defaults that depend on the data set, the model and the weights of ``--finetune``."""
-    sets, data_set = sets_of(args.task), args.data_set or ("imagenet" if args.data_path else "digits")
+    sets, data_set = _sets_for(args), args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
     last_block, trunk = "sar" if regularised else "standard", {}
     if Path(args.finetune).is_file():  # fine-tuning keeps the architecture of the pre-training (Appendix E.4)

@@ -100,8 +100,8 @@ def test_train_aug_is_train_and_sbd_without_val(voc):
     (sbd / "cls/b 0.mat").unlink()
     with pytest.raises(UserError, match=r"b 0\.mat: no such file, but SBD's lists name it \(1 are missing\)"):
         read("voc2012_aug", voc)
+    (sbd / "cls").rename(sbd / "other")
     with pytest.raises(UserError, match=r"benchmark_RELEASE/dataset: no such folder"):
-        (sbd / "cls").rename(sbd / "other")
         read("voc2012_aug", voc)
 
 
@@ -157,7 +157,11 @@ def test_a_users_own_images(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("one\n", "1 classes; it needs 2 to 255 names"), ("a\nb\na\n", "the names a are there twice"), (None, "cannot be")],
+    [
+        ("one\n", "1 classes; it needs 2 to 255 names"),
+        ("a\nb\na\n", "the names a are there twice"),
+        (None, "cannot be"),
+    ],
 )
 def test_the_list_of_classes_is_checked(text, message, tmp_path):
     write_pairs(tmp_path, train=1, val=1)

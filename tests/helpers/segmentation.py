@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from helpers.masks import save_mask
 from PIL import Image
 
+from helpers.masks import save_mask
 from readers.masks import VOID
 
 COLOURS = np.array([[40, 40, 40], [220, 60, 60], [60, 60, 220]], np.uint8)
@@ -13,7 +13,7 @@ CLASSES = ["ground", "red", "blue"]
 
 # 11 training images make 5 updates of 2, and 7 validation images; every regulariser of this task is on.
 WORDS = (
-    "--task segment --data-set folder --model vit_tiny --input-size 16 --patch-size 8 --num-workers 0 "
+    "--task segment --data-set folder --model vit_tiny --input-size 24 --patch-size 8 --num-workers 0 "
     "--model-kwargs embed_dim=24 depth=2 num_heads=3 pretrain_size=16 window_size=1 --warmup-updates 3 --lr 1e-3 "
     "--batch-size 2 --total-batch 2 --epochs 2 --drop 0.1 --drop-path 0.2 --sar-weight 0.1 --print-every 3"
 ).split()
