@@ -1,8 +1,10 @@
 """Segmentation: its loss and mean IoU against mmsegmentation's, its transforms, and whole runs."""
 
+import argparse
 import colorsys
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from arguments import parse_arguments
 from models.fpn import Segmenter, enlarge
 from models.pvt import DensePVT
 from models.vitdet import ViTDet
+from readers import MASKED_SETS
 from readers.masks import VOID
 from samplers import Draw
 from tasks.joint import (
@@ -31,6 +34,7 @@ from tasks.joint import (
     saturate,
     share_of_one_class,
 )
+from tasks.options import segment as options
 from tasks.segment import (
     MaskedDataset,
     MeanIoU,
@@ -44,6 +48,7 @@ from tasks.segment import (
 )
 from utils import Processes, UserError
 
+ROOT = Path(__file__).parents[1]
 ALONE = Processes(0, 1, torch.device("cpu"))
 TIGHT = {"rtol": 0, "atol": 1e-10}
 
@@ -457,3 +462,82 @@ def test_sizes_that_give_no_model_are_one_line(run):
     args = parse_arguments([*WORDS, "--data-path", str(run.data), "--model-kwargs", "embed_dim=25"])
     with pytest.raises(UserError, match=r"--model vit_tiny with \{.*'embed_dim': 25"):
         Segmentation(args, Segmentation.data(args, "train", ALONE), torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------- recipes and pages
+
+# Written out once more on purpose: the recipes are the only other place.
+VOC = {
+    "data_set": "voc2012",
+    "input_size": 512,
+    "patch_size": 16,
+    "longer_side": None,
+    "scale_range": [0.5, 2.0],
+    "hflip": 0.5,
+    "most_of_one_class": 1.0,
+    "photometric": False,
+    "batch_size": 2,
+    "total_batch": 8,
+    "epochs": 25,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "weight_decay": 0.1,
+    "decay_all": False,
+    "clip_grad": None,
+    "lr": 1e-4,
+    "lr_schedule": "steps",
+    "warmup_updates": 250,
+    "layer_decay": 0.7,
+    "drop": 0.0,
+    "drop_path": 0.1,
+    "head_norm": "group",
+    "loss_pixels": "valid",
+    "sar_weight": 0.0,
+    "sar_query": "mean",
+}
+ADE20K = VOC | {
+    "model": "pvt_small",
+    "data_set": "ade20k",
+    "patch_size": 4,
+    "longer_side": 2048,
+    "most_of_one_class": 0.75,
+    "photometric": True,
+    "batch_size": 4,
+    "total_batch": 16,
+    "epochs": 63,
+    "weight_decay": 1e-4,
+    "decay_all": True,
+    "lr_schedule": "poly",
+    "warmup_updates": 0,
+    "layer_decay": 1.0,
+    "head_norm": "batch",
+    "loss_pixels": "all",
+}
+
+
+@pytest.mark.parametrize(("name", "protocol"), [("segment_voc", VOC), ("segment_ade20k", ADE20K)])
+def test_a_recipe_is_its_protocol(name, protocol):
+    found = vars(parse_arguments([f"@{ROOT}/recipes/{name}.args", "--data-path", "x"]))
+    assert {key: found[key] for key in protocol} == protocol
+    assert found["opt_betas"] == [0.9, 0.999]
+    text = (ROOT / f"recipes/{name}.args").read_text()
+    assert "Source:" in text
+    assert f"Total batch {protocol['total_batch']}. Hardware" in text
+
+
+def test_the_defaults_are_those_of_table_6():
+    found = vars(parse_arguments(["--task", "segment", "--data-path", "x"]))
+    assert {key: found[key] for key in VOC} == VOC
+
+
+def test_ade20ks_length_is_the_papers():
+    assert abs(63 * (MASKED_SETS["ade20k"].images["train"] // 16) - 80_000) < 1263 / 2
+
+
+def test_every_data_set_and_option_is_on_the_page():
+    page = (ROOT / "docs/dense.md").read_text()
+    assert not [name for name in MASKED_SETS if f"`{name}`" not in page]
+    parser = argparse.ArgumentParser()
+    options.add(parser)
+    added = {action.option_strings[0] for action in parser._actions} - {"-h"}
+    assert not [name for name in added if f"`{name}" not in page]
