@@ -121,6 +121,7 @@ def pixel_loss(logits: Tensor, masks: Tensor, pixels: str) -> Tensor:
         pixels: ``"valid"`` divides by the pixels that are not void, as torch and detectron2 do, and gives 0 if there
             are none. ``"all"`` divides by B h w, as mmsegmentation 0.13 does.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, masks.long(), ignore_index=VOID, reduction="sum")
     return total / (masks.numel() if pixels == "all" else (masks != VOID).sum().clamp(min=1))
 

@@ -55,13 +55,12 @@ TIGHT = {"rtol": 0, "atol": 1e-10}
 # ------------------------------------------------------------------------------------------------------ the loss
 
 
-@pytest.mark.parametrize("size", ["32x64", "odd"])
-def test_the_loss_is_divided_as_torch_or_as_mmsegmentation_does(golden, size):
-    case = golden("semantic_fpn.pt")["cases"][size]
-    logits = enlarge(case["train_logits_f64"], case["label"].shape[1:])
-    assert (case["label"] == VOID).any()
-    torch.testing.assert_close(pixel_loss(logits, case["label"], "valid"), case["loss_valid_pixels_f64"], **TIGHT)
-    torch.testing.assert_close(pixel_loss(logits, case["label"], "all"), case["loss_all_pixels_f64"], **TIGHT)
+def test_the_loss_is_divided_as_torch_or_as_mmsegmentation_does(golden):
+    for case in golden("semantic_fpn.pt")["cases"].values():
+        logits = enlarge(case["train_logits_f64"], case["label"].shape[1:])
+        assert (case["label"] == VOID).any()
+        torch.testing.assert_close(pixel_loss(logits, case["label"], "valid"), case["loss_valid_pixels_f64"], **TIGHT)
+        torch.testing.assert_close(pixel_loss(logits, case["label"], "all"), case["loss_all_pixels_f64"], **TIGHT)
 
 
 @pytest.mark.parametrize("pixels", ["valid", "all"])
