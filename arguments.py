@@ -11,13 +11,14 @@ from collections import ChainMap
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
 from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
-from tasks import TASKS, add_options, check_options
+from tasks import TASKS, add_options, against_accumulation, check_options
 from utils import UserError
 
 SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
@@ -276,8 +277,8 @@ def _add_optimiser(parser):
         "--lr",
         type=_positive,
         default=5e-4,
-        help="peak learning rate for the task's reference batch (classify: 512, dino: 256), scaled linearly to "
-        "--total-batch",
+        help="peak learning rate for the task's reference batch (classify: 512, dino and moco: 256), scaled linearly "
+        "to --total-batch",
     )
     add("--unscale-lr", action="store_true", help="use --lr without scaling")
     add("--sched", choices=LR_SCHEDULES, default="cosine", help="schedule of the learning rate after the warm-up")
@@ -333,13 +334,19 @@ def _add_run(parser):
     )
 
 
-def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
+def parse_arguments(
+    argv: list[str] | None = None,
+    saved: dict | None = None,
+    planned: Mapping[str, argparse.Namespace] = MappingProxyType({}),
+) -> argparse.Namespace:
     """Parse the command line; the values are final, and nothing changes them later.
 
     Args:
         argv: the words after the program's name; those of ``sys.argv`` if None.
         saved: for ``--eval``, ``args`` of the checkpoint; its model and data are the defaults if this program wrote
             it. Without it, the arguments of ``--eval`` are not checked yet.
+        planned: files that ``--finetune`` may name although they do not exist yet: path -> arguments of the run that
+            will write it.
 
     Raises:
         UserError: an unknown option or name, a value out of range, or values that exclude each other.
@@ -352,7 +359,7 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     read = _read_known if saved is None and "--eval" in words else argparse.ArgumentParser.parse_args
     # 2. defaults that depend on other options: parse, set them, parse again
     first = read(parser, words)
-    defaults = saved_defaults or _context_defaults(first, parser)
+    defaults = saved_defaults or _context_defaults(first, parser, planned)
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
     args = read(parser, words)
     # 3. values that follow from others, and checks
@@ -362,7 +369,7 @@ def parse_arguments(argv: list[str] | None = None, saved: dict | None = None) ->
     if args.output_dir is None:
         args.output_dir = f"output/{args.model}_{args.data_set}_seed{args.seed}"
     if saved is not None or not args.eval:
-        check_arguments(args)
+        check_arguments(args, planned)
         check_options(args)
     return args
 
@@ -384,18 +391,25 @@ def _sets_for(args: argparse.Namespace) -> Mapping[str, DataSet]:
     return ChainMap(sets_of(args.task), *(sets_of(task) for task in TASKS)) if args.eval else sets_of(args.task)
 
 
-def _context_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
-    """Defaults that depend on the data set, the model and the weights of ``--finetune``."""
+def _context_defaults(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, planned: Mapping[str, argparse.Namespace]
+) -> dict:
+    """Defaults that depend on the data set, the model and the weights of ``--finetune``; see `parse_arguments`."""
     sets, data_set = _sets_for(args), args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
     last_block, trunk = "sar" if regularised else "standard", {}
-    if Path(args.finetune).is_file():  # fine-tuning keeps the architecture of the pre-training (Appendix E.4)
+    # fine-tuning keeps the architecture of the pre-training (Appendix E.4)
+    trained = vars(planned[args.finetune]) if args.finetune in planned else None
+    if trained:
+        last_block = trained["last_block"]
+    elif Path(args.finetune).is_file():
         from weights import is_own, last_block_of, read_checkpoint  # imports torch
 
         checkpoint = read_checkpoint(args.finetune, lazily=True)
         last_block = last_block_of(checkpoint, args.checkpoint_key) or last_block
-        if args.task == "linear" and is_own(checkpoint):  # a frozen trunk has no other architecture
-            trunk = {name: checkpoint["args"][name] for name in TRUNK}
+        trained = checkpoint["args"] if is_own(checkpoint) else None
+    if args.task == "linear" and trained:  # a frozen trunk has no other architecture
+        trunk = {name: trained[name] for name in TRUNK}
     defaults = {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
@@ -419,8 +433,8 @@ def _own_patch_size(args) -> int:
     return 4 if small else family.patch_size
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that cannot work, before anything is built.
+def check_arguments(args: argparse.Namespace, planned: Mapping[str, argparse.Namespace]) -> None:
+    """Refuse arguments that cannot work, before anything is built; ``planned`` as for `parse_arguments`.
 
     Raises:
         UserError: one line that names the option and what to change.
@@ -438,7 +452,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--export needs --eval, which loads the weights that are written")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
-        if path and not args.eval and not Path(path).exists():
+        if path and not args.eval and path not in planned and not Path(path).exists():
             raise UserError(f"--{option} {path}: no such file")
 
 
@@ -446,9 +460,17 @@ def accumulation(args, world_size: int) -> int:
     """The number of micro-batches per update on ``world_size`` processes.
 
     Raises:
-        UserError: the total batch is not divisible so; the message lists batch sizes for which it is.
+        UserError: the total batch is not divisible so; the message lists batch sizes for which it is. Or the task
+            refuses several micro-batches; the message gives the reason and the sizes without them.
     """
     per_micro_batch = args.batch_size * world_size
+    reason = against_accumulation(args)
+    if reason and args.total_batch != per_micro_batch:
+        whole = f"--batch-size {args.total_batch // world_size}, or " * (args.total_batch % world_size == 0)
+        raise UserError(
+            f"--batch-size {args.batch_size} x {world_size} processes is not --total-batch {args.total_batch}: "
+            f"{reason}, which accumulation would change; give {whole}--total-batch {per_micro_batch}"
+        )
     if args.total_batch % per_micro_batch == 0:
         return args.total_batch // per_micro_batch
     share = args.total_batch // world_size if args.total_batch % world_size == 0 else 0

@@ -116,6 +116,21 @@ def warmup_cosine(
     return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
 
 
+def cosine_after_warmup(
+    position: Position, start: float, final: float, warmup_epochs: int = 0, warmup_start: float = 0.0
+) -> float:
+    """MoCo-v3's schedule of learning rate and momentum (``main_moco.py``), by the fractional epoch p.
+
+    A linear warm-up goes from ``warmup_start`` to ``start``, which is reached at p = ``warmup_epochs``. Half a cosine
+    over the rest of the run leads to ``final``, which would be the value of the update after the last.
+    """
+    p = position.exact_epoch
+    if p < warmup_epochs:
+        return warmup_start + (start - warmup_start) * p / warmup_epochs
+    progress = (p - warmup_epochs) / (position.epochs - warmup_epochs)
+    return final + 0.5 * (start - final) * (1 + math.cos(math.pi * progress))
+
+
 def teacher_temperature(epoch: int, start: float, final: float, warmup_epochs: int) -> float:
     """DINO's temperature of the teacher: linear from ``start`` in epoch 0 to ``final`` in the last warm-up epoch."""
     if epoch >= warmup_epochs:

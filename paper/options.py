@@ -63,6 +63,11 @@ class Settings:
     dry_run: bool
     smoke: bool
 
+    @property
+    def processes(self) -> int | None:
+        """Number of processes of a run; None if the launch command does not give it in plain numbers."""
+        return self.cluster.processes if self.cluster else world_size(self.launch)
+
 
 # ------------------------------------------------------------------------------------------------- the parser
 

@@ -13,6 +13,7 @@ from launch.runs import RunSpec
 from paper.options import Settings
 from paper.tables import RUNS, WEIGHTS, TableRow, table_rows
 from readers import DATASETS
+from tasks import against_accumulation
 from utils import UserError
 
 
@@ -156,37 +157,45 @@ def plan_runs(settings: Settings, rows: list[TableRow]) -> list[TableRun]:
     Raises:
         UserError: see ``parse_arguments``.
     """
-    runs, last_blocks = [], {}
+    runs: list[TableRun] = []
+    planned: dict[str, argparse.Namespace] = {}  # by the path of the checkpoint, for the runs that start from it
+    protocols: dict[str, argparse.Namespace] = {}
     for seed in settings.seeds:
         for row in itertools.filterfalse(lambda row: row.is_measurement, rows):
             folder = settings.out / "runs" / row.run / f"seed{seed}"
             # 1. the row's own arguments: the paper's protocol
             words = [resolve_path(word, settings, seed) for word in row.words]
-            protocol = args = resolve_arguments(words, last_blocks)
+            protocol = args = parse_arguments(words, planned=protocols)
             # 2. the arguments of --smoke or --overrides, which take precedence
-            if more := smoke_words(args.model) if settings.smoke else settings.overrides:
+            if more := smoke_words(args) if settings.smoke else settings.overrides:
                 words += more
                 try:
-                    args = resolve_arguments(words, last_blocks)
+                    args = parse_arguments(words, planned=planned)
                 except UserError as error:
                     raise UserError(f"--overrides {settings.overrides_path}: {error}") from None
             # 3. seed and folders; parsing them again would read the weights to fine-tune again
-            last = {"seed": seed, "output_dir": str(folder)}
+            last = batch_words(args, settings.processes) | {"seed": seed, "output_dir": str(folder)}
             data_set = DATASETS[args.data_set]
             if data_set.layout and args.data_path is None:
                 last["data_path"] = str(settings.data / data_set.folder)
             for name, value in last.items():
                 words += [f"--{name.replace('_', '-')}", str(value)]
             args = argparse.Namespace(**vars(args) | last)
-            last_blocks[str(folder / "checkpoint.pth")] = args.last_block
+            planned[str(folder / "checkpoint.pth")], protocols[str(folder / "checkpoint.pth")] = args, protocol
             runs.append(TableRun(run_title(row.run, seed), words, args, row, seed, protocol))
     return runs
 
 
-def smoke_words(model: str) -> list[str]:
-    """The arguments of --smoke for a model: recipes/smoke_<family>.args if it exists, or recipes/smoke.args."""
-    family = Path(f"recipes/smoke_{model.split('_')[0]}.args")
-    return expand_arguments([f"@{family if family.exists() else 'recipes/smoke.args'}"])
+def smoke_words(args: argparse.Namespace) -> list[str]:
+    """The arguments of --smoke: of recipes/smoke_<task>.args or smoke_<family>.args if it exists, or smoke.args."""
+    names = [f"recipes/smoke{kind}.args" for kind in (f"_{args.task}", f"_{args.model.split('_')[0]}", "")]
+    return expand_arguments([f"@{next(filter(os.path.exists, names))}"])
+
+
+def batch_words(args: argparse.Namespace, processes: int | None) -> dict[str, int]:
+    """The batch of each of so many processes (None: not known), where the task cannot accumulate; else nothing."""
+    size, rest = divmod(args.total_batch, processes or args.total_batch + 1)
+    return {"batch_size": size} if not rest and size != args.batch_size and against_accumulation(args) else {}
 
 
 def resolve_path(word: str, settings: Settings, seed: int) -> str:
@@ -198,24 +207,6 @@ def resolve_path(word: str, settings: Settings, seed: int) -> str:
         run, _, file = place.rpartition("/")
         return str(settings.out / "runs" / run / f"seed{seed}" / file)
     return word
-
-
-def resolve_arguments(words: list[str], last_blocks: dict[str, str]) -> argparse.Namespace:
-    """Parse ``words`` as main.py will, even if the weights that --finetune names do not exist yet.
-
-    Args:
-        words: main.py's command line.
-        last_blocks: path of each checkpoint that an earlier run writes -> its last block. Fine-tuning uses the last
-            block of its weights (appendix E.4).
-    """
-    at = words.index("--finetune") if "--finetune" in words else None
-    if at is None or words[at + 1] not in last_blocks:
-        return parse_arguments(words)
-    args = parse_arguments(words[:at] + words[at + 2 :])
-    args.finetune = words[at + 1]
-    if "--last-block" not in words:
-        args.last_block = last_blocks[args.finetune]
-    return args
 
 
 def images_per_epoch(args: argparse.Namespace) -> int | None:

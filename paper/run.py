@@ -29,7 +29,7 @@ from cli import exit_code
 from launch.runs import LOCK_FILE, ROOT, complete_run, epochs_done, hold_lock, warn_missing_data
 from launch.slurm import Cluster, print_submission, submit_all
 from launch.status import check_not_queued
-from paper.options import Settings, check_removed_variables, read_settings, world_size
+from paper.options import Settings, check_removed_variables, read_settings
 from paper.plan import (
     Measurement,
     TableRun,
@@ -57,7 +57,6 @@ def check_runs(settings: Settings, runs: list[TableRun]) -> None:
     # 1. the launcher
     if settings.cluster is None and shutil.which(settings.launch[0]) is None:
         raise UserError(f"--launch: no program {settings.launch[0]}; give its path, or leave --launch out")
-    processes = settings.cluster.processes if settings.cluster else world_size(settings.launch)
     # 2. the queue, or the data that only the nodes may have
     unfinished, checked = [run for run in runs if epochs_done(run) < run.epochs], set()
     missing = warn_missing_data(unfinished) if settings.cluster else set()
@@ -67,8 +66,8 @@ def check_runs(settings: Settings, runs: list[TableRun]) -> None:
     for run in unfinished:
         data = (run.args.data_set, run.args.data_path)
         try:
-            if processes:
-                accumulation(run.args, processes)
+            if settings.processes:
+                accumulation(run.args, settings.processes)
             if data not in checked and data[1] not in missing and not run.args.download:
                 for split in ("train", "val"):
                     read_split(data[0], split, data[1])

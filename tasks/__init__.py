@@ -17,11 +17,12 @@ from utils import UserError
 if TYPE_CHECKING:
     from tasks.task import Evaluator, Task
 
-__all__ = ["TASKS", "Evaluator", "Task", "add_options", "check_options", "load_task"]
+__all__ = ["TASKS", "Evaluator", "Task", "add_options", "against_accumulation", "check_options", "load_task"]
 
 TASKS = {
     "classify": "tasks.classify:Classification",
     "dino": "tasks.dino:DINO",
+    "moco": "tasks.moco:MoCo",
     "knn": "tasks.knn:NearestNeighbourProbe",
     "linear": "tasks.linear:LinearClassification",
     "segment": "tasks.segment:Segmentation",
@@ -71,6 +72,14 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse arguments that the task cannot work with; see `Task.check`."""
     module = _options_module(args.task)
     (module.check if module else load_task(args.task).check)(args)
+
+
+def against_accumulation(args: argparse.Namespace) -> str:
+    """Why the task cannot accumulate gradients; see `Task.against_accumulation`."""
+    module = _options_module(args.task)
+    if module:
+        return module.against_accumulation(args) if hasattr(module, "against_accumulation") else ""
+    return load_task(args.task).against_accumulation(args)
 
 
 def _options_module(name: str) -> ModuleType | None:

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -21,8 +20,8 @@ from datasets import build_split
 from readers import DATASETS
 from schedules import Position, teacher_temperature, warmup_cosine
 from tasks import Task
-from tasks.heads import DINOHead
-from tasks.knn import KNearestNeighbours, knn_split
+from tasks.heads import DINOHead, feature_deviation, load_all_or_none, on_device
+from tasks.knn import KNearestNeighbours, evaluation_note, knn_split
 from tasks.options import dino as options
 from tasks.settings import build_task_model, split_settings
 from tasks.views import dino_views
@@ -142,8 +141,8 @@ class DINO(Task):
         super().__init__(args, build_backbone(args, device), device)
         # 2. the heads
         width = cast(int, teacher.num_features)
-        heads = [DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer).to(device) for _ in range(2)]
-        self.student_head, teacher_head = heads
+        sizes = width, args.out_dim, args.use_bn_in_head, args.norm_last_layer
+        self.student_head, teacher_head = (on_device(DINOHead(*sizes), device) for _ in range(2))
         # 3. the teacher is a copy without gradients; in a tuple, it is no submodule
         teacher.load_state_dict(self.model.state_dict())
         teacher_head.load_state_dict(self.student_head.state_dict())
@@ -161,6 +160,10 @@ class DINO(Task):
     @classmethod
     def check(cls, args: argparse.Namespace) -> None:
         options.check(args)
+
+    @classmethod
+    def against_accumulation(cls, args: argparse.Namespace) -> str:
+        return options.against_accumulation(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> Any:
@@ -223,17 +226,12 @@ class DINO(Task):
     # --------------------------------------------------------------------------------------------- monitoring
 
     def measures(self, outputs: dict[str, Any], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The teacher's entropy, the divergence of the student from it, and what shows a collapse.
-
-        ``feature_deviation`` is the deviation over the images of the teacher's L2-normalised features, as a mean over
-        channels, times sqrt(C): 0 if all images have the same feature, about 1 if features are spread.
-        """
+        """The teacher's entropy, the divergence of the student from it, and what shows a collapse."""
         entropy = torch.special.entr(self.targets(outputs)).sum(dim=-1).mean()
-        features = F.normalize(outputs["features"].chunk(2)[0].float(), dim=-1)
         return {
             "teacher_entropy": entropy,
             "kl": terms["dino"] - entropy,
-            "feature_deviation": features.std(dim=0, correction=0).mean() * math.sqrt(features.shape[1]),
+            "feature_deviation": feature_deviation(outputs["features"].chunk(2)[0]),
             "centre_norm": self.centre.center.norm(),
         }
 
@@ -258,9 +256,7 @@ class DINO(Task):
             "prototypes": f"{args.out_dim:,}; {uniform}{few}",
             "expected": f"the loss {', '.join(course)}; it does not measure quality, {self.metric} does",
         }
-        if not DATASETS[args.data_set].has_classes:
-            notes["evaluation"] = "none: the images have no classes, so there is no k-NN accuracy and no best.pth"
-        return notes
+        return notes | evaluation_note(args)
 
     # ---------------------------------------------------------------------------------------------- an update
 
@@ -309,13 +305,9 @@ class DINO(Task):
         if key is not None or not {"student", "teacher"} <= checkpoint.keys():
             return super().start_from(path, key)
         notes = load_weights(self.model, checkpoint, "student") + load_weights(self.averaged, checkpoint, "teacher")
-        states, modules = states_beside_backbones(checkpoint), self.other_modules()
-        own = {name: module.state_dict() for name, module in modules.items()}
-        if shapes_of(states) != shapes_of(own):
-            return [*notes, "projection heads and centre start anew: the file has none, or --out-dim differs"]
-        for name, module in modules.items():
-            module.load_state_dict(states[name])
-        return [*notes, "student and teacher with projection heads and centre"]
+        if load_all_or_none(self.other_modules(), states_beside_backbones(checkpoint)):
+            return [*notes, "student and teacher with projection heads and centre"]
+        return [*notes, "projection heads and centre start anew: the file has none, or --out-dim differs"]
 
     def evaluated(self) -> dict[str, nn.Module]:
         return {"test_teacher": self.averaged}
@@ -340,11 +332,6 @@ def states_beside_backbones(checkpoint: Mapping[str, Any]) -> dict[str, dict[str
         return {name: checkpoint[name] for name in ("student_head", "teacher_head", "centre") if name in checkpoint}
     heads = {f"{network}_head": dino_head_of(checkpoint, network) for network in ("student", "teacher")}
     return heads | {"centre": checkpoint["dino_loss"]}
-
-
-def shapes_of(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, torch.Size]]:
-    """The shapes of all weights of several state dicts."""
-    return {name: {key: weight.shape for key, weight in state.items()} for name, state in states.items()}
 
 
 def build_backbone(args: argparse.Namespace, device: torch.device) -> nn.Module:

@@ -3,6 +3,9 @@
 Letters of the axes: N rows (crops of images), C channels of a feature, D width of the bottleneck, K prototypes.
 """
 
+import math
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -17,7 +20,8 @@ from utils import in_process_group
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation with the statistics of all processes' rows, of which each process has equally many.
 
-    torch's SyncBatchNorm refuses CPUs. The state is that of ``nn.BatchNorm1d``.
+    It is for CPUs, which torch's SyncBatchNorm refuses: `on_device` puts that in its place on a GPU. The state is that
+    of ``nn.BatchNorm1d``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,6 +42,12 @@ class BatchNorm(nn.BatchNorm1d):
         # 3. normalise
         y = centred * (variance + self.eps).rsqrt()
         return y * self.weight + self.bias if self.affine else y
+
+
+def on_device(head: nn.Module, device: torch.device) -> nn.Module:
+    """The head on ``device``; on a GPU each `BatchNorm` becomes torch's SyncBatchNorm, of the same state."""
+    head = head.to(device)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(head) if device.type == "cuda" else head
 
 
 class PrototypeLayer(nn.Module):
@@ -103,3 +113,54 @@ class DINOHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             x = self.mlp(features.to(self.last_layer.weight_v.dtype))
             return self.last_layer(F.normalize(x, dim=-1))
+
+
+class MoCoHead(nn.Sequential):
+    """MoCo-v3's projector or predictor (``moco/builder.py``, ``MoCo_ViT``): features ``(N, C)`` to ``(N, D)``.
+
+    Linear layers without bias, each followed by a `BatchNorm`; then ReLU, but after the last, whose normalisation has
+    no weights. It computes in float32 (float64 for float64 weights) also inside autocast. Weights have torch's initial
+    values and MoCo-v3's names.
+
+    Args:
+        in_dim, out_dim: C and D.
+        hidden_dim: width of the hidden layers.
+        layers: linear layers; MoCo-v3's projector has 3, its predictor 2.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, layers: int):
+        parts: list[nn.Module] = []
+        for number, (before, after) in enumerate(pairwise([in_dim, *[hidden_dim] * (layers - 1), out_dim]), start=1):
+            parts += [nn.Linear(before, after, bias=False), BatchNorm(after, affine=number < layers)]
+            parts += [nn.ReLU(inplace=True)] * (number < layers)
+        super().__init__(*parts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(cast(Tensor, self[0].weight).dtype))
+
+
+def feature_deviation(features: Tensor) -> Tensor:
+    """What shows a collapse, a scalar: 0 if all images have the same feature, about 1 if features are spread.
+
+    It is the deviation over the images of the L2-normalised features ``(N, C)``, as a mean over channels, times
+    sqrt(C).
+    """
+    features = F.normalize(features.float(), dim=-1)
+    return features.std(dim=0, correction=0).mean() * math.sqrt(features.shape[1])
+
+
+def load_all_or_none(modules: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Load a state dict into each of several modules, by name; returns whether all names and shapes agree.
+
+    Otherwise nothing is loaded.
+    """
+    if _shapes_of(states) != _shapes_of({name: module.state_dict() for name, module in modules.items()}):
+        return False
+    for name, module in modules.items():
+        module.load_state_dict(states[name])
+    return True
+
+
+def _shapes_of(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, torch.Size]]:
+    return {name: {key: weight.shape for key, weight in state.items()} for name, state in states.items()}

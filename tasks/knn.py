@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from augmentation import eval_transform
 from datasets import AugmentedDataset, build_split
+from readers import DATASETS
 from samplers import Draw
 from tasks import Evaluator, Task
 from tasks.options import knn as options
@@ -93,6 +94,13 @@ def knn_split(args: argparse.Namespace, processes: Processes) -> BankAndQueries:
     """
     settings, transform = replace(split_settings(args), pairs=0), eval_transform(args.input_size, args.crop_pct)
     return BankAndQueries(*(build_split(settings, split, transform, processes) for split in ("train", "val")))
+
+
+def evaluation_note(args: argparse.Namespace) -> dict[str, str]:
+    """A line of the banner if the images have no classes, for tasks that k-NN evaluates."""
+    if DATASETS[args.data_set].has_classes:
+        return {}
+    return {"evaluation": "none: the images have no classes, so there is no k-NN accuracy and no best.pth"}
 
 
 def pooled_features(model: nn.Module, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -59,9 +60,11 @@ class Segmentation(DenseTask):
     def __init__(self, args: argparse.Namespace, dataset: MaskedDataset, device: torch.device):
         torch.manual_seed(args.seed)
         model: nn.Module = Segmenter(build_backbone(args), len(dataset.classes), args.head_norm)
-        if in_process_group() and device.type == "cuda":  # BatchNorm of all GPUs; it changes no other norm
+        gpus = dist.get_world_size() if in_process_group() and device.type == "cuda" else 1
+        if gpus > 1:  # it changes no other norm
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         super().__init__(args, model, device)
+        self.batch_norm = args.batch_size * gpus if args.head_norm == "batch" else 0
         self.loss_pixels, self.classes = args.loss_pixels, dataset.classes
         self.write_predictions = args.write_predictions
 
@@ -96,7 +99,10 @@ class Segmentation(DenseTask):
 
     def notes(self) -> dict[str, str]:
         divisor = {"valid": "the pixels that are not void", "all": "all pixels, void included"}[self.loss_pixels]
-        return super().notes() | {"void": f"255 is not learned; a micro-batch's loss is a mean over {divisor}"}
+        notes = super().notes() | {"void": f"255 is not learned; a micro-batch's loss is a mean over {divisor}"}
+        if self.batch_norm:
+            notes["norm"] = f"BatchNorm over {self.batch_norm} images, whatever is accumulated to a total batch"
+        return notes
 
     def evaluator(self) -> "MeanIoU":
         return MeanIoU(self.classes, self.write_predictions)

@@ -100,6 +100,11 @@ class Task(nn.Module):
         """
 
     @classmethod
+    def against_accumulation(cls, args: argparse.Namespace) -> str:
+        """Why an update must not be split into micro-batches, in words; empty if it may."""
+        return ""
+
+    @classmethod
     def peak_learning_rate(cls, args: argparse.Namespace) -> float:
         """``--lr``, scaled by the total batch."""
         if args.unscale_lr or cls.reference_batch is None:

@@ -3,17 +3,15 @@
 import argparse
 import dataclasses
 import math
-import os
 import re
 import signal
-import socket
 from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import image_sets, runs
+from helpers import image_sets, runs, selfsup
 from torch import nn
 
 import build
@@ -24,7 +22,7 @@ import models_sar
 import tasks.dino
 import utils
 from analysis.models import load_model
-from arguments import parse_arguments
+from arguments import accumulation, parse_arguments
 from losses import spatial_entropy
 from schedules import Position
 from tasks.dino import DINO, Centre, CrossEntropyOfCrops
@@ -110,22 +108,7 @@ def test_the_head_is_the_official_one(golden, number):
 
 def test_a_fresh_head_has_the_official_initial_values(golden):
     fresh = golden("dino_head.pt")["fresh"]
-    compare_fresh(DINOHead(**fresh["config"]), fresh["parameters"])
-
-
-def compare_fresh(module, expected):
-    """Zeros and ones exactly, deviations and bounds to 3 %, or to three times the scatter of a small sample."""
-    found = dict(module.named_parameters())
-    for name, values in expected.items():
-        weight = found[name].detach()
-        assert list(weight.shape) == values["shape"]
-        if values["std"] == 0:
-            assert (weight == values["mean"]).all(), name
-            continue
-        tolerance = max(0.03, 3 / math.sqrt(weight.numel()))  # both are samples, whose deviations scatter by 1/sqrt(2n)
-        assert weight.std().item() == pytest.approx(values["std"], rel=tolerance), name
-        if values["max"] < 2 * values["std"]:  # uniform
-            assert weight.abs().max().item() == pytest.approx(values["max"], rel=0.03), name
+    selfsup.compare_fresh(dict(DINOHead(**fresh["config"]).named_parameters()), fresh["parameters"])
 
 
 def test_the_schedules_are_the_official_ones(golden):
@@ -173,7 +156,7 @@ def test_a_fresh_backbone_has_the_official_initial_values(golden):
     fresh = golden("dino_step.pt")["fresh_backbone"]
     words = f"{STEP} --input-size 224 --patch-size 16 --drop-path 0.1 --model vit_small --model-kwargs"
     task = new_task(f"{words} embed_dim=128 depth=2 num_heads=4")
-    compare_fresh(task.model, fresh["parameters"])
+    selfsup.compare_fresh(dict(task.model.named_parameters()), fresh["parameters"])
     assert task.model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
     blocks = new_task(f"{words} embed_dim=12 depth=12 num_heads=2").model.blocks
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
@@ -200,13 +183,6 @@ def batch_of(crops):
     """The task's batch of a list of crops, global ones first."""
     batch = {"global_views": torch.stack(crops[:2], dim=1).double()}
     return batch | {"local_views": torch.stack(crops[2:], dim=1).double()}
-
-
-class Batches(list):
-    """Given batches in place of a loader and its sampler."""
-
-    def set_epoch(self, epoch, first_update):
-        pass
 
 
 class Watched(DINO):
@@ -281,7 +257,7 @@ def golden_run(content, split, processes=ALONE):
     plan = dataclasses.replace(plan, updates_per_epoch=content["config"]["iterations_per_epoch"])
     network, optimizer = build.wrap(task, plan, processes, compiled=False), build.build_optimizer(args, task)
     task.optimizer = optimizer
-    scaler, stop, loader = torch.amp.GradScaler("cpu", enabled=False), utils.StopSignal(processes), Batches()
+    scaler, stop, loader = torch.amp.GradScaler("cpu", enabled=False), utils.StopSignal(processes), selfsup.Batches()
     return engine.Run(vars(args), plan, processes, task, network, optimizer, scaler, loader, loader, stop), steps
 
 
@@ -351,10 +327,9 @@ def rolled(crops, rank):
     return batches[rank:] + batches[:rank]
 
 
-def compare_on_two_processes(rank: int, port: int) -> None:
+def compare_on_two_processes(rank: int) -> None:
     """On one of two processes: the official loss of two, updates with and without accumulation, a BatchNorm."""
     losses, step = (torch.load(GOLDEN / f"dino_{name}.pt", weights_only=True) for name in ("losses", "step"))
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = utils.start_processes("cpu")
     # 1. each rank's loss and gradient, and one centre
     world = losses["world"]
@@ -397,15 +372,7 @@ def compare_batch_norm(rank: int) -> None:
 
 
 def test_two_processes_are_the_official_program():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    context = runs.Child.context
-    children = [context.Process(target=compare_on_two_processes, args=(rank, port)) for rank in (0, 1)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0, 0]
+    assert runs.on_two_processes(compare_on_two_processes) == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -629,12 +596,19 @@ def test_the_learning_rate_refers_to_256_images():
         ("--local-crops-size 240", "--local-crops-size 240 is larger than the global crops, --input-size 224"),
         ("--local-crops-scale 0.4 0.05", "--local-crops-scale 0.4 0.05: the smaller area comes first"),
         ("--model vit_small_sar --sar-views all --local-crops-size 16", "--sar-views all: a local crop of 16 px"),
-        ("--use-bn-in-head", "--use-bn-in-head normalises over the images of one forward pass"),
     ],
 )
 def test_arguments_that_cannot_work_are_one_line(words, message):
     with pytest.raises(utils.UserError, match=re.escape(message)):
         parse_arguments(f"--task dino --data-path x --patch-size 16 {words}".split())
+
+
+def test_batch_normalisation_forbids_accumulation():
+    args = parse_arguments("--task dino --data-path x --use-bn-in-head".split())
+    message = "--batch-size 64 x 4 processes is not --total-batch 512: --use-bn-in-head normalises over the images"
+    with pytest.raises(utils.UserError, match=f"{message}.* give --batch-size 128, or --total-batch 256"):
+        accumulation(args, 4)
+    assert accumulation(args, 8) == 1
 
 
 def test_without_clipping_gradients_stay_as_they_are(small):

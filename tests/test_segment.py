@@ -430,6 +430,7 @@ def test_batch_norm_is_an_option_of_the_head(run):
     task = Segmentation(args, Segmentation.data(args, "train", ALONE), torch.device("cpu"))
     assert any(isinstance(module, nn.BatchNorm2d) for module in task.modules())
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in task.modules()), "one process has no group"
+    assert task.notes()["norm"].startswith("BatchNorm over 2 images")
 
 
 # ----------------------------------------------------------------------------------------------------- refusals

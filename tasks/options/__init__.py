@@ -5,6 +5,7 @@ Torch is not imported here, so that ``--help`` and errors of the command line ar
 
 import argparse
 
+from models import MODELS
 from readers import DATASETS
 from utils import UserError
 
@@ -17,3 +18,20 @@ def check_classes(args: argparse.Namespace) -> None:
     """
     if not DATASETS[args.data_set].has_classes:
         raise UserError(f"--data-set {args.data_set} has no classes, which --task {args.task} needs; use folder")
+
+
+def check_self_supervised(args: argparse.Namespace) -> None:
+    """Refuse other models than ViTs, and shared options that DINO's and MoCo-v3's schedules and losses do not have.
+
+    Raises:
+        UserError: see `tasks.Task.check`.
+    """
+    if MODELS[args.model].module != "models_sar":
+        raise UserError(f"--model {args.model}: --task {args.task} trains ViTs: vit_tiny, vit_small, vit_base, or _sar")
+    if args.sched != "cosine" or not args.sched_on_updates or args.cooldown_epochs:
+        raise UserError(
+            "--sched, --no-sched-on-updates and --cooldown-epochs: leave them out; "
+            f"--task {args.task} has a cosine of its own, with a value for each update"
+        )
+    if args.drloc_weight > 0:
+        raise UserError(f"--drloc-weight: --task {args.task} has no DRLoc loss; leave it out")

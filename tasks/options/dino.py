@@ -3,8 +3,8 @@
 import argparse
 
 from cli import at_least
-from models import MODELS
-from utils import UserError, processes_here
+from tasks.options import check_self_supervised
+from utils import UserError
 
 _count, _index, _fraction = at_least(int, 1), at_least(int, 0), at_least(float, 0, 1)
 _positive, _size = at_least(float, 0, open_low=True), at_least(float, 0)
@@ -79,9 +79,7 @@ def local_size(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """See `tasks.Task.check`."""
-    _check_unused(args)
-    if MODELS[args.model].module != "models_sar":
-        raise UserError(f"--model {args.model}: --task dino trains ViTs: vit_tiny, vit_small, vit_base, or _sar")
+    check_self_supervised(args)
     side, patch = local_size(args), args.patch_size
     if side % patch:
         raise UserError(f"--local-crops-size {side} is not divisible by --patch-size {patch}")
@@ -96,19 +94,8 @@ def check(args: argparse.Namespace) -> None:
         low, high = getattr(args, name)
         if low > high:
             raise UserError(f"--{name.replace('_', '-')} {low} {high}: the smaller area comes first")
-    if args.use_bn_in_head and args.batch_size * processes_here()[1] < args.total_batch and not args.eval:
-        raise UserError(
-            "--use-bn-in-head normalises over the images of one forward pass, which accumulation would change; "
-            "give a --batch-size for which there is none, or leave the option out"
-        )
 
 
-def _check_unused(args: argparse.Namespace) -> None:
-    """Refuse shared options that DINO's schedules and losses do not have."""
-    if args.sched != "cosine" or not args.sched_on_updates or args.cooldown_epochs:
-        raise UserError(
-            "--sched, --no-sched-on-updates and --cooldown-epochs: leave them out; "
-            "--task dino has DINO's cosine, with a value for each update"
-        )
-    if args.drloc_weight > 0:
-        raise UserError("--drloc-weight: --task dino has no DRLoc loss; leave it out")
+def against_accumulation(args: argparse.Namespace) -> str:
+    """See `tasks.Task.against_accumulation`."""
+    return "--use-bn-in-head normalises over the images of one forward pass" if args.use_bn_in_head else ""

@@ -113,6 +113,23 @@ class Child:
         return Path(f"{self.log}{rank or ''}").read_text()
 
 
+def on_two_processes(function) -> list[int | None]:
+    """``function(rank)`` on two processes that have met by `utils.start_processes`; returns their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    children = [Child.context.Process(target=_on_process, args=(function, rank, port)) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    return [child.exitcode for child in children]
+
+
+def _on_process(function, rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(rank)
+
+
 def _main(argv: list[str], log: Path, hooks: list, environment: dict) -> None:
     os.environ.update(environment)
     with open(log, "w") as file:
