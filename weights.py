@@ -427,7 +427,6 @@ def load_trunk(
     notes = _compare_heads(num_heads_of(checkpoint, key), backbone if hasattr(backbone, "blocks") else None)
     # 1. the last block
     kind = last_block_of(checkpoint, key)
-    norm2 = [f"{last_block_name(own)}.norm2.{name}" for name in ("weight", "bias")]
     if kind not in (None, backbone.last_block):
         if not other_last_block:
             raise UserError(
@@ -435,9 +434,8 @@ def load_trunk(
                 f"{kind}"
             )
         notes.append(f"last block: {kind} in the file, {backbone.last_block} here, as --last-block says")
-        added = {name: own[name] for name in norm2 if name in own and name not in state}
-        notes += [f"{norm2[0].rpartition('.')[0]}: not in the file, starts at 1 and 0"] * bool(added)
-        state = {name: value for name, value in state.items() if name in own or name not in norm2} | added
+        state, norm_notes = _fit_last_norm(state, own)
+        notes += norm_notes
     # 2. what only one of them has
     left = [name for name in state if CLASSIFIERS_OWN.fullmatch(name)]
     new = {name: value for name, value in own.items() if BACKBONES_OWN.fullmatch(name) and name not in state}
@@ -445,12 +443,20 @@ def load_trunk(
     notes += [f"left out: {', '.join(left)}"] * bool(left)
     notes += [f"relative positions start at 0 ({len(new)} tables)"] * bool(new)
     # 3. all else is the same
-    positions = [name for name in own.keys() & state.keys() if re.fullmatch(r"pos_embed1?", name)]
-    for name in positions:
+    for name in own.keys() & state.keys() & {"pos_embed", "pos_embed1"}:
         _check_pretrain_size(state[name], own[name])
     _check_fit(state, backbone, "checkpoint")
     backbone.load_state_dict(state)
     return notes
+
+
+def _fit_last_norm(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Take the last block's second LayerNorm from ``own`` where the file lacks it, and drop one too many."""
+    last = last_block_name(own)
+    norm = {f"{last}.norm2.weight", f"{last}.norm2.bias"}
+    added = {name: own[name] for name in norm if name in own and name not in state}
+    fitted = {name: value for name, value in state.items() if name in own or name not in norm} | added
+    return fitted, [f"{last}.norm2: not in the file, starts at 1 and 0"] * bool(added)
 
 
 def _check_pretrain_size(theirs: Tensor, own: Tensor) -> None:

@@ -108,7 +108,7 @@ class ViTDet(nn.Module):
         img_size: px of the training images, a side; the whole-image tables of relative positions are made for it.
         patch_size: px.
         pretrain_size: px of the images that ``pos_embed`` was trained for; it is resized at each pass.
-        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, proj_drop_rate: as in timm's ``VisionTransformer``.
+        embed_dim, depth, num_heads, mlp_ratio, proj_drop_rate: as in timm's ``VisionTransformer``.
         drop_path_rate: of the last block; the rates rise linearly from 0.
         window_size: side of a window, in patches.
         global_blocks: the blocks that attend to the whole image (default: the last of each quarter).
@@ -131,7 +131,6 @@ class ViTDet(nn.Module):
         depth: int = 12,
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         window_size: int = 14,
@@ -158,7 +157,6 @@ class ViTDet(nn.Module):
                 embed_dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
                 proj_drop=proj_drop_rate,
                 drop_path=rate,
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
