@@ -233,7 +233,39 @@ MASKED_SETS: dict[str, DataSet] = {
 }
 """Data sets of images with a class for each pixel: `readers.segmentation.SegmentationImages`."""
 
-SETS_OF_TASKS: dict[str, dict[str, DataSet]] = {"segment": MASKED_SETS}
+VOC_BOXES_LAYOUT = "VOCdevkit/VOC<year>/ with JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/<list>.txt"
+BOXES_LAYOUT = "classes.txt (a name a line), {train,val}/images/* and {train,val}/annotations/*.xml in VOC's form"
+
+
+def _voc_boxes(about: str, images: tuple[int, int], train: list[tuple[int, str]], val: tuple[int, str]) -> DataSet:
+    return DataSet(
+        Deferred("readers.boxes:read_voc_boxes", {"lists": {"train": train, "val": [val]}}),
+        about,
+        VOC_BOXES_LAYOUT,
+        num_classes=20,
+        images=dict(zip(("train", "val"), images, strict=True)),
+        source="http://host.robots.ox.ac.uk/pascal/VOC",
+    )
+
+
+BOXED_SETS: dict[str, DataSet] = {
+    "voc0712": _voc_boxes(
+        "PASCAL VOC, trained on trainval of 2007 and 2012, evaluated on test of 2007",
+        (16_551, 4_952),
+        [(2007, "trainval"), (2012, "trainval")],
+        (2007, "test"),
+    ),
+    "voc2007": _voc_boxes(
+        "PASCAL VOC 2007, trained on trainval, evaluated on test", (5_011, 4_952), [(2007, "trainval")], (2007, "test")
+    ),
+    "voc2012": _voc_boxes(
+        "PASCAL VOC 2012, trained on train, evaluated on val", (5_717, 5_823), [(2012, "train")], (2012, "val")
+    ),
+    "folder": DataSet(Deferred("readers.boxes:read_boxes_folder"), "your own images and boxes", BOXES_LAYOUT),
+}
+"""Data sets of images with boxes: `readers.boxes.BoxedImages`."""
+
+SETS_OF_TASKS: dict[str, dict[str, DataSet]] = {"segment": MASKED_SETS, "detect": BOXED_SETS}
 """The data sets of tasks that need more than a label for each image."""
 
 
