@@ -46,7 +46,7 @@ class BoxedImages(ImageFiles):
     def __init__(
         self, root: Path, names: Sequence[str], annotations: Sequence[Path], masks: Sequence[str], classes: list[str]
     ):
-        super().__init__(root, names, np.zeros(len(names)), classes)
+        super().__init__(root, names, [0] * len(names), classes)
         numbers = {name: number for number, name in enumerate(classes)}
         objects = [read_objects(path, numbers) for path in annotations]
         self.masks, self._ends = Names(masks), np.cumsum([0, *map(len, objects)])
