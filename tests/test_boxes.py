@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.detection import write_annotation
 from PIL import Image
 
 import utils
@@ -19,12 +20,7 @@ def write_image(root, year, name, objects=(), size=(40, 30), mode="RGB"):
     for part in ("JPEGImages", "Annotations", "ImageSets/Main", "SegmentationObject"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     Image.new(mode, size).save(folder / f"JPEGImages/{name}.jpg")
-    parts = [
-        f"<object><name>{label}</name>{''.join(more)}<bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax>"
-        f"<ymax>{y2}</ymax></bndbox></object>"
-        for label, x1, y1, x2, y2, *more in objects
-    ]
-    (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{''.join(parts)}</annotation>")
+    write_annotation(folder / f"Annotations/{name}.xml", objects)
 
 
 def write_list(root, year, name, *images):
