@@ -1,7 +1,9 @@
 """Detection: its transforms, its evaluation, and whole runs."""
 
+import argparse
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +14,16 @@ from helpers.detection import CLASSES, COLOURS, UPDATES, WORDS, write_pictures
 
 import main
 from arguments import parse_arguments
+from readers import BOXED_SETS
 from readers.images import ImageFiles
 from samplers import Draw
 from tasks.boxes import BoxEvalTransform, BoxTrainTransform
 from tasks.detect import Detection, VOCDetections, inclusive
 from tasks.joint import PADDING, JointEvalTransform
+from tasks.options import detect as options
 from utils import Processes, UserError
 
+ROOT = Path(__file__).parents[1]
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -330,3 +335,47 @@ def rectangle_masks(dataset, index):
 def test_what_detection_cannot_do_is_one_line(words, message):
     with pytest.raises(UserError, match=f"^{message}"):
         parse_arguments(["--task", "detect", "--data-path", "x", *words.split()])
+
+
+# ------------------------------------------------------------------------------------------- recipe and page
+
+# Written out once more on purpose: the recipe is the only other place.
+VOC = {
+    "data_set": "voc0712",
+    "input_size": 512,
+    "patch_size": 16,
+    "scale_range": [0.1, 2.0],
+    "hflip": 0.5,
+    "masks": False,
+    "head_kwargs": {},
+    "batch_size": 2,
+    "total_batch": 8,
+    "epochs": 25,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "weight_decay": 0.1,
+    "decay_all": False,
+    "clip_grad": None,
+    "lr": 1e-4,
+    "lr_schedule": "steps",
+    "warmup_updates": 250,
+    "layer_decay": 0.7,
+    "drop": 0.0,
+    "drop_path": 0.1,
+    "sar_weight": 0.0,
+}
+
+
+@pytest.mark.parametrize("words", [[f"@{ROOT}/recipes/detect_voc.args"], ["--task", "detect"]])
+def test_recipe_and_defaults_are_table_5s_protocol(words):
+    found = vars(parse_arguments([*words, "--data-path", "x"]))
+    assert {key: found[key] for key in VOC} == VOC
+
+
+def test_every_data_set_and_option_is_on_the_page():
+    page = (ROOT / "docs/dense.md").read_text()
+    assert not [name for name in BOXED_SETS if f"`{name}`" not in page]
+    parser = argparse.ArgumentParser()
+    options.add(parser)
+    added = {action.option_strings[0] for action in parser._actions} - {"-h"}
+    assert not [name for name in added if f"`{name}" not in page]
