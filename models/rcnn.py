@@ -107,12 +107,12 @@ class RegionPooler(nn.Module):
         maps = list(features.values())[: len(self.strides)]
         images = torch.cat([torch.full((len(part), 1), number) for number, part in enumerate(boxes)]).to(maps[0].device)
         regions, levels = torch.cat([images, torch.cat(boxes)], dim=1), self.levels(boxes)
-        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], self.size, self.size)
-        for number, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):
-            here = (levels == number).nonzero()[:, 0]
-            part = roi_align(x, regions[here].to(x.dtype), self.size, 1 / stride, sampling_ratio=0, aligned=True)
-            pooled = pooled.index_put((here,), part)
-        return pooled
+        places = [(levels == number).nonzero()[:, 0] for number in range(len(maps))]
+        parts = [
+            roi_align(x, regions[here].to(x.dtype), self.size, 1 / stride, sampling_ratio=0, aligned=True)
+            for x, here, stride in zip(maps, places, self.strides, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> dict[str, Tensor]:

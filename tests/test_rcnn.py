@@ -12,10 +12,10 @@ EXACT, PIXELS = {"rtol": 0, "atol": 1e-10}, {"rtol": 0, "atol": 1e-4}
 SMALL = {"channels": 8, "features": 16, "regions": 16}
 
 
-def make_detector(masks=False, **sizes):
+def make_detector(masks=False, num_classes=3, **sizes):
     torch.manual_seed(0)
     backbone = ViTDet(img_size=64, embed_dim=16, depth=2, num_heads=2, pretrain_size=64, drop_path_rate=0.0)
-    return Detector(backbone, num_classes=3, masks=masks, **SMALL | sizes)
+    return Detector(backbone, num_classes, masks, **SMALL | sizes)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,15 @@ def heads(golden):
     """The golden file, and a detector with its weights."""
     content = golden("vitdet_heads.pt")
     config, roi = content["config"], content["roi"]
-    detector = make_detector(masks=True, channels=7, smallest_anchor=8, canonical_size=roi["canonical_box_size"])
+    detector = make_detector(
+        masks=True,
+        num_classes=config["num_classes"],
+        channels=config["channels"],
+        features=len(roi["box_head_state_dict"]["fc1.weight"]),
+        smallest_anchor=config["anchor_sizes"][0],
+        canonical_size=roi["canonical_box_size"],
+    )
+    assert list(detector.rpn.anchor_generator.strides) == config["strides"]
     names = {"conv.conv0": "conv.0.0", "conv.conv1": "conv.1.0", "objectness_logits": "cls_logits"}
     load(detector.rpn.head, content["rpn"]["state_dict"], names | {"anchor_deltas": "bbox_pred"})
     convolutions = {f"conv{number}": f"{number - 1}.0" for number in range(1, 5)}
@@ -139,7 +147,7 @@ def test_the_losses_of_boxes(heads):
     roi = content["roi"]
     logits = roi["scores_f64"].float().roll(1, dims=1)
     deltas = F.pad(roi["deltas_f64"].float(), (4, 0))
-    labels = torch.cat([(each["classes"] + 1) % 4 for each in roi["targets"]])
+    labels = torch.cat([(each["classes"] + 1) % (content["config"]["num_classes"] + 1) for each in roi["targets"]])
     goals = torch.cat(detector.roi_heads.box_coder.encode([each["boxes"] for each in roi["targets"]], roi["boxes"]))
     losses = box_losses(logits, deltas, labels, goals)
     torch.testing.assert_close(losses["region_class"], roi["loss_cls_mean"], rtol=1e-4, atol=0)
