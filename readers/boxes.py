@@ -19,7 +19,7 @@ from readers.images import ImageFiles, list_images, one_line
 from readers.masks import VOC_CLASSES, VOID
 from readers.names import Names
 from readers.segmentation import WrongMask, read_mask
-from utils import UserError
+from utils import UserError, logger
 
 CLASSES = VOC_CLASSES[1:]
 """PASCAL VOC's 20 classes, in the order of the alphabet."""
@@ -53,6 +53,12 @@ class BoxedImages(ImageFiles):
         if not self._ends[-1]:
             raise UserError(f"{root}: none of {len(names):,} images has an object; is this the right folder?")
         self._objects = np.array([row for rows in objects for row in rows])
+        outside = int((self._objects[:, 2:4] < 0).any(axis=1).sum())
+        if outside:
+            logger.warning(
+                f"{root}: {outside:,} of {len(self._objects):,} boxes begin at 0, but VOC's count from 1: if all "
+                "annotations count from 0, add 1 to xmin and ymin"
+            )
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:  # type: ignore[override]
         image, _ = super().__getitem__(index)

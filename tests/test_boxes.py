@@ -1,10 +1,8 @@
 """Images with boxes: PASCAL VOC's files, and the joint transforms."""
 
-import numpy as np
 import pytest
 import torch
-from helpers.detection import write_annotation
-from PIL import Image
+from helpers.detection import write_image, write_instances, write_list
 
 import utils
 from datasets import read_split
@@ -12,19 +10,6 @@ from readers import BOXED_SETS
 from readers.boxes import CLASSES, read_instances, read_objects
 
 ALONE = utils.Processes(0, 1, torch.device("cpu"))
-
-
-def write_image(root, year, name, objects=(), size=(40, 30), mode="RGB"):
-    """An image with its annotation below VOCdevkit; objects are (class, xmin, ymin, xmax, ymax, more XML)."""
-    folder = root / f"VOC{year}"
-    for part in ("JPEGImages", "Annotations", "ImageSets/Main", "SegmentationObject"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size).save(folder / f"JPEGImages/{name}.jpg")
-    write_annotation(folder / f"Annotations/{name}.xml", objects)
-
-
-def write_list(root, year, name, *images):
-    (root / f"VOC{year}/ImageSets/Main/{name}.txt").write_text("".join(f"{image}\n" for image in images))
 
 
 @pytest.fixture
@@ -99,6 +84,15 @@ def test_a_box_of_one_pixel_is_a_box(tmp_path):
     assert read_objects(tmp_path / "VOC2007/Annotations/a.xml", {"cat": 3}) == [(3, 0, 4, 4, 5, 5)]
 
 
+def test_boxes_that_count_from_0_are_noticed(voc, caplog):
+    assert read(voc)
+    assert not caplog.records
+    write_image(voc / "VOCdevkit", 2012, "2008_000001", [("cat", 0, 3, 5, 20)])
+    with caplog.at_level("WARNING", utils.logger.name):
+        read(voc)
+    assert "1 of 3 boxes begin at 0" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -128,12 +122,6 @@ def test_a_folder_of_ones_own(tmp_path):
     (tmp_path / "train/annotations/a.xml").unlink()
     with pytest.raises(utils.UserError, match=r"annotations/a\.xml: cannot be read .*each image needs an annotation"):
         read(tmp_path, name="folder")
-
-
-def write_instances(path, pixels):
-    image = Image.fromarray(np.array(pixels, np.uint8))
-    image.putpalette(bytes(range(256)) * 3)
-    image.save(path)
 
 
 def test_the_kth_value_of_a_mask_is_the_kth_object(voc, tmp_path):

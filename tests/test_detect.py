@@ -10,12 +10,20 @@ import pytest
 import torch
 from helpers import detection, runs
 from helpers.checkpoints import make
-from helpers.detection import CLASSES, COLOURS, UPDATES, WORDS, write_pictures
+from helpers.detection import (
+    CLASSES,
+    COLOURS,
+    UPDATES,
+    WORDS,
+    write_image,
+    write_instances,
+    write_list,
+    write_pictures,
+)
 
 import main
 from arguments import parse_arguments
 from readers import BOXED_SETS
-from readers.images import ImageFiles
 from samplers import Draw
 from tasks.boxes import BoxEvalTransform, BoxTrainTransform
 from tasks.detect import Detection, VOCDetections, inclusive
@@ -250,9 +258,8 @@ def test_two_processes_train_and_every_parameter_has_a_gradient(run, tmp_path):
     assert "train_spatial_entropy" not in line
 
 
-def build_task(run, *words, masks=False):
+def build_task(run, *words):
     args = parse_arguments([*WORDS, "--data-path", str(run.data), *words])
-    args.masks = masks
     return Detection(args, Detection.data(args, "train", ALONE), torch.device("cpu"))
 
 
@@ -296,23 +303,26 @@ def test_it_learns_boxes(run, tmp_path):
 # ------------------------------------------------------------------------------------------------------ masks
 
 
-def test_masks_are_read_and_learned_where_they_are_known(run, monkeypatch):
-    task, dataset = build_task(run, masks=True), task_data(run, "train")
-    dataset.masks = True
-    monkeypatch.setattr(dataset.base, "masks", ["" if number == 2 else str(number) for number in range(11)])
-    monkeypatch.setattr("tasks.detect.read_instances", lambda path, number: rectangle_masks(dataset, int(path)))
-    batch = dataset.collate([dataset[Draw(index, 0, index)] for index in (1, 2)])
+def test_masks_are_read_and_learned_where_they_are_known(tmp_path):
+    for name in ("a", "b"):
+        write_image(tmp_path, 2007, name, [("cat", 5, 4, 20, 18)])
+    write_list(tmp_path, 2007, "trainval", "a", "b")
+    pixels = np.zeros((30, 40), np.uint8)
+    pixels[3:18, 4:20] = 1
+    write_instances(tmp_path / "VOC2007/SegmentationObject/a.png", pixels)
+    words = [*WORDS, "--data-set", "voc2007", "--data-path", str(tmp_path), "--masks", "--scale-range", "1", "1"]
+    args = parse_arguments(words)
+    dataset = Detection.data(args, "train", ALONE)
+    task = Detection(args, dataset, torch.device("cpu"))
+    batch = dataset.collate([dataset[Draw(index, 0, index)] for index in range(2)])
     assert ["masks" in objects for objects in batch["objects"]] == [True, False]
+    (mask,), (box,) = (batch["objects"][0][name] for name in ("masks", "boxes"))
+    torch.testing.assert_close(bounds(mask), box, rtol=0, atol=1.6)
     batch["images"] = batch["images"].float() / 255
     terms = task.losses(task(batch), batch)
     assert terms["region_mask"] > 0
     terms["region_mask"].backward()
     assert task.model.roi_heads.mask_head[0][0].weight.grad.abs().sum() > 0
-
-
-def rectangle_masks(dataset, index):
-    image, _ = ImageFiles.__getitem__(dataset.base, index)
-    return torch.stack([find(image, name) for name in CLASSES])
 
 
 # ----------------------------------------------------------------------------------------------------- refusals

@@ -51,3 +51,24 @@ def write_pictures(root: Path, train: int = 11, val: int = 7) -> Path:
             write_annotation(root / split / f"annotations/{number}.xml", objects)
     (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     return root
+
+
+def write_image(root: Path, year: int, name: str, objects=(), size=(40, 30), mode="RGB") -> None:
+    """An image with its annotation below VOCdevkit; objects are (class, xmin, ymin, xmax, ymax, more XML)."""
+    folder = root / f"VOC{year}"
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main", "SegmentationObject"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size).save(folder / f"JPEGImages/{name}.jpg")
+    write_annotation(folder / f"Annotations/{name}.xml", objects)
+
+
+def write_list(root: Path, year: int, name: str, *images: str) -> None:
+    """A list in ImageSets/Main."""
+    (root / f"VOC{year}/ImageSets/Main/{name}.txt").write_text("".join(f"{image}\n" for image in images))
+
+
+def write_instances(path: Path, pixels) -> None:
+    """A PNG with a palette, as in SegmentationObject."""
+    image = Image.fromarray(np.array(pixels, np.uint8))
+    image.putpalette(bytes(range(256)) * 3)
+    image.save(path)
