@@ -7,15 +7,16 @@ have its own defaults for options that are not given.
 import argparse
 import os
 import sys
+from collections import ChainMap
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
 from models import FAMILIES, MODELS
-from readers import DATASETS, canonical_name
+from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
 from tasks import TASKS, add_options, against_accumulation, check_options
 from utils import UserError
@@ -80,7 +81,7 @@ def build_parser(task: str = "classify") -> argparse.ArgumentParser:
 def add_shared_options(parser: argparse.ArgumentParser, task: str) -> None:
     """Add the options that all tasks share."""
     add_task_option(parser, task)
-    for add in (_add_model, _add_data, _add_sar, _add_batch, _add_optimiser, _add_run):
+    for add in (_add_model, partial(_add_data, sets=sets_of(task)), _add_sar, _add_batch, _add_optimiser, _add_run):
         add(parser)
 
 
@@ -140,13 +141,13 @@ def _add_model(parser):
     add("--checkpoint-key", default=None, metavar="KEY", help="entry of the weights in the file, such as model or ema")
 
 
-def _add_data(parser):
+def _add_data(parser, sets):
     add = parser.add_argument_group("data").add_argument
     add(
         "--data-set",
         metavar="NAME",
         default=None,
-        help=f"{', '.join(DATASETS)} (default: imagenet with --data-path, else the embedded digits)",
+        help=f"{', '.join(sets)} (default in classification: imagenet with --data-path, else the embedded digits)",
     )
     add("--data-path", default=None, metavar="DIR", help="folder of the data set")
     add("--num-workers", type=_index, default=default_workers(), help="number of data-loading workers per process")
@@ -362,7 +363,7 @@ def parse_arguments(
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
     args = read(parser, words)
     # 3. values that follow from others, and checks
-    args.data_set = canonical_name(args.data_set)
+    args.data_set = canonical_name(args.data_set, _sets_for(args))
     if args.patch_size is None:
         args.patch_size = _own_patch_size(args)
     if args.output_dir is None:
@@ -385,11 +386,16 @@ def _saved_defaults(saved) -> dict:
     return {name: value for name, value in saved.items() if name not in training_only}
 
 
+def _sets_for(args: argparse.Namespace) -> Mapping[str, DataSet]:
+    """The data sets that a command line can name; ``--eval`` may evaluate any task, which its checkpoint tells."""
+    return ChainMap(sets_of(args.task), *(sets_of(task) for task in TASKS)) if args.eval else sets_of(args.task)
+
+
 def _context_defaults(
     args: argparse.Namespace, parser: argparse.ArgumentParser, planned: Mapping[str, argparse.Namespace]
 ) -> dict:
     """Defaults that depend on the data set, the model and the weights of ``--finetune``; see `parse_arguments`."""
-    data_set = args.data_set or ("imagenet" if args.data_path else "digits")
+    sets, data_set = _sets_for(args), args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
     last_block, trunk = "sar" if regularised else "standard", {}
     # fine-tuning keeps the architecture of the pre-training (Appendix E.4)
@@ -409,7 +415,7 @@ def _context_defaults(
         "sar_weight": 0.01 if regularised else 0.0,
         "sar_query": MODELS[args.model].query if args.model in MODELS else "cls",
         "last_block": last_block,
-        **DATASETS[canonical_name(data_set)].defaults,
+        **sets[canonical_name(data_set, sets)].defaults,
         **trunk,
     }
     shared = shared_defaults()  # a default that the task has changed is part of its protocol, and is kept
@@ -499,7 +505,7 @@ def differences(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> list[
 
 def data_set_defaults(args: argparse.Namespace) -> dict:
     """The data set's own defaults that this run uses, by option."""
-    defaults = DATASETS[args.data_set].defaults
+    defaults = sets_of(args.task)[args.data_set].defaults
     return {
         f"--{name.replace('_', '-')}": value for name, value in defaults.items() if getattr(args, name, None) == value
     }

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from arguments import accumulation, data_set_defaults
-from datasets import DATASETS, build_loader
+from datasets import build_loader
 from engine import Plan, Run
+from readers import sets_of
 from samplers import EvalSampler, TrainSampler
 from schedules import DRLOC_WARMUP_EPOCHS
 from tasks import Task, load_task
@@ -155,7 +156,7 @@ def log_banner(args, run: Run) -> None:
     # 2. one line each
     lines = {
         "model": f"{args.model}, {parameters:,} parameters, last block {args.last_block}",
-        "data": f"{args.data_set} ({DATASETS[args.data_set].about}): {plan.num_images:,} training images",
+        "data": f"{args.data_set} ({sets_of(args.task)[args.data_set].about}): {plan.num_images:,} training images",
         "input": f"{args.input_size} px in patches of {args.patch_size}",
         "loss": _describe_loss(args, task),
         "batch": f"{batch} = {plan.total_batch}; {plan.updates_per_epoch} updates per epoch",

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.utils.data._utils.collate import collate as collate_by_type
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from randomness import isolated_rng, seed_sequence
-from readers import DATASETS, canonical_name
+from readers import DATASETS, DataSet, canonical_name, sets_of
 from readers.cache import cache_images
 from readers.images import LabelledImages, SubsetOf, UnreadableImage
 from samplers import Draw, class_subset
@@ -35,11 +35,13 @@ from utils import Processes, UserError, logger, write_json
 MAX_REPLACEMENTS = 10  # consecutive unreadable images that are replaced before the run stops
 
 
-def read_split(name: str, split: str, data_path: str | Path | None) -> LabelledImages:
+def read_split(
+    name: str, split: str, data_path: str | Path | None, sets: Mapping[str, DataSet] = DATASETS
+) -> LabelledImages:
     """Read one split of a data set by name, and check its files.
 
     Args:
-        name: a key of :data:`DATASETS`, or DeiT's spelling.
+        name: a key of ``sets``, or DeiT's spelling.
         split: "train" or "val".
         data_path: folder of the data set (layouts: :data:`DATASETS`).
 
@@ -49,8 +51,8 @@ def read_split(name: str, split: str, data_path: str | Path | None) -> LabelledI
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', not {split!r}")
-    name = canonical_name(name)
-    entry = DATASETS[name]
+    name = canonical_name(name, sets)
+    entry = sets[name]
     if data_path is not None:
         data_path = Path(data_path).expanduser()
     if entry.layout:
@@ -79,6 +81,7 @@ class SplitSettings:
         seed, skip_unreadable, pairs: see :class:`AugmentedDataset`; only the training split has pairs.
         download: download the data set first, see :func:`download`.
         sampling_ratio, sampling_seed: the training split is this :func:`samplers.class_subset`.
+        task: the name is that of one of this task's data sets, :func:`readers.sets_of`.
     """
 
     name: str
@@ -89,32 +92,39 @@ class SplitSettings:
     sampling_ratio: float = 1.0
     sampling_seed: int = 0
     pairs: int = 0
+    task: str = "classify"
 
 
 def build_split(
     settings: SplitSettings, split: str, transform: Callable[[Tensor], Any] | None, processes: Processes
 ) -> "AugmentedDataset":
-    """Build one split of a run's data set; called by all processes. No image is decoded.
+    """Build one split of a run's data set: `read_images` with a transform; no image is decoded."""
+    images = read_images(settings, split, processes)
+    pairs = settings.pairs if split == "train" else 0
+    return AugmentedDataset(images, transform, settings.seed, settings.skip_unreadable, pairs)
+
+
+def read_images(settings: SplitSettings, split: str, processes: Processes) -> LabelledImages:
+    """Read one split of a run's data set; called by all processes.
 
     Args:
         split: "train" or "val".
-        transform: applied to its images.
         processes: this process among the run's.
 
     Raises:
         UserError: see :func:`read_split`, :func:`download`.
     """
+    sets = sets_of(settings.task)
     if settings.download:
-        download(settings.name, settings.path, processes)
-    images = read_split(settings.name, split, settings.path)
+        download(settings.name, settings.path, processes, sets)
+    images = read_split(settings.name, split, settings.path, sets)
     if processes.is_main:
-        log_image_count(settings.name, split, len(images))
+        log_image_count(settings.name, split, len(images), sets)
     ratio = settings.sampling_ratio
     if split == "train" and ratio < 1:
         whole, images = images, SubsetOf(images, class_subset(images.targets, ratio, settings.sampling_seed))
         logger.info(f"--sampling-ratio {ratio:g}: {len(images):,} of {len(whole):,} training images")
-    pairs = settings.pairs if split == "train" else 0
-    return AugmentedDataset(images, transform, settings.seed, settings.skip_unreadable, pairs)
+    return images
 
 
 def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None:
@@ -144,9 +154,9 @@ def save_subset(dataset: "AugmentedDataset", ratio: float, seed: int, path: Path
         write_json(path, {"sampling_ratio": ratio, "sampling_seed": seed, "images": list(dataset.base.names)})
 
 
-def log_image_count(name: str, split: str, found: int) -> None:
+def log_image_count(name: str, split: str, found: int, sets: Mapping[str, DataSet] = DATASETS) -> None:
     """Warn if the number of images differs from the paper's; log which of DomainNet's two lists is used."""
-    entry = DATASETS[canonical_name(name)]
+    entry = sets[canonical_name(name, sets)]
     expected, cleaned = entry.images.get(split), entry.cleaned_images.get(split)
     if found == cleaned:
         logger.warning(
@@ -158,7 +168,9 @@ def log_image_count(name: str, split: str, found: int) -> None:
         logger.info(f"{name} {split}: {found:,} images of the original list, as in the paper")
 
 
-def download(name: str, data_path: str | Path | None, processes: Processes) -> None:
+def download(
+    name: str, data_path: str | Path | None, processes: Processes, sets: Mapping[str, DataSet] = DATASETS
+) -> None:
     """Download a data set with torchvision, which verifies checksums; called by all processes, which wait for it.
 
     The main process downloads first, then one process per machine, in case the machines have no common disk.
@@ -168,8 +180,8 @@ def download(name: str, data_path: str | Path | None, processes: Processes) -> N
         UserError: torchvision cannot download the data set, ``data_path`` is missing, or the download failed.
     """
     # 1. is there something to download, and a place for it?
-    name = canonical_name(name)
-    entry = DATASETS[name]
+    name = canonical_name(name, sets)
+    entry = sets[name]
     if entry.download is None and not entry.source:
         raise UserError(f"--download: {name} is {entry.about}, so nothing can be downloaded; remove --download")
     if entry.download is None:
@@ -238,7 +250,7 @@ class AugmentedDataset(Dataset):
     def __init__(
         self,
         base: LabelledImages,
-        transform: Callable[[Tensor], Any] | None = None,
+        transform: Callable[..., Any] | None = None,
         seed: int = 0,
         skip_unreadable: bool = False,
         pairs: int = 0,
@@ -266,13 +278,13 @@ class AugmentedDataset(Dataset):
             item["pairs"] = generator.random((self.pairs, 2, 2), dtype=np.float32)
         return item
 
-    def _read(self, index: int) -> tuple[Tensor, int, int]:
+    def _read(self, index: int) -> tuple[Tensor, Any, int]:
         """The image, its label, and whether it replaces an unreadable one (1 or 0)."""
         last_attempt = MAX_REPLACEMENTS if self.skip_unreadable else 0
         for attempt in range(last_attempt + 1):
             try:
                 image, target = self.base[(index + attempt) % len(self.base)]
-                return image, int(target), int(attempt > 0)
+                return image, target, int(attempt > 0)
             except UnreadableImage:
                 if attempt == last_attempt:
                     raise
@@ -288,6 +300,7 @@ def build_loader(
 ) -> DataLoader:
     """A loader of batches in the sampler's order, such as ``images (B, 3, h, w)`` and ``targets (B,)``.
 
+    A data set may have a function ``collate``, which makes a batch of a list of items, as those of different sizes.
     Workers persist between epochs. Each iteration starts the sampler again, so ``sampler.set_epoch`` takes effect.
     """
     return DataLoader(
@@ -298,7 +311,7 @@ def build_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=_ignore_signals,
-        collate_fn=collate,
+        collate_fn=getattr(dataset, "collate", collate),
         generator=torch.Generator(),  # without one, each iteration draws from the global generator
     )
 

@@ -136,3 +136,27 @@ def teacher_temperature(epoch: int, start: float, final: float, warmup_epochs: i
     if epoch >= warmup_epochs:
         return final
     return start + (final - start) * epoch / max(warmup_epochs - 1, 1)
+
+
+def steps_factor(position: Position, warmup_updates: int) -> float:
+    """ViTDet's factor of the learning rate (detectron2, ``mask_rcnn_vitdet_b_100ep``), by update.
+
+    It rises linearly from .001 to 1 over the warm-up; it is .1 from 8/9 of all updates, and .01 from 26/27.
+    """
+    update, total = position.update, position.epochs * position.updates_per_epoch
+    decayed = 0.1 ** sum(update >= round(total * share) for share in (8 / 9, 26 / 27))
+    return _warmed_up(decayed, update, warmup_updates)
+
+
+def poly_factor(position: Position, warmup_updates: int) -> float:
+    """mmsegmentation's factor of the learning rate (mmcv's ``poly``), by update: (1 - share of the run) ** .9.
+
+    The warm-up is that of `steps_factor`.
+    """
+    update, total = position.update, position.epochs * position.updates_per_epoch
+    return _warmed_up((1 - update / total) ** 0.9, update, warmup_updates)
+
+
+def _warmed_up(factor: float, update: int, warmup_updates: int, start: float = 0.001) -> float:
+    """``factor``, in the first updates below a line from ``start`` to 1."""
+    return factor if update >= warmup_updates else factor * (start + (1 - start) * update / warmup_updates)

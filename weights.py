@@ -279,11 +279,17 @@ def last_block_of(source: str | Path | Mapping, key: str | None = None) -> str |
     if isinstance(args, Mapping) and "last_block" in args:
         return args["last_block"]
     state, _ = select_weights(checkpoint, key)
+    last = last_block_name(state)
+    return last and ("standard" if f"{last}.norm2.weight" in state else "sar")
+
+
+def last_block_name(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the last block in a state dict, such as ``blocks.11`` or ``block4.2``; None without blocks."""
     blocks = {(match[1], int(match[2])) for name in state if (match := BLOCK.match(name))}
     if not blocks:
         return None
     stage, number = max(blocks, key=lambda block: (*map(int, re.findall(r"\d+", block[0])), block[1]))
-    return "standard" if f"{stage}.{number}.norm2.weight" in state else "sar"
+    return f"{stage}.{number}"
 
 
 def num_blocks(state: Mapping[str, Tensor]) -> int:
@@ -371,7 +377,7 @@ def load_weights(
             "the checkpoint is of DINO's linear probe, a classifier without its model; evaluate both by --task linear "
             "--eval --finetune BACKBONE --classifier FILE"
         )
-    notes = _compare_heads(num_heads_of(checkpoint, key), model)
+    notes = _compare_heads(num_heads_of(checkpoint, key), model if isinstance(model, VisionTransformer) else None)
     state, grid_notes = _fit_grid(state, model)
     head_notes = []
     if not keep_head:
@@ -382,12 +388,84 @@ def load_weights(
     return notes + grid_notes + head_notes
 
 
-def _compare_heads(heads: int | None, model: nn.Module) -> list[str]:
+def _compare_heads(heads: int | None, vit: Any) -> list[str]:
     """A note if a ViT has another number of heads than the weights were trained with, as they load all the same."""
-    own = model.blocks[0].attn.num_heads if isinstance(model, VisionTransformer) else None
+    own = vit.blocks[0].attn.num_heads if vit is not None else None
     if None in (heads, own) or heads == own:
         return []
     return [f"apparently trained with {heads} heads, but the model has {own}: use --model-kwargs num_heads={heads}"]
+
+
+# Weights of a classifier that the backbone of a dense task does not have, and those that only the backbone has.
+CLASSIFIERS_OWN = re.compile(r"cls_token|(norm|head)\.(weight|bias)")
+BACKBONES_OWN = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]")
+
+
+def load_trunk(
+    backbone: nn.Module, source: str | Path | Mapping, key: str | None = None, other_last_block: bool = False
+) -> list[str]:
+    """Load a classifier's weights into the backbone of a dense task, by their exact names.
+
+    [CLS], final norm and head are left out, and relative positions start anew. Nothing else may differ.
+
+    Args:
+        backbone: `models.vitdet.ViTDet` or `models.pvt.DensePVT`; changed in place.
+        source: a file of a classifier, or a checkpoint already read.
+        key: see `select_weights`.
+        other_last_block: the backbone may have another kind of last block than the file. A second LayerNorm that the
+            file lacks starts at 1 and 0.
+
+    Returns:
+        One line for each difference, to be logged.
+
+    Raises:
+        UserError: as `load_weights`; or another last block without ``other_last_block``. Nothing is changed then.
+    """
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
+    state, _ = select_weights(checkpoint, key)
+    own = backbone.state_dict()
+    notes = _compare_heads(num_heads_of(checkpoint, key), backbone if hasattr(backbone, "blocks") else None)
+    # 1. the last block
+    kind = last_block_of(checkpoint, key)
+    if kind not in (None, backbone.last_block):
+        if not other_last_block:
+            raise UserError(
+                f"the checkpoint has the last block {kind!r}, the backbone {backbone.last_block!r}: use --last-block "
+                f"{kind}"
+            )
+        notes.append(f"last block: {kind} in the file, {backbone.last_block} here, as --last-block says")
+        state, norm_notes = _fit_last_norm(state, own)
+        notes += norm_notes
+    # 2. what only one of them has
+    left = [name for name in state if CLASSIFIERS_OWN.fullmatch(name)]
+    new = {name: value for name, value in own.items() if BACKBONES_OWN.fullmatch(name) and name not in state}
+    state = {name: value for name, value in state.items() if name not in left} | new
+    notes += [f"left out: {', '.join(left)}"] * bool(left)
+    notes += [f"relative positions start at 0 ({len(new)} tables)"] * bool(new)
+    # 3. all else is the same
+    for name in own.keys() & state.keys() & {"pos_embed", "pos_embed1"}:
+        _check_pretrain_size(state[name], own[name])
+    _check_fit(state, backbone, "checkpoint")
+    backbone.load_state_dict(state)
+    return notes
+
+
+def _fit_last_norm(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Take the last block's second LayerNorm from ``own`` where the file lacks it, and drop one too many."""
+    last = last_block_name(own)
+    norm = {f"{last}.norm2.weight", f"{last}.norm2.bias"}
+    added = {name: own[name] for name in norm if name in own and name not in state}
+    fitted = {name: value for name, value in state.items() if name in own or name not in norm} | added
+    return fitted, [f"{last}.norm2: not in the file, starts at 1 and 0"] * bool(added)
+
+
+def _check_pretrain_size(theirs: Tensor, own: Tensor) -> None:
+    """Refuse positions of images of another size, with the option that builds the backbone for them."""
+    if theirs.shape[1] != own.shape[1] and theirs.shape[2] == own.shape[2]:
+        raise UserError(
+            f"the checkpoint has {theirs.shape[1]} positions, the backbone {own.shape[1]}: it was trained with images "
+            "of another size or patches; give them with --model-kwargs pretrain_size=N and --patch-size"
+        )
 
 
 # Weights that depend on the patch size or the grid.

@@ -203,6 +203,47 @@ class PVT(PyramidTransformer):
         return {"cls_token"}
 
 
+class DensePVT(PVT):
+    """PVT as the backbone of dense tasks: four maps, and no [CLS] in any stage (whai362/PVT, ``segmentation/pvt.py``).
+
+    The names of the weights are the classifier's. Row 0 of the last stage's positions, that of [CLS], is unused.
+
+    Args:
+        similarity_query: ``"mean"``, as there is no [CLS].
+        kwargs: those of `PVT`; ``img_size`` is that of the pre-training, whose positions are resized at each pass.
+
+    Attributes:
+        reduction: px between two locations of the last map; images are padded to a multiple of it.
+    """
+
+    def __init__(self, similarity_query: str = "mean", **kwargs):
+        super().__init__(similarity_query=similarity_query, num_classes=0, **kwargs)
+        del self.cls_token
+        self.norm = nn.Identity()
+        self.reduction = self.feature_info[-1]["reduction"]
+
+    def place(self, stage: int, x: Tensor, positions: Tensor, known: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        return super().place(stage, x, positions[:, -known[0] * known[1] :], known, grid)
+
+    def forward(self, images: Tensor, return_similarity: bool = False):  # type: ignore[override]
+        """The maps of all stages, ``(B, C_i, h_i, w_i)``, finest first; on request ``(maps, S)``, S ``(B, H, h, w)``.
+
+        Images ``(B, 3, height, width)`` of any size are padded with zeros at the right and bottom to whole patches of
+        the last stage.
+        """
+        x = F.pad(images, (0, -images.shape[3] % self.reduction, 0, -images.shape[2] % self.reduction))
+        maps: list[Tensor] = []
+        for stage in range(self.num_stages - 1):
+            x, grid = self.embed(stage, x)
+            x = as_map(self._run(self.blocks_of(stage), x, grid), grid)
+            maps.append(x)
+        x, grid = self.embed(self.num_stages - 1, x)
+        x = self._run(self.blocks_of(self.num_stages - 1)[:-1], x, grid)
+        x, similarity = self._forward_last(x, grid, one_query=False, similarity=return_similarity)
+        maps.append(as_map(x, grid))
+        return (maps, similarity) if return_similarity else maps
+
+
 @torch.fx.wrap  # so that each pass, and not the tracing, decides whether the grids are equal
 def resized(positions: Tensor, known: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Positions ``(1, N, C)`` interpolated bilinearly from the grid ``known`` to ``grid``; the patches' come last."""

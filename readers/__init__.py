@@ -7,7 +7,7 @@ Slow modules are imported on first use, so that a command line can list the name
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,18 +189,103 @@ DATASETS: dict[str, DataSet] = {
     "cifar10": _cifar("CIFAR10", "CIFAR-10", "cifar-10-batches-py", 10),
     "cifar100": _cifar("CIFAR100", "CIFAR-100", "cifar-100-python", 100),
 }
+VOC_LAYOUT = "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/<split>.txt"
+MASKS_LAYOUT = "classes.txt (a name a line), {train,val}/images/* and {train,val}/masks/*.png"
+ADE_LAYOUT = "ADEChallengeData2016/ with {images,annotations}/{training,validation}/* and objectInfo150.txt"
+
+
+def _voc2012(train: str, about: str, layout: str, images: dict[str, int], val: str = "val") -> DataSet:
+    lists = {"train": train, "val": val}
+    return DataSet(
+        Deferred("readers.segmentation:read_voc2012", {"lists": lists}),
+        about,
+        layout,
+        num_classes=21,
+        images=images,
+        source="http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    )
+
+
+MASKED_SETS: dict[str, DataSet] = {
+    "voc2012": _voc2012("train", "PASCAL VOC 2012, trained on train", VOC_LAYOUT, {"train": 1_464, "val": 1_449}),
+    "voc2012_trainval": _voc2012(
+        "trainval",
+        "PASCAL VOC 2012, trained on trainval, which contains the evaluated val",
+        VOC_LAYOUT,
+        {"train": 2_913, "val": 1_449},
+    ),
+    "voc2012_aug": _voc2012(
+        "train_aug",
+        "PASCAL VOC 2012, trained on train and the images of SBD that are not in val",
+        f"{VOC_LAYOUT}; and benchmark_RELEASE/dataset/ with cls/*.mat, train.txt and val.txt",
+        {"train": 10_582, "val": 1_449},
+    ),
+    "voc2012_test": _voc2012("", "PASCAL VOC 2012, test images without labels", VOC_LAYOUT, {"val": 1_456}, val="test"),
+    "ade20k": DataSet(
+        Deferred("readers.segmentation:read_ade20k"),
+        "ADE20K's scene parsing of 150 classes",
+        ADE_LAYOUT,
+        num_classes=150,
+        images={"train": 20_210, "val": 2_000},
+        source="http://sceneparsing.csail.mit.edu",
+    ),
+    "folder": DataSet(Deferred("readers.segmentation:read_masks_folder"), "your own images and masks", MASKS_LAYOUT),
+}
+"""Data sets of images with a class for each pixel: `readers.segmentation.SegmentationImages`."""
+
+VOC_BOXES_LAYOUT = "VOCdevkit/VOC<year>/ with JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/<list>.txt"
+BOXES_LAYOUT = "classes.txt (a name a line), {train,val}/images/* and {train,val}/annotations/*.xml in VOC's form"
+
+
+def _voc_boxes(about: str, images: tuple[int, int], train: list[tuple[int, str]], val: tuple[int, str]) -> DataSet:
+    return DataSet(
+        Deferred("readers.boxes:read_voc_boxes", {"lists": {"train": train, "val": [val]}}),
+        about,
+        VOC_BOXES_LAYOUT,
+        num_classes=20,
+        images=dict(zip(("train", "val"), images, strict=True)),
+        source="http://host.robots.ox.ac.uk/pascal/VOC",
+    )
+
+
+BOXED_SETS: dict[str, DataSet] = {
+    "voc0712": _voc_boxes(
+        "PASCAL VOC, trained on trainval of 2007 and 2012, evaluated on test of 2007",
+        (16_551, 4_952),
+        [(2007, "trainval"), (2012, "trainval")],
+        (2007, "test"),
+    ),
+    "voc2007": _voc_boxes(
+        "PASCAL VOC 2007, trained on trainval, evaluated on test", (5_011, 4_952), [(2007, "trainval")], (2007, "test")
+    ),
+    "voc2012": _voc_boxes(
+        "PASCAL VOC 2012, trained on train, evaluated on val", (5_717, 5_823), [(2012, "train")], (2012, "val")
+    ),
+    "folder": DataSet(Deferred("readers.boxes:read_boxes_folder"), "your own images and boxes", BOXES_LAYOUT),
+}
+"""Data sets of images with boxes: `readers.boxes.BoxedImages`."""
+
+SETS_OF_TASKS: dict[str, dict[str, DataSet]] = {"segment": MASKED_SETS, "detect": BOXED_SETS}
+"""The data sets of tasks that need more than a label for each image."""
+
+
+def sets_of(task: str) -> dict[str, DataSet]:
+    """The data sets that a task can be trained on, by name."""
+    return SETS_OF_TASKS.get(task, DATASETS)
+
+
 DEIT_NAMES = {"imnet": "imagenet", "cifar": "cifar100"}
 
 
-def canonical_name(name: str) -> str:
-    """The key of :data:`DATASETS` for ``name``, ignoring case; DeiT's names IMNET and CIFAR are accepted.
+def canonical_name(name: str, sets: Mapping[str, DataSet] = DATASETS) -> str:
+    """The key of ``sets`` for ``name``, ignoring case; DeiT's names IMNET and CIFAR are accepted.
 
     Raises:
         UserError: no such set; the message suggests similar names.
     """
     key = DEIT_NAMES.get(name.lower(), name.lower())
-    if key in DATASETS:
+    if key in sets:
         return key
-    close = difflib.get_close_matches(key, DATASETS)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(DATASETS)}"
+    close = difflib.get_close_matches(key, sets)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sets)}"
     raise UserError(f"unknown data set {name!r}: {hint}")

@@ -24,8 +24,8 @@ from readers.names import Names
 from utils import UserError
 
 
-class UnreadableImage(UserError):
-    """An image file that cannot be decoded; the message names it.
+class ReadingError(UserError):
+    """An error of a file that is found while images are loaded.
 
     A ``DataLoader`` re-raises a worker's exception with the worker's traceback as its message. This class keeps only
     the last line, which is the original message.
@@ -34,6 +34,10 @@ class UnreadableImage(UserError):
     def __init__(self, message: str):
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
+
+
+class UnreadableImage(ReadingError):
+    """An image file that cannot be decoded; the message names it."""
 
 
 # ------------------------------------------------------------------------------------ sets of images

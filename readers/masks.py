@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
+from readers import VOC_LAYOUT
 from readers.images import list_images, open_image, read_image
 from utils import UserError
 
@@ -24,7 +25,6 @@ BACKGROUND, VOID = 0, 255
 VOC_CLASSES = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
 """PASCAL VOC's background and 20 classes, by label."""
 
-VOC_LAYOUT = "VOCdevkit/VOC2012/ with JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/<split>.txt"
 FOREGROUND_LAYOUT = "images/ and masks/ (a PNG of the same name for every image)"
 FOREGROUND_MODES = ("1", "L", "P", "I;16", "I", "RGB")
 
@@ -85,14 +85,13 @@ def read_masked_images(data_path: str | Path, split: str | None = None) -> Maske
     root = Path(data_path).expanduser()
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give one with {VOC_LAYOUT}; or with {FOREGROUND_LAYOUT}")
-    places = (root, root / "VOC2012", root / "VOCdevkit/VOC2012")
-    voc = next((place for place in places if (place / "SegmentationClass").is_dir()), None)
+    voc = voc_folder(root)
     if voc is not None:
-        found = _read_voc(voc, split or "val")
+        found = read_voc_list(voc, split or "val")
     elif (root / "images").is_dir() and (root / "masks").is_dir():
         if split is not None:
             raise UserError(f"--split {split}: {root} has images/ and masks/ without lists; leave --split out")
-        found = _read_foregrounds(root)
+        found = pair_by_name(root / "images", root / "masks")
     else:
         raise UserError(f"{root}: no images with masks; expected {VOC_LAYOUT}; or {FOREGROUND_LAYOUT}")
     for image, mask in zip(found.images, found.masks, strict=True):
@@ -100,7 +99,23 @@ def read_masked_images(data_path: str | Path, split: str | None = None) -> Maske
     return found
 
 
-def _read_voc(root: Path, split: str) -> MaskedImages:
+def voc_folder(root: Path) -> Path | None:
+    """The folder VOC2012: ``root``, or the one in it or in its VOCdevkit; None if there is none."""
+    places = (root, root / "VOC2012", root / "VOCdevkit/VOC2012")
+    return next((place for place in places if (place / "SegmentationClass").is_dir()), None)
+
+
+def read_voc_list(root: Path, split: str, labelled: bool = True) -> MaskedImages:
+    """The images of a list in ``ImageSets/Segmentation``, whose files are checked to exist.
+
+    Args:
+        root: VOC2012.
+        split: name of the list.
+        labelled: whether the images have masks; those of VOC's test have none.
+
+    Raises:
+        UserError: a list or a file is missing, or the list is empty or names an image twice.
+    """
     # torchvision's VOCSegmentation supports only VOC's own lists, and does not check the files.
     lists = root / "ImageSets/Segmentation"
     if not (lists / f"{split}.txt").is_file():
@@ -118,7 +133,7 @@ def _read_voc(root: Path, split: str) -> MaskedImages:
         raise UserError(f"{lists / split}.txt names no image; it needs one name a line, without suffix")
     images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
     masks = [root / "SegmentationClass" / f"{name}.png" for name in names]
-    for kind, paths in (("image", images), ("mask", masks)):
+    for kind, paths in (("image", images), ("mask", masks if labelled else [])):
         missing = [path for path in paths if not path.is_file()]
         if missing:
             raise UserError(
@@ -128,7 +143,13 @@ def _read_voc(root: Path, split: str) -> MaskedImages:
     return MaskedImages(names, images, masks, split)
 
 
-def _read_foregrounds(root: Path) -> MaskedImages:
+def pair_by_name(image_folder: Path, mask_folder: Path) -> MaskedImages:
+    """Images and masks of the same name in two folders.
+
+    Raises:
+        UserError: an image without mask or vice versa, two of one name, or masks that are no PNG files.
+    """
+
     def by_name(folder: Path) -> dict[str, Path]:
         found = {}
         for path in list_images(folder):
@@ -138,16 +159,14 @@ def _read_foregrounds(root: Path) -> MaskedImages:
             found[name] = path
         return found
 
-    images, masks = by_name(root / "images"), by_name(root / "masks")
+    images, masks = by_name(image_folder), by_name(mask_folder)
     lossy = [path for path in masks.values() if path.suffix.lower() != ".png"]
     if lossy:
         raise UserError(f"{lossy[0]}: masks must be PNG files, as other formats may change their pixels")
-    for kind, here, there in (("mask", images, masks), ("image", masks, images)):
+    for kind, folder, here, there in (("mask", mask_folder, images, masks), ("image", image_folder, masks, images)):
         alone = sorted(here.keys() - there.keys())
         if alone:
-            raise UserError(
-                f"{here[alone[0]]} has no {kind} {root / f'{kind}s' / alone[0]}.* ({len(alone):,} have none)"
-            )
+            raise UserError(f"{here[alone[0]]} has no {kind} {folder / alone[0]}.* ({len(alone):,} have none)")
     return MaskedImages(list(images), list(images.values()), [masks[name] for name in images], None)
 
 

@@ -21,10 +21,12 @@ __all__ = ["TASKS", "Evaluator", "Task", "add_options", "against_accumulation", 
 
 TASKS = {
     "classify": "tasks.classify:Classification",
+    "detect": "tasks.detect:Detection",
     "dino": "tasks.dino:DINO",
     "moco": "tasks.moco:MoCo",
     "knn": "tasks.knn:NearestNeighbourProbe",
     "linear": "tasks.linear:LinearClassification",
+    "segment": "tasks.segment:Segmentation",
 }
 
 

@@ -39,6 +39,7 @@ def split_settings(args: argparse.Namespace) -> SplitSettings:
         sampling_ratio=args.sampling_ratio,
         sampling_seed=args.sampling_seed,
         pairs=PAIRS if args.drloc_weight > 0 else 0,
+        task=args.task,
     )
 
 

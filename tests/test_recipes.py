@@ -104,6 +104,7 @@ FURTHER = {"swin_in100_300", "t2t_in1k_paper", "t2t_in100", "pvt_in100", "cvt_in
 DINO = {"dino", "dino_in100", "dino_in100_boosted", "dino_small"}  # tests/test_dino.py
 MOCO = {"moco_in100", "moco_in100_12heads", "moco_small"}  # tests/test_moco.py
 PROBES = {"linear_dino", "linear_moco"}  # tests/test_linear.py
+DENSE = {"segment_voc", "segment_ade20k", "detect_voc"}  # tests/test_segment.py, tests/test_detect.py
 NO_PROTOCOL = {
     "quickstart",
     "smoke",
@@ -129,7 +130,7 @@ def test_a_recipe_is_its_protocol(name):
 
 
 def test_every_recipe_is_tested():
-    tested = RECIPES.keys() | NO_PROTOCOL | DINO | MOCO | PROBES
+    tested = RECIPES.keys() | NO_PROTOCOL | DINO | MOCO | PROBES | DENSE
     assert {path.stem for path in (ROOT / "recipes").glob("*.args")} == tested
 
 
