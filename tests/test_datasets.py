@@ -76,7 +76,7 @@ def test_names_in_any_case_and_deits_spellings(name, key):
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"'imagnet'.*did you mean imagenet"):
         canonical_name("imagnet")
-    with pytest.raises(UserError, match=r"'xyz'.*digits, folder, tar, imagenet"):
+    with pytest.raises(UserError, match=r"'xyz'.*digits, folder, images, tar, imagenet"):
         split_of("xyz", None)
 
 
@@ -293,7 +293,7 @@ def test_a_download_needs_a_place():
 
 def test_every_set_can_be_fetched_or_has_a_source():
     published = {name: entry for name, entry in DATASETS.items() if "your own" not in entry.about}
-    assert set(DATASETS) - set(published) == {"folder", "tar"}
+    assert set(DATASETS) - set(published) == {"folder", "images", "tar"}
     assert all(bool(entry.download) != bool(entry.source) for entry in published.values())
 
 
