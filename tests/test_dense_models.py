@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer_sam import Block
 from torch import nn
 
-from models.fpn import SemanticFPN, feature_pyramid
+from models.fpn import SemanticFPN, enlarge, feature_pyramid
 from models.pvt import DensePVT
 from models.vitdet import SimpleFeaturePyramid, ViTDet, ViTDetBlock, relative_bias, relative_positions, resize_positions
+from tasks.segment import pixel_loss
 
 TIGHT = {"rtol": 0, "atol": 1e-10}
 TINY = {"img_size": 48, "patch_size": 8, "pretrain_size": 32, "embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -253,6 +254,23 @@ def test_pvts_semantic_fpn_is_the_official_one(semantic):
         torch.testing.assert_close(head(maps), case["train_logits_f64"], **TIGHT)
         (mean,) = case["running_mean_after_f64"].values()
         torch.testing.assert_close(head.levels[0][0][1].running_mean, mean, **TIGHT)
+
+
+def test_gradients_of_pvts_semantic_fpn_are_the_official_ones(semantic):
+    """Of mmsegmentation's loss, through both networks; the two programs have their weights in one order."""
+    in_order = sorted(semantic["head_state_dict"], key=lambda name: name.startswith("conv_seg"))
+    for case in semantic["cases"].values():
+        neck, head = pvts_head(semantic)
+        head.train().dropout.p = 0.0
+        logits = head(list(neck(named(case["features"])).values()))
+        pixel_loss(enlarge(logits, case["label"].shape[1:]), case["label"], "all").backward()
+        own = {}
+        for part, theirs, module in (("neck", semantic["neck_state_dict"], neck), ("head", in_order, head)):
+            parameters = dict(module.named_parameters())
+            pairs = zip(theirs, module.state_dict(), strict=True)
+            own |= {f"{part}.{name}": parameters.get(ours) for name, ours in pairs}
+        found = {name: own[name].grad for name in case["grads_of_loss_all_pixels_f64"]}
+        torch.testing.assert_close(found, case["grads_of_loss_all_pixels_f64"], rtol=0, atol=1e-9)
 
 
 def test_detectron2s_head_is_the_official_one(semantic):
