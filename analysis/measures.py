@@ -34,10 +34,10 @@ from analysis.commands import (
     write_results,
 )
 from analysis.models import TrainedModel
-from augmentation import eval_transform
+from augmentation import as_tensor, eval_transform
 from batches import device_batches
 from cli import Parser, at_least, exit_code
-from readers.images import decode, list_images, open_image
+from readers.images import list_images, read_image
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging
 
@@ -61,8 +61,7 @@ class CroppedImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        with open_image(self.paths[index]) as image:
-            return self.transform(decode(image))
+        return self.transform(as_tensor(read_image(self.paths[index])))
 
 
 def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[str, Tensor]:

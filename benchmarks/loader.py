@@ -30,7 +30,7 @@ from cli import at_least
 from crops import random_box, resize_crops
 from datasets import AugmentedDataset, collate
 from randomness import isolated_rng
-from readers.images import ImageFiles, decode, list_images, open_image
+from readers.images import ImageFiles, decode, list_images
 from samplers import Draw
 from utils import progress, start_logging
 
@@ -101,8 +101,7 @@ def part_ways(files: ImageFiles) -> dict[str, tuple[Way, Way]]:
     )
 
     def decode_file(number: int) -> object:
-        with open_image(paths[number]) as image:
-            return decode(image)
+        return decode(Path(paths[number]).read_bytes())
 
     def crop_tensor(number: int) -> object:
         image = images[number]
