@@ -70,7 +70,7 @@ def shift(image: Image.Image, distance: Callable[[np.ndarray], Any], vertically:
     pixels = pixels.T.contiguous() if vertically else pixels
     centres = np.arange(len(pixels))[:, None] + 0.5
     colour = int.from_bytes(bytes([*fillcolor, 255]), sys.byteorder, signed=True)
-    moved = shift_rows(pixels, distance(centres) + 0 * centres, colour, resample)
+    moved = shift_rows(pixels, np.broadcast_to(distance(centres), centres.shape), colour, resample)
     moved = moved.T.contiguous() if vertically else moved
     return Image.frombytes("RGB", image.size, moved.numpy().tobytes(), "raw", "RGBX")
 

@@ -182,18 +182,9 @@ class CvT(PyramidTransformer):
             rates = calculate_drop_path_rates(drop_path_rate if last else 0.0, depths[stage])
             channels = in_chans if stage == 0 else embed_dims[stage - 1]
             embed = ConvEmbed(channels, dim, patch_sizes[stage], strides[stage], patch_paddings[stage])
-            blocks = nn.ModuleList(
-                CvTBlock(
-                    ConvAttention(dim, num_heads[stage], qkv_bias, attn_drop_rate, proj_drop_rate, stride_kv),
-                    dim,
-                    mlp_ratios[stage],
-                    LayerNorm,
-                    QuickGELU,
-                    proj_drop_rate,
-                    rate,
-                )
-                for rate in rates
-            )
+            attention = (dim, num_heads[stage], qkv_bias, attn_drop_rate, proj_drop_rate, stride_kv)
+            settings = (dim, mlp_ratios[stage], LayerNorm, QuickGELU, proj_drop_rate)
+            blocks = nn.ModuleList(CvTBlock(ConvAttention(*attention), *settings, rate) for rate in rates)
             cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if last else None
             setattr(self, f"stage{stage}", Stage(embed, blocks, cls_token))
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_
+from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -102,9 +102,8 @@ class PVT(PyramidTransformer):
         device=None,
         dtype=None,
     ):
-        check_stages(
-            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
-        )
+        stages = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads}
+        check_stages(**stages, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
 
         # What all stages share.
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -112,23 +111,19 @@ class PVT(PyramidTransformer):
         super().__init__(in_chans, num_classes, global_pool, embed_dims, reductions, norm_layer, drop_rate)
         self.last_block, self.last_stage = last_block, len(depths) - 1
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        sides = (height, width)
-        if height % reductions[-1] or width % reductions[-1]:
+        sides = to_2tuple(img_size)
+        if any(side % reductions[-1] for side in sides):
             raise ValueError(f"img_size={img_size}: {len(depths)} stages need a multiple of {reductions[-1]} px")
 
         # The stages: patches, positions and blocks under their official names.
         for stage, dim in enumerate(embed_dims):
-            step = patch_size if stage == 0 else 2
-            channels = in_chans if stage == 0 else embed_dims[stage - 1]
-            norm = partial(nn.LayerNorm, eps=1e-5)
-            embed = PatchEmbed(sides, step, channels, dim, norm, strict_img_size=False)
+            step, channels = (patch_size, in_chans) if stage == 0 else (2, embed_dims[stage - 1])
+            embed = PatchEmbed(sides, step, channels, dim, partial(nn.LayerNorm, eps=1e-5), strict_img_size=False)
             sides = embed.grid_size
-            last = stage == len(depths) - 1
-            positions = nn.Parameter(torch.zeros(1, embed.num_patches + last, dim))
-            first = sum(depths[:stage])
+            tokens = embed.num_patches + (stage == self.last_stage)
+            positions = nn.Parameter(torch.zeros(1, tokens, dim))
             blocks = make_blocks(
-                rates[first : first + depths[stage]],
+                rates[sum(depths[:stage]) : sum(depths[: stage + 1])],
                 (dim, num_heads[stage], qkv_bias, attn_drop_rate, proj_drop_rate, sr_ratios[stage]),
                 (dim, mlp_ratios[stage], norm_layer, nn.GELU, proj_drop_rate),
             )

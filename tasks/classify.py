@@ -27,6 +27,7 @@ class Classification(Task):
         device: where the model is built.
     """
 
+    options = options
     metric = "acc1"
     main_loss = "cross-entropy"
 
@@ -38,14 +39,6 @@ class Classification(Task):
         # the soft targets of Mixup are already smoothed
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
         self.ema = (ModelEmaV3(self.model, decay=args.model_ema_decay),) if args.model_ema else ()
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        options.add(parser)
-
-    @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        options.check(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:

@@ -68,6 +68,7 @@ class BoxedEvaluationDataset(BoxedDataset):
 class Detection(DenseTask):
     """``--task detect``: boxes and classes of objects; the model is a `models.rcnn.Detector`."""
 
+    options = options
     metric = "ap50_11point"
     main_loss = "losses of proposals (score, box) and regions (class, box)"
 
@@ -77,14 +78,6 @@ class Detection(DenseTask):
         model = Detector(backbone, len(dataset.classes), args.masks, **args.head_kwargs)
         super().__init__(args, model, device)
         self.classes, self.folder, self.masks = dataset.classes, args.output_dir, args.masks
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        options.add(parser)
-
-    @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        options.check(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> BoxedDataset:

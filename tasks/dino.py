@@ -129,6 +129,7 @@ class DINO(Task):
         device: where the networks are built.
     """
 
+    options = options
     metric = "knn20"
     main_loss = "DINO's cross-entropy between crops"
     weight_names = ("student", "teacher")
@@ -152,18 +153,6 @@ class DINO(Task):
         self.teacher_temp = args.warmup_teacher_temp
 
     # ------------------------------------------------------------------------------------------ command line
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        options.add(parser)
-
-    @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        options.check(args)
-
-    @classmethod
-    def against_accumulation(cls, args: argparse.Namespace) -> str:
-        return options.against_accumulation(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> Any:

@@ -40,14 +40,11 @@ class NearestNeighbourProbe(Task):
     A classifier in the checkpoint is dropped.
     """
 
+    options = options
     metric = "knn20"
 
     def __init__(self, args: argparse.Namespace, dataset: "BankAndQueries", device: torch.device):
         super().__init__(args, build_task_model(args, 0, device), device)
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        options.add(parser)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> "BankAndQueries":

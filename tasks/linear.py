@@ -118,6 +118,7 @@ class LinearClassification(Task):
     """
 
     model: LinearProbe
+    options = options
     metric = "acc1"
     main_loss = "sum of the cross-entropies of all linear classifiers"
     reference_batch = 256
@@ -130,14 +131,6 @@ class LinearClassification(Task):
         probe = LinearProbe(trunk, [number for _, number in heads], classes, args.avgpool_patchtokens)
         super().__init__(args, probe.to(device), device)
         self.trunk_before: dict[str, Tensor] = {}
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        options.add(parser)
-
-    @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        options.check(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:

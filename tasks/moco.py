@@ -51,6 +51,7 @@ class MoCo(Task):
         device: where the networks are built.
     """
 
+    options = options
     metric = "knn20"
     main_loss = "MoCo-v3's contrastive loss"
     weight_names = ("base", "momentum")
@@ -73,18 +74,6 @@ class MoCo(Task):
         self.args = args
 
     # ------------------------------------------------------------------------------------------ command line
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        options.add(parser)
-
-    @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        options.check(args)
-
-    @classmethod
-    def against_accumulation(cls, args: argparse.Namespace) -> str:
-        return options.against_accumulation(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> Any:

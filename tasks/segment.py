@@ -54,6 +54,7 @@ class Segmentation(DenseTask):
     Training batches hold ``images (B, 3, h, w)`` and ``masks (B, h, w)``, uint8 classes and 255 for void.
     """
 
+    options = options
     metric = "miou"
     main_loss = "cross-entropy of the pixels"
 
@@ -67,14 +68,6 @@ class Segmentation(DenseTask):
         self.batch_norm = args.batch_size * gpus if args.head_norm == "batch" else 0
         self.loss_pixels, self.classes = args.loss_pixels, dataset.classes
         self.write_predictions = args.write_predictions
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        options.add(parser)
-
-    @classmethod
-    def check(cls, args: argparse.Namespace) -> None:
-        options.check(args)
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> MaskedDataset:

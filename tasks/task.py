@@ -48,6 +48,8 @@ class Task(nn.Module):
         reported: the entry of `weight_names` whose result picks best.pth.
     """
 
+    options: Any = None
+    """The module in ``options/`` of one of this program's tasks; None for a task that defines these methods itself."""
     metric: ClassVar[str]
     """Name of the evaluator's result that picks best.pth and that the report shows; higher is better."""
     main_loss: ClassVar[str] = "the task's loss"
@@ -90,6 +92,8 @@ class Task(nn.Module):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Add the task's own options, and set its defaults of shared options, such as its official protocol."""
+        if cls.options is not None:
+            cls.options.add(parser)
 
     @classmethod
     def check(cls, args: argparse.Namespace) -> None:
@@ -98,11 +102,13 @@ class Task(nn.Module):
         Raises:
             UserError: one line that names the option and what to change.
         """
+        if cls.options is not None:
+            cls.options.check(args)
 
     @classmethod
     def against_accumulation(cls, args: argparse.Namespace) -> str:
         """Why an update must not be split into micro-batches, in words; empty if it may."""
-        return ""
+        return getattr(cls.options, "against_accumulation", lambda args: "")(args)
 
     @classmethod
     def peak_learning_rate(cls, args: argparse.Namespace) -> float:
