@@ -347,6 +347,7 @@ def _ignore_signals(worker_id: int) -> None:
 @atexit.register
 def _end_workers() -> None:
     """End the workers that an error left: they ignore the signal by which the interpreter would end them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each as an error of its own
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -141,7 +141,7 @@ class Window:
         means = dict(zip(self.names, values.mean(dim=(0, 1)).tolist(), strict=True))
         return means | {
             "images_per_second": run.plan.total_batch * updates / seconds,
-            "data_share": 100 * data_time / seconds,
+            "data_share": min(100 * data_time / seconds, 100.0),  # another rank's wait may be longer than this window
             "step_time": seconds / updates,
         }
 

@@ -67,11 +67,12 @@ def describe_bottleneck(share: float, images_per_second: float, num_workers: int
         images_per_second: what was trained, on all processes.
         num_workers: loader workers of a process.
     """
-    possible, cores = images_per_second / (1 - share / 100), len(os.sched_getaffinity(0))
+    possible = images_per_second / max(1 - share / 100, 0.01)
     return (
         f"the loader is the bottleneck: {share:.0f} % of the time is spent waiting for it. It gives "
         f"{images_per_second:,.0f} images/s, and the steps could take {possible:,.0f}. More --num-workers "
-        f"({num_workers} per process, on {cores} cores), --cache-images, or tars on a shared disk (--data-set tar) help"
+        f"({num_workers} per process, on {os.cpu_count()} cores), --cache-images, or tars on a shared disk "
+        "(--data-set tar) help"
     )
 
 

@@ -9,10 +9,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import traceback
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -554,3 +557,22 @@ def test_a_signal_to_the_process_group_leaves_the_workers_working():
     process.join(timeout=60)
     assert process.exitcode == 0
     assert results.get() == (360, sorted([signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]))
+
+
+AN_ERROR_BESIDE_WORKERS = """
+import torch
+from datasets import build_loader
+
+loader = build_loader(torch.arange(100), range(100), 2, num_workers=2)
+batches = iter(loader)
+next(batches)
+raise RuntimeError("an error that nobody foresaw")
+"""
+
+
+def test_an_error_ends_the_process_and_its_workers_at_once():
+    """The interpreter would wait for ever for workers that ignore its SIGTERM."""
+    command = [sys.executable, "-c", AN_ERROR_BESIDE_WORKERS]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: an error that nobody foresaw\n")

@@ -76,6 +76,7 @@ def test_the_log_says_that_the_loader_is_the_bottleneck():
     text = records.describe_bottleneck(38.0, 1240.0, 8)
     assert "38 % of the time is spent waiting for it. It gives 1,240 images/s, and the steps could take 2,000" in text
     assert "--num-workers (8 per process" in text
+    assert "100 % of the time" in records.describe_bottleneck(100.0, 1240.0, 8), "whatever was measured"
 
 
 @pytest.mark.parametrize(("share", "said"), [(9.0, 0), (11.0, 2)])
