@@ -101,6 +101,7 @@ class Records:
         self.run, self.log, self.board = run, None, None
         self.start_time, self.first_update = time.monotonic(), run.position.update
         self.warming_up, self.waits, self.rates = True, [], []  # of this epoch's windows, without the very first
+        self.warned_of_loader = False
         if not run.processes.is_main:
             return
         output = run.plan.output_dir
@@ -153,7 +154,8 @@ class Records:
         task, epoch = self.run.task, f"epoch {record['epoch']}"
         if not results:
             logger.info(f"{epoch}: not evaluated (--eval-every)")
-        if self.waits and statistics.mean(self.waits) > LARGEST_WAIT:
+        if self.waits and statistics.mean(self.waits) > LARGEST_WAIT and not self.warned_of_loader:
+            self.warned_of_loader = True
             workers = self.run.arguments["num_workers"]
             logger.warning(describe_bottleneck(statistics.mean(self.waits), statistics.mean(self.rates), workers))
         self.waits, self.rates = [], []

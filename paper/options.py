@@ -17,13 +17,13 @@ from paper.tables import RUNNABLE, TABLES, table_rows
 from run_with_submitit import parse_cluster
 from utils import UserError, gpu_count
 
-# Options that only some tables have -> the word in the rows that the option changes.
+# Options that only some tables have -> the words in the rows that the option changes.
 TABLE_SPECIFIC_OPTIONS = {
-    "--ckpt-base": "weights:base",
-    "--ckpt-sar": "weights:sar",
-    "--ckpt-options": "weights:base",
-    "--images": "--images",
-    "--count": "--count",
+    "--ckpt-base": ("weights:base", "weights:pvt_base"),
+    "--ckpt-sar": ("weights:sar", "weights:pvt_sar"),
+    "--ckpt-options": ("weights:base", "weights:pvt_base"),
+    "--images": ("--images",),
+    "--count": ("--count",),
 }
 
 # Environment variables of earlier versions, replaced by options (CKPT_BASE by --ckpt-base). DATA, OUT, IMAGES and COUNT
@@ -93,7 +93,9 @@ def build_parser(table: str) -> Parser:
 
 
 def _add_options(add) -> None:
-    sets = "imagenet/, domainnet/, imagenet-a/, imagenet-c/, VOCdevkit/ and torchvision's folders"
+    sets = (
+        "imagenet/, domainnet/, imagenet-a/, imagenet-c/, VOCdevkit/, ADEChallengeData2016/ and torchvision's folders"
+    )
     add(
         "--data",
         type=path_from_here,
@@ -131,8 +133,8 @@ def _add_table_specific_options(parser: Parser, table: str) -> None:
         parser.add_argument(name, help=text if uses_option(table, name) else argparse.SUPPRESS, **how)
 
     weights = {"type": existing_file, "metavar": "FILE"}
-    add("--ckpt-base", "checkpoint to use instead of Table 4's ViT-S/16", **weights)
-    add("--ckpt-sar", "checkpoint to use instead of Table 4's ViT-S/16 + SAR", **weights)
+    add("--ckpt-base", "ImageNet-1K weights to use instead of this program's without SAR", **weights)
+    add("--ckpt-sar", "ImageNet-1K weights to use instead of this program's with SAR", **weights)
     example = 'options for reading the given checkpoints: "--num-heads 6 --checkpoint-key ema"'
     add("--ckpt-options", example, type=split_words, metavar='"OPTIONS"')
     add("--images", "folder of images (default: imagenet/val in --data)", type=path_from_here, metavar="DIR")
@@ -141,7 +143,7 @@ def _add_table_specific_options(parser: Parser, table: str) -> None:
 
 def uses_option(table: str, option: str) -> bool:
     """Whether one of TABLE_SPECIFIC_OPTIONS changes a row of the table."""
-    return any(TABLE_SPECIFIC_OPTIONS[option] in row.words for row in table_rows(table))
+    return any(word in row.words for row in table_rows(table) for word in TABLE_SPECIFIC_OPTIONS[option])
 
 
 def _format_rows(table: str) -> str:
@@ -198,7 +200,8 @@ def read_settings(argv: list[str]) -> Settings:
     overrides = read_overrides(args.overrides) if args.overrides else []
     launch = launch_words(args.launch, paper_hardware=args.dry_run and not (overrides or args.smoke))
     out = args.out or Path("output/smoke" if args.smoke else "output")
-    given = {"base": args.ckpt_base, "sar": args.ckpt_sar}
+    given = dict.fromkeys(TABLE_SPECIFIC_OPTIONS["--ckpt-base"], args.ckpt_base)
+    given |= dict.fromkeys(TABLE_SPECIFIC_OPTIONS["--ckpt-sar"], args.ckpt_sar)
     return Settings(
         table=table,
         data=out / "toy_data" if args.smoke else args.data or Path("data"),
@@ -209,7 +212,11 @@ def read_settings(argv: list[str]) -> Settings:
         cluster=cluster_from_launch(launch),
         overrides=overrides,
         overrides_path=args.overrides,
-        weights={name: [str(path), *(args.ckpt_options or [])] for name, path in given.items() if path},
+        weights={
+            word.removeprefix("weights:"): [str(path), *(args.ckpt_options or [])]
+            for word, path in given.items()
+            if path
+        },
         measurement_words=measurement_words(table, args),
         dry_run=args.dry_run,
         smoke=args.smoke,

@@ -12,7 +12,7 @@ from cli import expand_arguments
 from launch.runs import RunSpec
 from paper.options import Settings
 from paper.tables import RUNS, WEIGHTS, TableRow, table_rows
-from readers import DATASETS
+from readers import sets_of
 from tasks import against_accumulation
 from utils import UserError
 
@@ -175,7 +175,7 @@ def plan_runs(settings: Settings, rows: list[TableRow]) -> list[TableRun]:
                     raise UserError(f"--overrides {settings.overrides_path}: {error}") from None
             # 3. seed and folders; parsing them again would read the weights to fine-tune again
             last = batch_words(args, settings.processes) | {"seed": seed, "output_dir": str(folder)}
-            data_set = DATASETS[args.data_set]
+            data_set = sets_of(args.task)[args.data_set]
             if data_set.layout and args.data_path is None:
                 last["data_path"] = str(settings.data / data_set.folder)
             for name, value in last.items():
@@ -187,15 +187,21 @@ def plan_runs(settings: Settings, rows: list[TableRow]) -> list[TableRun]:
 
 
 def smoke_words(args: argparse.Namespace) -> list[str]:
-    """The arguments of --smoke: of recipes/smoke_<task>.args or smoke_<family>.args if it exists, or smoke.args."""
-    names = [f"recipes/smoke{kind}.args" for kind in (f"_{args.task}", f"_{args.model.split('_')[0]}", "")]
+    """The arguments of --smoke: recipes/smoke_<task>_<family>.args, smoke_<task>, smoke_<family> or smoke.args."""
+    family = args.model.split("_")[0]
+    names = [f"recipes/smoke{kind}.args" for kind in (f"_{args.task}_{family}", f"_{args.task}", f"_{family}", "")]
     return expand_arguments([f"@{next(filter(os.path.exists, names))}"])
 
 
 def batch_words(args: argparse.Namespace, processes: int | None) -> dict[str, int]:
-    """The batch of each of so many processes (None: not known), where the task cannot accumulate; else nothing."""
+    """The batch of each of so many processes (None: not known), where the protocol's does not fit; else nothing.
+
+    It is too large for more processes than the paper's, and too small where a task cannot accumulate.
+    """
     size, rest = divmod(args.total_batch, processes or args.total_batch + 1)
-    return {"batch_size": size} if not rest and size != args.batch_size and against_accumulation(args) else {}
+    if rest or size == args.batch_size:
+        return {}
+    return {"batch_size": size} if size < args.batch_size or against_accumulation(args) else {}
 
 
 def resolve_path(word: str, settings: Settings, seed: int) -> str:
@@ -211,5 +217,5 @@ def resolve_path(word: str, settings: Settings, seed: int) -> str:
 
 def images_per_epoch(args: argparse.Namespace) -> int | None:
     """Number of training images of an epoch; None for a data set of unknown size."""
-    known = DATASETS[args.data_set].images.get("train")
+    known = sets_of(args.task)[args.data_set].images.get("train")
     return None if known is None else round(known * args.sampling_ratio)

@@ -7,10 +7,11 @@ OUT/table1b is the output of the table's script: one folder per row, with protoc
 protocol) and seed0, seed1, ... (output folders of main.py). The report is printed, and written there as report.md and
 report.csv; fig3 also gets its picture, fig3.png.
 
-"Ours" is the accuracy of the weights that --report selects: mean and sample standard deviation over the seeds, after
-the last evaluated epoch and at each seed's best epoch. If the logs name another metric, the report gives that metric
-under its name. A row is not comparable with the paper if an argument that changes the mathematics differs from the
-protocol, the metric differs, epochs are missing, or the data set has another number of images.
+"Ours" is the metric of the weights that --report selects: mean and sample standard deviation over the seeds, after
+the last evaluated epoch and at each seed's best epoch. If the logs name another metric than the table's, the report
+gives that one under its name. A row is not comparable with the paper if an argument that changes the mathematics
+differs from the protocol, the protocol differs from the paper's (Table 6), the metric differs, epochs are missing, or
+the data set has another number of images.
 
 In measuring rows (Table 8, Table 11), "ours" was measured on the weights after the last epoch. Their seed0, seed1, ...
 are results of analysis.robustness or analysis.jaccard, and trained/<run> holds the training runs in the format of a
@@ -31,15 +32,15 @@ from matplotlib.ticker import MaxNLocator
 
 from arguments import NOT_MATHEMATICAL, default_arguments
 from cli import Parser, exit_code
-from datasets import DATASETS, canonical_name
 from paper.tables import TABLES
+from readers import canonical_name, sets_of
 from utils import UserError, write_atomically, write_csv
 
 PAPER = {name: table for name, table in TABLES.items() if "metric" in table}
 """The tables that have numbers to report; the head of ``tables.toml`` describes them."""
 
 ACCURACY = "acc1"
-"""The name in log.txt of the metric of the training rows: top-1 accuracy (percent)."""
+"""The metric's name in log.txt where a table does not say otherwise: top-1 accuracy (percent)."""
 
 # Arguments that may differ between a row's runs and the protocol, or among its seeds. (The table itself sets the path
 # of --finetune.)
@@ -110,11 +111,17 @@ class ReportRow:
             return []
         return [max(values.values()) for run in self.runs if (values := run.values())]
 
+    @property
+    def metric(self) -> str:
+        """The name in log.txt of the paper's metric."""
+        return self.paper.get("logged", ACCURACY)
+
     def other_metrics(self) -> list[str]:
-        """The metrics in the runs' logs other than the paper's accuracy."""
+        """The metrics in the runs' logs other than the paper's."""
         if self.results is not None:
             return []
-        return distinct(e.metric for run in self.runs for e in run.log if e.value is not None and e.metric != ACCURACY)
+        found = distinct(epoch.metric for run in self.runs for epoch in run.log if epoch.value is not None)
+        return [metric for metric in found if metric != self.metric]
 
     def changed_arguments(self) -> dict[str, list]:
         """Arguments that differ from the protocol: name -> the distinct values of the runs."""
@@ -325,13 +332,15 @@ def protocol_differences(row: ReportRow) -> list[str]:
     ]
     if len(names) > MAX_REASONS:
         reasons.append(f"{len(names) - MAX_REASONS} more arguments")
-    metrics = [f"metric {name}, not {ACCURACY}" for name in row.other_metrics()]
-    return metrics + reasons + distinct(reason for run in row.runs for reason in image_count_differences(run))
+    metrics = [f"metric {name}, not {row.metric}" for name in row.other_metrics()]
+    own = [row.paper["differs"]] if row.runs and "differs" in row.paper else []
+    return metrics + own + reasons + distinct(reason for run in row.runs for reason in image_count_differences(run))
 
 
 def image_count_differences(run: LoggedRun) -> list[str]:
     """Splits whose number of images in the last evaluated epoch differs from the published number."""
-    known = DATASETS[canonical_name(run.arguments["data_set"])].images
+    sets = sets_of(run.arguments["task"])
+    known = sets[canonical_name(run.arguments["data_set"], sets)].images
     evaluated = [epoch for epoch in run.log if epoch.value is not None]
     if not known or not evaluated:
         return []

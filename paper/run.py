@@ -16,10 +16,12 @@ measurements run last, on this machine.
     OUT/<table>/<row>/trained/<name> protocol.json and links of the runs that the row measures
 """
 
+import contextlib
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -40,13 +42,14 @@ from paper.plan import (
     select_rows,
 )
 from paper.tables import TABLES
+from readers import sets_of
 from utils import UserError, write_json
 
 # ------------------------------------------------------------------------------------------------- the checks
 
 
 def check_runs(settings: Settings, runs: list[TableRun]) -> None:
-    """Detect before any run starts what would stop one of them.
+    """Detect before any run starts what would stop one of them; with --smoke, write the toy data first.
 
     Raises:
         UserError: an unknown launcher, a run that is in Slurm's queue, missing or invalid data, a total batch that the
@@ -62,32 +65,41 @@ def check_runs(settings: Settings, runs: list[TableRun]) -> None:
     missing = warn_missing_data(unfinished) if settings.cluster else set()
     if settings.cluster is None:
         check_not_queued(unfinished)
-    # 3. each run's batch size and data set; every data set is read once
-    for run in unfinished:
-        data = (run.args.data_set, run.args.data_path)
-        try:
-            if settings.processes:
+    # 3. each run's batch size; then each data set once
+    if settings.processes:
+        for run in unfinished:
+            with told_of(run):
                 accumulation(run.args, settings.processes)
-            if data not in checked and data[1] not in missing and not run.args.download:
+    if settings.smoke:
+        from paper.toy_data import write_toy_data  # imports scikit-learn
+
+        write_toy_data(settings.data)
+    for run in unfinished:
+        data_set, data_path, task = data = (run.args.data_set, run.args.data_path, run.args.task)
+        if data not in checked and data_path not in missing and not run.args.download:
+            with told_of(run):
                 for split in ("train", "val"):
-                    read_split(data[0], split, data[1])
-        except UserError as error:
-            hint = "--data is the folder of all data sets, --overrides a file of options for other hardware"
-            raise UserError(f"{run}: {error} ({hint})") from None
+                    read_split(data_set, split, data_path, sets_of(task))
         checked.add(data)
 
 
+@contextlib.contextmanager
+def told_of(run: TableRun) -> Iterator[None]:
+    """Add the run, and the options that could mend it, to a UserError."""
+    try:
+        yield
+    except UserError as error:
+        hint = "--data is the folder of all data sets, --overrides a file of options for other hardware"
+        raise UserError(f"{run}: {error} ({hint})") from None
+
+
 def check_measurements(settings: Settings, measurements: list[Measurement]) -> None:
-    """Detect before any run starts what would stop a measurement; with --smoke, write its data first.
+    """Detect before any run starts what would stop a measurement.
 
     Raises:
         UserError: unknown options, missing or invalid data or given weights.
     """
     unfinished = [measurement for measurement in measurements if not measurement.is_measured]
-    if unfinished and settings.smoke:
-        from paper.toy_data import write_toy_data  # imports scikit-learn
-
-        write_toy_data(settings.data)
     for measurement in unfinished:
         try:
             check_measurement(*measurement.words, given=measurement.given_checkpoints())

@@ -17,8 +17,8 @@ WEIGHTS: dict[str, str] = _DATA["weights"]
 
 
 def _with_defaults(table: dict) -> dict:
-    """The table, with its ``measured`` and ``conditions`` copied into its rows; a missing value becomes None."""
-    inherited = {"value": None} | {key: table[key] for key in ("measured",) if key in table}
+    """The table with its ``measured``, ``logged`` and ``conditions`` in its rows; a missing value becomes None."""
+    inherited = {"value": None} | {key: table[key] for key in ("measured", "logged") if key in table}
     conditions = table.get("conditions", {})
     rows = {
         name: inherited | row | {"conditions": conditions | row.get("conditions", {})}

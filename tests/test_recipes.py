@@ -114,6 +114,9 @@ NO_PROTOCOL = {
     "smoke_dino",
     "smoke_moco",
     "smoke_linear",
+    "smoke_segment",
+    "smoke_segment_pvt",
+    "smoke_detect",
 }  # of ours
 
 

@@ -79,8 +79,8 @@ def test_the_log_says_that_the_loader_is_the_bottleneck():
     assert "100 % of the time" in records.describe_bottleneck(100.0, 1240.0, 8), "whatever was measured"
 
 
-@pytest.mark.parametrize(("share", "said"), [(9.0, 0), (11.0, 2)])
-def test_a_starved_epoch_is_told_once_without_its_first_window(tmp_path, share, said):
+@pytest.mark.parametrize(("share", "said"), [(9.0, 0), (11.0, 1)])
+def test_a_starved_run_is_told_once_without_its_first_window(tmp_path, share, said):
     task = SimpleNamespace(describe=lambda results: "", warning=lambda means: "")
     plan = SimpleNamespace(output_dir=tmp_path)
     position = Position(epoch=0, step=1, updates_per_epoch=4, epochs=2)

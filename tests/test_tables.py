@@ -39,6 +39,9 @@ SCRIPTS = {
     "table2": "table2_small_datasets.sh",
     "table3": "table3_sampling.sh",
     "table4": "table4_imagenet1k.sh",
+    "table5": "table5_detection.sh",
+    "table6": "table6_segmentation.sh",
+    "ade20k": "ade20k_segmentation.sh",
     "table7": "table7_finetuning.sh",
     "table8": "table8_robustness.sh",
     "table9": "table9_imagenet100_hybrids.sh",
@@ -57,6 +60,9 @@ PLACES = {
     "table2": "Table 2",
     "table3": "Table 3",
     "table4": "Table 4",
+    "table5": "Table 5",
+    "table6": "Table 6",
+    "ade20k": "ADE20K",
     "table7": "Table 7",
     "table8": "Table 8",
     "table9": "Table 9",
@@ -73,6 +79,7 @@ SIZES_EPOCHS_DATA = {
     *("data_set", "input_size", "patch_size", "crop_pct", "model_kwargs"),
     *("batch_size", "total_batch", "epochs", "warmup_epochs", "cooldown_epochs", "num_workers"),
     *("local_crops_number", "out_dim", "moco_dim", "moco_mlp_dim", "probe_blocks"),
+    *("longer_side", "warmup_updates", "head_kwargs"),
 }
 
 READ_SPLIT = datasets.read_split
@@ -157,7 +164,7 @@ def no_report(monkeypatch):
 def data_read(monkeypatch):
     """Every data set is found; these were looked for."""
     found = []
-    monkeypatch.setattr(datasets, "read_split", lambda *split: found.append(split))
+    monkeypatch.setattr(datasets, "read_split", lambda *split: found.append(split[:3]))
     return found
 
 
@@ -268,8 +275,10 @@ def test_rows_that_are_one_experiment_are_one_run():
     assert run["table1a", "0"] == run["table1b", "C"]
     assert run["fig3", "vit_small_sar"] == run["table4", "vit_small_sar"]
     in1k = {run["table4", "vit_small"], run["table4", "vit_small_sar"]}
-    for table in ("table7", "table8", "table11", "fig1_fig4"):
+    for table in ("table5", "table6", "table7", "table8", "table11", "fig1_fig4"):
         assert {job.row.run for job in runs_of(table) if job.row.name == "-"} == in1k
+    pvt = {run["table10", "pvt_small"], run["table10", "pvt_small_sar"]}
+    assert {job.row.run for job in runs_of("ade20k") if job.row.name == "-"} == pvt
     first, second = ({job.row.run for job in runs_of(table)} for table in ("table12", "fig6_fig7"))
     assert second == {run for run in first if not run.startswith("linear_in100/")}
 
@@ -290,6 +299,11 @@ def test_rows_that_are_one_experiment_are_one_run():
         ("table4", "vit_small_drloc", {"drloc_weight": 0.1, "sar_weight": 0, "last_block": "standard"}),
         ("table4", "vit_small_sar_drloc", {"drloc_weight": 0.1, "sar_weight": 0.01, "last_block": "sar"}),
         ("table4", "vit_tiny_sar", {"model": "vit_tiny_sar", "epochs": 300, "data_set": "imagenet"}),
+        ("table5", "vit_small", {"task": "detect", "last_block": "standard", "total_batch": 8, "sar_weight": 0}),
+        ("table5", "vit_small_sar", {"data_set": "voc0712", "epochs": 25, "last_block": "sar", "sar_weight": 0}),
+        ("table6", "vit_small_sar", {"data_set": "voc2012", "epochs": 25, "last_block": "sar", "sar_weight": 0}),
+        ("ade20k", "pvt_small_released", {"total_batch": 32, "lr": 2e-4, "last_block": "standard", "epochs": 63}),
+        ("ade20k", "pvt_small_sar", {"model": "pvt_small_sar", "total_batch": 16, "lr": 1e-4, "last_block": "sar"}),
         ("table7", "no-no_pets", {"data_set": "pets", "sar_weight": 0, "last_block": "standard"}),
         ("table7", "yes-no_flowers", {"data_set": "flowers", "sar_weight": 0, "last_block": "sar"}),
         ("table7", "no-yes_cifar10", {"total_batch": 512, "sar_weight": 0.01, "last_block": "standard"}),
@@ -315,8 +329,8 @@ def test_what_a_row_is(table, row, expected):
 def test_smoke_changes_sizes_epochs_and_data_alone(table):
     for job in runs_of(table, smoke=True):
         here = {name for name, value in vars(job.args).items() if value != vars(job.protocol)[name]}
-        assert here - {"output_dir"} <= SIZES_EPOCHS_DATA
-        assert job.args.data_set == "digits"
+        assert here - {"output_dir", "data_path"} <= SIZES_EPOCHS_DATA
+        assert job.args.data_set == ("digits" if job.args.task not in ("detect", "segment") else job.protocol.data_set)
 
 
 # ------------------------------------------------------------------------------------------- before it starts
@@ -367,7 +381,13 @@ def test_a_dry_run_with_weights_has_no_pre_training(run, tmp_path, capsys):
     assert "\ntotal: 42,288,000 images " in text, "100 epochs of four sets, four times"
 
 
-@pytest.mark.parametrize("table", ["table7", "table8", "table11", "fig1_fig4"])
+@pytest.mark.parametrize(("processes", "size"), [(1, 2), (4, 2), (8, 1), (3, 2)])
+def test_the_batch_of_a_process_is_smaller_for_more_processes_than_the_papers(processes, size):
+    launch = "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
+    assert {job.args.batch_size for job in runs_of("table5", launch=launch) if job.row.name != "-"} == {size}
+
+
+@pytest.mark.parametrize("table", ["table5", "table7", "table8", "table11", "fig1_fig4", "ade20k"])
 @pytest.mark.parametrize("option", ["ckpt_base", "ckpt_sar"])
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_weights_that_are_not_there_are_named_by_their_option(table, option, dry_run, run, capsys):
@@ -402,7 +422,7 @@ def test_the_images_of_an_epoch():
         ({"rows": "A G"}, "--rows: no row G; this table has A B C D E F"),
         ({"sedes": "0"}, "no option --sedes; did you mean --seeds"),
         ({"dry": True}, "no option --dry; did you mean --dry-run"),
-        ({"ckpt_base": "README.md"}, "leave --ckpt-base out: table1b does not use it (table7, table8, table11, fig1"),
+        ({"ckpt_base": "README.md"}, "leave --ckpt-base out: table1b does not use it (table5, table6, "),
         ({"ckpt_sar": "README.md"}, "leave --ckpt-sar out: table1b does not use it"),
         ({"ckpt_options": "--num-heads 6"}, "leave --ckpt-options out: table1b does not use it"),
         ({"images": "photos"}, "leave --images out: table1b does not use it (fig1_fig4, fig6_fig7 do)"),
@@ -501,7 +521,7 @@ def test_help_shows_options_and_rows(table, capsys):
         paper = "" if row["value"] is None else f" ({row['value']} in the paper)"
         assert re.search(rf"^  {re.escape(name)} +{re.escape(row['name'] + paper)}$", text, re.MULTILINE)
     assert "--seeds N [N ...]" in text
-    given = table in ("table7", "table8", "table11", "fig1_fig4")
+    given = table in ("table5", "table6", "ade20k", "table7", "table8", "table11", "fig1_fig4")
     assert [f"{option} " in text for option in ("--ckpt-base", "--ckpt-sar", "--ckpt-options")] == 3 * [given]
     assert [f"{option} " in text for option in ("--images", "--count")] == 2 * [table in ("fig1_fig4", "fig6_fig7")]
 
@@ -516,7 +536,7 @@ def test_the_two_commands_and_the_tables(capsys):
         (["ru"], "invalid choice: 'ru' (choose from 'run', 'report')"),
         (["run"], "the following arguments are required: TABLE"),
         (["run", "table1"], "argument TABLE: no table table1; did you mean table1"),
-        (["run", "table5"], "argument TABLE: no table table5; did you mean table"),
+        (["run", "table13"], "argument TABLE: no table table13; did you mean table"),
         (["run", "x"], "argument TABLE: no table x; there are table1a, table1b"),
         (["run", "table1b", "--seeds"], "argument --seeds: expected at least one argument"),
     ):
@@ -1187,6 +1207,24 @@ def test_a_row_of_each_script(table, row, run, fewer_digits, smoke_out, capsys):
     assert "not comparable" in line
     assert report in capsys.readouterr().out
     assert run(table, start_nothing, smoke=True, rows=row, out=smoke_out) == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "metric"), [("table5", "vit_small_sar", "ap50_11point"), ("ade20k", "pvt_small", "miou")]
+)
+def test_a_dense_row(table, row, metric, run, fewer_digits, smoke_out):
+    """From the pre-training to the report, as `test_a_row_of_each_script`, on the toy sets."""
+    assert run(table, in_this_process, smoke=True, rows=row, out=smoke_out) == 0
+    log = [json.loads(line) for line in (smoke_out / table / row / "seed0/log.txt").read_text().splitlines()]
+    report = (smoke_out / table / "report.md").read_text()
+    (line,) = [
+        line for line in report.splitlines() if line.startswith(f"| {tables.TABLES[table]['rows'][row]['name']} |")
+    ]
+    assert f"{log[-1][f'test_{metric}']:.2f} (n = 1)" in line
+    assert "20 test images, not " in report
+    assert f"metric {metric}" not in report, "it is the table's own"
+    (started,) = [job for job in runs_of(table, smoke=True, out=smoke_out) if job.row.name == row]
+    assert torch.load(started.checkpoint, weights_only=True)["args"]["finetune"].startswith(f"{smoke_out}/runs/")
 
 
 def test_the_four_ways_of_fine_tuning(run, fewer_digits, smoke_out):
