@@ -1,7 +1,6 @@
 """Builds the parts of a run from the arguments: plan, loaders, optimiser, wrapped network; and logs the banner."""
 
 from pathlib import Path
-from typing import cast
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -105,7 +104,9 @@ def wrap(task: Task, plan: Plan, processes: Processes, compiled: bool) -> nn.Mod
             gradient_as_bucket_view=True,
             static_graph=plan.accumulation == 1 and not compiled,
         )
-    return cast(nn.Module, torch.compile(network)) if compiled else network
+    if compiled:
+        (task.compiled_part or network).compile()
+    return network
 
 
 def build_run(args, plan: Plan, processes: Processes, stop: StopSignal, train_set) -> Run:

@@ -404,13 +404,14 @@ BACKBONES_OWN = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]")
 def load_trunk(
     backbone: nn.Module, source: str | Path | Mapping, key: str | None = None, other_last_block: bool = False
 ) -> list[str]:
-    """Load a classifier's weights into the backbone of a dense task, by their exact names.
+    """Load a classifier's weights, or a dense task's, into the backbone of a dense task, by their exact names.
 
-    [CLS], final norm and head are left out, and relative positions start anew. Nothing else may differ.
+    A classifier's [CLS], final norm and head are left out, and relative positions start anew. Of a dense task's
+    checkpoint all but the backbone is left out. Nothing else may differ.
 
     Args:
         backbone: `models.vitdet.ViTDet` or `models.pvt.DensePVT`; changed in place.
-        source: a file of a classifier, or a checkpoint already read.
+        source: a file of a classifier or a dense task, or a checkpoint already read.
         key: see `select_weights`.
         other_last_block: the backbone may have another kind of last block than the file. A second LayerNorm that the
             file lacks starts at 1 and 0.
@@ -425,7 +426,11 @@ def load_trunk(
     state, _ = select_weights(checkpoint, key)
     own = backbone.state_dict()
     notes = _compare_heads(num_heads_of(checkpoint, key), backbone if hasattr(backbone, "blocks") else None)
-    # 1. the last block
+    # 1. the backbone of a dense task; the last block
+    within = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    if within:
+        others = dict.fromkeys(name.partition(".")[0] for name in state if not name.startswith("backbone."))
+        state, notes = within, [*notes, f"left out: {', '.join(others)}, which are new here"]
     kind = last_block_of(checkpoint, key)
     if kind not in (None, backbone.last_block):
         if not other_last_block:

@@ -79,6 +79,11 @@ class Detection(DenseTask):
         super().__init__(args, model, device)
         self.classes, self.folder, self.masks = dataset.classes, args.output_dir, args.masks
 
+    @property
+    def compiled_part(self) -> nn.Module:
+        """The backbone: the heads' numbers of regions change from step to step."""
+        return cast(nn.Module, self.model.backbone)
+
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> BoxedDataset:
         images = read_images(split_settings(args), split, processes)

@@ -87,6 +87,11 @@ class Task(nn.Module):
         """
         return None
 
+    @property
+    def compiled_part(self) -> nn.Module | None:
+        """The module that ``--compile`` compiles; None for all of the training step's network."""
+        return None
+
     # ------------------------------------------------------------------------------------------ command line
 
     @classmethod

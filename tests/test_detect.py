@@ -20,7 +20,9 @@ from helpers.detection import (
     write_list,
     write_pictures,
 )
+from torch import nn
 
+import build
 import main
 from arguments import parse_arguments
 from readers import BOXED_SETS
@@ -273,6 +275,29 @@ def test_a_run_starts_from_a_classifier(run, tmp_path):
     assert torch.equal(task.model.backbone.pos_embed, model.pos_embed)
 
 
+def test_a_run_starts_from_the_backbone_of_a_detector(run, whole):
+    task = build_task(run, "--finetune", str(whole / "checkpoint.pth"))
+    first, *_ = task.start_from(str(whole / "checkpoint.pth"), None)
+    assert first == "left out: pyramid, rpn, roi_heads, which are new here"
+    saved = torch.load(whole / "checkpoint.pth", weights_only=True)["model"]
+    for name, value in task.model.state_dict().items():
+        same = torch.equal(value, saved[name])
+        assert same or not name.startswith("backbone.")
+    assert not torch.equal(task.model.rpn.head.bbox_pred.weight, saved["rpn.head.bbox_pred.weight"])
+
+
+def test_the_backbone_alone_is_compiled(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    task = build_task(run, "--compile")
+    assert build.wrap(task, None, ALONE, compiled=True) is task
+    assert compiled == [task.model.backbone]
+    monkeypatch.undo()
+    backbone, images = task.model.backbone.eval(), torch.randn(2, 3, 64, 64)
+    in_one_graph = torch.compile(backbone, fullgraph=True, backend="eager")
+    torch.testing.assert_close(in_one_graph(images, True), backbone(images, True))
+
+
 def test_layer_decay_is_vitdets(run, golden):
     official = golden("layer_decay.pt")["models"][0]["lr_scale"]
     task = Detection(
@@ -335,7 +360,6 @@ def test_masks_are_read_and_learned_where_they_are_known(tmp_path):
         ("--model pvt_small --layer-decay 1", "--model pvt_small: --task detect has ViTDet's pyramid"),
         ("--sched constant", "--sched has no effect in --task detect; leave it out"),
         ("--scale-range 2 1", "--scale-range 2 1: the smaller number comes first"),
-        ("--compile", "--compile: the heads' numbers of regions change"),
         ("--head-kwargs width=3", "--head-kwargs width: no such size; known are channels,"),
         ("--head-kwargs regions=many", "--head-kwargs regions=many: it must be a whole number"),
         ("--data-set folder --masks", "--masks: --data-set folder has boxes alone"),

@@ -45,8 +45,6 @@ def check(args: argparse.Namespace) -> None:
     low, high = args.scale_range
     if low > high:
         raise UserError(f"--scale-range {low:g} {high:g}: the smaller number comes first")
-    if args.compile:
-        raise UserError("--compile: the heads' numbers of regions change from step to step; leave it out")
     unknown = sorted(args.head_kwargs.keys() - set(HEAD_SIZES))
     if unknown:
         raise UserError(f"--head-kwargs {unknown[0]}: no such size; known are {', '.join(HEAD_SIZES)}")
