@@ -64,9 +64,13 @@ class DenseTask(Task):
 
     def notes(self) -> dict[str, str]:
         """Lines of the banner."""
+        memory = (
+            "each step line of a GPU has the peak; a smaller --batch-size with the same total batch needs less, and"
+        )
         return {
+            "memory": f"{memory} so does --grad-checkpointing",
             "lr": f"{self.learning_rate.peak:g}, not scaled with the batch; {self.lr_schedule}, after "
-            f"{self.warmup_updates} updates of warm-up"
+            f"{self.warmup_updates} updates of warm-up",
         }
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

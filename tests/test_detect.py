@@ -234,6 +234,14 @@ def test_a_run_is_logged_with_its_terms_and_its_rates(run, whole):
     assert "0.001, not scaled with the batch; steps, after 3 updates of warm-up" in text
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", ["--amp bf16", "--amp fp16", "--amp off", "--amp bf16 --compile"])
+def test_a_gpu_trains_and_evaluates(run, options, tmp_path):
+    words = runs.folders(WORDS, run.data, tmp_path, *options.split(), "--device", "cuda")
+    assert main.main(words) == 0
+    assert [line["test_images"] for line in runs.content(tmp_path)["log.txt"]] == [7, 7]
+
+
 def test_killed_and_stopped_it_goes_on_bit_for_bit(run, whole, tmp_path):
     assert run(tmp_path, before=runs.killed_at_update(UPDATES + 2)) == -signal.SIGKILL
     assert run(tmp_path, before=runs.at_call("tasks.detect", "detect", 3, runs.send(signal.SIGTERM))) == 0

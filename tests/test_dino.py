@@ -440,6 +440,14 @@ def test_killed_it_goes_on_bit_for_bit(run, whole_run, tmp_path):
     runs.assert_identical(runs.content(tmp_path), whole_run)
 
 
+def test_killed_in_k_nn_and_between_two_files_it_goes_on_bit_for_bit(run, whole_run, tmp_path):
+    in_knn = runs.at_call("tasks.knn", "pooled_features", 3, runs.send(signal.SIGKILL))
+    for kill in (in_knn, runs.killed_at_replace(5, after=True)):
+        assert run(tmp_path, before=kill) == -signal.SIGKILL
+    assert run(tmp_path) == 0
+    runs.assert_identical(runs.content(tmp_path), whole_run)
+
+
 def test_two_processes_train_as_one_does(run, here, tmp_path):
     alone = here(tmp_path / "one", *WITHOUT_NOISE.split())
     assert run(tmp_path / "two", *WITHOUT_NOISE.split(), "--batch-size", "12", ranks=2) == 0
