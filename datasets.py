@@ -28,7 +28,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from randomness import isolated_rng, seed_sequence
 from readers import DATASETS, DataSet, canonical_name, sets_of
 from readers.cache import cache_images
-from readers.images import LabelledImages, SubsetOf, UnreadableImage
+from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage
 from samplers import Draw, class_subset
 from utils import Processes, UserError, logger, write_json
 
@@ -139,13 +139,28 @@ def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None
     Raises:
         UserError, UnreadableImage: see :func:`readers.cache.cache_images`; no split is changed then.
     """
-    parts = [part for split in splits for part in getattr(split, "parts", (split,))]  # a split may join others
+    # 1. each set once, as k-NN's bank is the training set; a split may join others
+    parts = [part for split in splits for part in getattr(split, "parts", (split,))]
     on_disk = [split for split in parts if not split.base.in_memory]
-    if on_disk:
+    different: list[LabelledImages] = []
+    for split in on_disk:
+        if not any(same_images(split.base, images) for images in different):
+            different.append(split.base)
+    # 2. decode them
+    if different:
         skip_unreadable = all(split.skip_unreadable for split in on_disk)
-        cached = cache_images([split.base for split in on_disk], processes, skip_unreadable)  # type: ignore[misc]
-        for split, images in zip(on_disk, cached, strict=True):
-            split.base = images
+        cached = cache_images(different, processes, skip_unreadable)  # type: ignore[arg-type]
+        for split in on_disk:
+            (split.base,) = (new for old, new in zip(different, cached, strict=True) if same_images(split.base, old))
+
+
+def same_images(images: LabelledImages, others: LabelledImages) -> bool:
+    """Whether two sets read the same files with the same labels."""
+    if images is others:
+        return True
+    if not (isinstance(images, ImageFiles) and type(images) is type(others) and images.root == others.root):
+        return False
+    return list(images.names) == list(others.names) and np.array_equal(images.targets, others.targets)
 
 
 def save_subset(dataset: "AugmentedDataset", ratio: float, seed: int, path: Path) -> None:

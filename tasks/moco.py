@@ -33,6 +33,8 @@ from utils import Processes, in_process_group
 from weights import MOCO_HEADS, load_weights, read_checkpoint, self_supervised
 
 PROJECTOR_LAYERS, PREDICTOR_LAYERS = 3, 2
+COLLAPSED = 0.02
+"""A feature deviation below this is called a collapse; that of features in random directions is about 1."""
 
 
 class MoCo(Task):
@@ -122,6 +124,14 @@ class MoCo(Task):
             "contrast_accuracy": 100 * hits.float().mean(),
             "feature_deviation": feature_deviation(outputs["features"].chunk(2)[0]),
         }
+
+    def warning(self, means: Mapping[str, float]) -> str:
+        if means["feature_deviation"] > COLLAPSED:
+            return ""
+        return (
+            "all images have nearly the same feature: nothing is learned. If this lasts, try a lower --lr, more "
+            "--warmup-epochs, or a larger --total-batch"
+        )
 
     def notes(self) -> dict[str, str]:
         args, heads = self.args, cast(Any, self.model).blocks[0].attn.num_heads

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from helpers.image_sets import log_messages, photograph, truncate, write_folder, write_tars
 from torch.utils.data import DataLoader
 
+import datasets
 from arguments import build_parser
 from benchmarks import cache as benchmark_cache
 from datasets import build_loader, cache_splits
@@ -130,6 +131,19 @@ def test_a_loader_that_was_built_before_takes_the_cached_images(folder, num_work
     for path in (folder / "val").glob("*/*"):
         path.write_bytes(b"")
     assert equal(list(loader), expected)
+
+
+def test_a_set_that_is_read_twice_is_decoded_once(folder, monkeypatch):
+    """As the training images of a self-supervised run, which are also the bank of its k-NN."""
+    train, again, val = (Classification.data(run_args(folder), name, ALONE) for name in ("train", "train", "val"))
+    decoded, original = [], datasets.cache_images
+    monkeypatch.setattr(
+        datasets, "cache_images", lambda bases, *more: decoded.append(len(bases)) or original(bases, *more)
+    )
+    cache_splits([train, again, val], ALONE)
+    assert decoded == [2]
+    assert train.base is again.base
+    assert list(train.base.names) != list(val.base.names)
 
 
 def in_worker(images, context):

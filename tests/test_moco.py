@@ -367,6 +367,11 @@ def test_a_run_logs_what_shows_its_progress_and_picks_the_base_encoder_by_k_nn(w
     assert not any(name.startswith("test_momentum") for line in whole_run["log.txt"] for name in line)
 
 
+def test_equal_features_are_called_a_collapse():
+    assert "nothing is learned" in MoCo.warning(None, {"feature_deviation": 0.004})
+    assert not MoCo.warning(None, {"feature_deviation": 0.3})
+
+
 def test_statistics_of_both_encoders_move_and_are_in_the_checkpoint(whole_run):
     statistics = [whole_run["checkpoint.pth"][f"{name}_projector"]["7.running_var"] for name in ("base", "momentum")]
     assert not torch.equal(*statistics)
