@@ -173,11 +173,23 @@ def log_banner(args, run: Run) -> None:
         lines["defaults"] = f"of {args.data_set}: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
     for name, text in lines.items():
         logger.info(f"{name:>14}  {text}")
-    # 3. warnings
+    # 3. settings that have no full effect
+    warn_of_settings(args, task, plan)
+
+
+def warn_of_settings(args, task: Task, plan: Plan) -> None:
+    """Warn of settings that cannot have their full effect in a run of this length."""
+    peak, updates = task.learning_rate.peak, plan.epochs * plan.updates_per_epoch
     if args.warmup_epochs >= plan.epochs:
         logger.warning(
             f"--warmup-epochs {args.warmup_epochs} is not less than the {plan.epochs} epochs of the run: "
             f"lr does not reach its peak, {peak:g}"
+        )
+    kept = getattr(args, "model_ema_decay", 0) ** updates
+    if task.averaged is not None and kept > 0.5:
+        logger.warning(
+            f"--model-ema-decay {args.model_ema_decay:g}: after all {updates:,} updates the average "
+            f"still holds {100 * kept:.0f} % of the initial weights; lower it, or give --no-model-ema"
         )
     if args.drloc_weight and plan.epochs <= DRLOC_WARMUP_EPOCHS:
         logger.warning(

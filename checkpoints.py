@@ -10,6 +10,8 @@ A checkpoint holds tensors and plain values (no random state, see ``randomness.p
     args, data, precision       what must be the same in a run that resumes from it
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +129,23 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
             run.best = {}  # its best.pth is in the other folder
         logger.info(f"resuming from {source}: epoch {run.epoch}, update {run.step}")
     elif finetune:
-        for note in run.task.start_from(finetune, key):
+        with named(finetune):
+            notes = run.task.start_from(finetune, key)
+        for note in notes:
             logger.info(f"{finetune}: {note}")
     positions = run.processes.gather(torch.tensor([run.epoch, run.step], device=run.processes.device))
     if (positions != positions[0]).any():
         raise UserError(f"--output-dir {own.parent}: not all processes see its checkpoint; name a shared folder")
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Begin the message of a UserError with the file that it is about."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
 
 
 def epochs_saved(folder: Path) -> int:

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from randomness import isolated_rng, seed_sequence
 from readers import DATASETS, DataSet, canonical_name, sets_of
 from readers.cache import cache_images
-from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage
+from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage, first_few
 from samplers import Draw, class_subset
 from utils import Processes, UserError, logger, write_json
 
@@ -125,6 +125,34 @@ def read_images(settings: SplitSettings, split: str, processes: Processes) -> La
         whole, images = images, SubsetOf(images, class_subset(images.targets, ratio, settings.sampling_seed))
         logger.info(f"--sampling-ratio {ratio:g}: {len(images):,} of {len(whole):,} training images")
     return images
+
+
+def relabel(dataset: "AugmentedDataset", classes: Sequence[str]) -> list[str]:
+    """Number the labels of images to evaluate as in a list of classes that has all of theirs.
+
+    Args:
+        dataset: its labels and ``classes`` are changed in place.
+        classes: names, such as those of a checkpoint.
+
+    Returns:
+        A line to log if anything was changed.
+
+    Raises:
+        UserError: the images have a class that the list lacks.
+    """
+    own, numbers = dataset.classes, {name: number for number, name in enumerate(classes)}
+    if list(own) == list(classes):
+        return []
+    unknown = [name for name in own if name not in numbers]
+    if unknown:
+        raise UserError(
+            f"the checkpoint has no class {first_few(unknown)}; its {len(classes):,} are {first_few(list(classes))}: "
+            "rename the folders, or evaluate images of its classes"
+        )
+    base = dataset.base
+    base.targets = np.array([numbers[name] for name in own])[base.targets]
+    base.classes = dataset.classes = list(classes)
+    return [f"the images are of {len(own):,} of its {len(classes):,} classes, which were found by name"]
 
 
 def cache_splits(splits: list["AugmentedDataset"], processes: Processes) -> None:

@@ -14,13 +14,13 @@ from analysis.images import choose_samples
 from arguments import parse_arguments
 from augmentation import normalise
 from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
-from checkpoints import save, start_or_resume
+from checkpoints import named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, epoch_record
 from tasks import load_task
 from utils import Processes, StopSignal, UserError, logger, prepare_output_dir
-from weights import read_checkpoint, write_weights
+from weights import is_own, read_checkpoint, write_weights
 
 PANEL_IMAGES = 4  # images in the figure of `--log-attention`
 
@@ -168,8 +168,13 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     dataset = task_class.data(args, "val", processes)
     if dataset is None:
         raise UserError(f"--eval: --data-set {args.data_set} has no classes to evaluate with; name another set")
-    task = task_class(args, dataset, processes.device)
-    for note in task.load(checkpoint, args.checkpoint_key):
+    with named(path):
+        classes = (checkpoint.get("data") or {}).get("classes") if is_own(checkpoint) else None
+        same_task = is_own(checkpoint) and checkpoint["args"].get("task", "classify") == args.task
+        notes = task_class.relabel(dataset, classes) if classes and same_task else []
+        task = task_class(args, dataset, processes.device)
+        notes += task.load(checkpoint, args.checkpoint_key)
+    for note in notes:
         logger.info(f"{path}: {note}")
     if args.export and processes.is_main:
         write_weights(task.exported, args.export)
@@ -178,6 +183,8 @@ def evaluate_only(argv, args, processes: Processes) -> int:
             logger.warning(f"{args.export}: its last block is {args.last_block!r}, which other programs' ViTs lack")
     dtype, _ = choose_amp(args.amp, processes.device)
     loader = build_eval_loader(args, processes, dataset)
-    results = evaluate(task.evaluator(), task.model, loader, processes, dtype)
-    logger.info(task.describe(results or {}))
+    results = evaluate(task.evaluator(), task.model, loader, processes, dtype) or {}
+    logger.info(task.describe(results))
+    if bad := [name for name, value in results.items() if not math.isfinite(value)]:
+        raise NonFiniteLoss(f"{path}: {', '.join(bad)} is not finite; try --amp off")
     return 0

@@ -16,17 +16,20 @@ The known formats, and the keys that select weights:
 
 Self-supervised training by this program has the keys of the last two networks, too: student, teacher; base, momentum.
 
-The prefixes of DistributedDataParallel and ``torch.compile`` are removed. The projection and prediction heads of DINO
-and MoCo-v3 are not part of the ViT and are left out. Any other name that does not fit is an error. `write_weights`
-writes weights for other programs.
+The prefixes of DistributedDataParallel and ``torch.compile`` are removed, and any that all names share, such as
+Lightning's ``model.``. The projection and prediction heads of DINO and MoCo-v3 and the decoder of MAE are not part of
+the ViT and are left out. Any other name that does not fit is an error. `write_weights` writes weights for other
+programs.
 """
 
 import argparse
+import io
 import math
+import pathlib
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -105,7 +108,8 @@ SELF_SUPERVISED = (
     ),
 )
 
-# What training programs pickle besides tensors: their arguments, and NumPy numbers such as the best accuracy.
+# What training programs pickle besides tensors: their arguments, paths in them, and NumPy numbers such as the best
+# accuracy. A path of Windows is read as a pure one, which touches no disk.
 _numpy_scalar = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -113,14 +117,18 @@ _SAFE_GLOBALS: list[Any] = [
     (_numpy_scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    *((pathlib.PureWindowsPath, f"pathlib.{name}") for name in ("WindowsPath", "PureWindowsPath")),
 ]
 
 
 def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
     """Read the whole content of a checkpoint file, on the CPU; code in the file is never run.
 
-    Files ``*.safetensors`` are read by safetensors, all others by ``torch.load(weights_only=True)``. Of the types that
-    older training programs pickle, ``argparse.Namespace`` and NumPy numbers are allowed.
+    The content decides, whatever the suffix: safetensors reads its own files, ``torch.load(weights_only=True)`` all
+    others. Of the types that older training programs pickle, ``argparse.Namespace``, paths and NumPy numbers are
+    allowed.
 
     Args:
         path: the file.
@@ -134,11 +142,13 @@ def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the checkpoint in it, for example {path / 'best.pth'}")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             return safetensors.torch.load_file(path, device="cpu")
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            on_disk = lazily and zipfile.is_zipfile(path)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
+            misnamed = path.suffix == ".safetensors"  # which torch.load goes by
+            on_disk = lazily and zipfile.is_zipfile(path) and not misnamed
+            source = io.BytesIO(path.read_bytes()) if misnamed else path
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=on_disk)
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # damaged files raise errors of many types
@@ -149,13 +159,29 @@ def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
     return checkpoint
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one of safetensors: 8 bytes for the length of a header, which is JSON."""
+    with open(path, "rb") as file:
+        length, first = file.read(8), file.read(1)
+    return first == b"{" and int.from_bytes(length, "little") < path.stat().st_size
+
+
 def _explain_unreadable(path: Path, error: Exception) -> str:
     """The message of a `UserError` for a file that could not be read."""
+    # 1. content that is not allowed
     blocked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, UnpicklingError) else None
     if blocked:
         return (
             f"{path} is refused: reading it would call {blocked[1]}, which a checkpoint of weights does not need; "
             "get the file from a source you trust, saved as tensors and plain values"
+        )
+    # 2. another kind of file, or nothing
+    if not path.stat().st_size:
+        return f"{path} is empty: writing it was interrupted, or its disk was full; take another checkpoint"
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        return (
+            f"{path} is a TorchScript archive, a program with its weights; save these alone: "
+            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pth')"
         )
     return f"{path} is truncated or not a checkpoint; copy or download it again"
 
@@ -184,16 +210,24 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     if key is not None:
         if key not in holders:
             raise UserError(f"the checkpoint has no weights under {key!r}; keys with weights: {there}")
-        return clean_state_dict(checkpoint[key]), key
+        return _without_prefix(clean_state_dict(checkpoint[key])), key
     for name in WEIGHT_KEYS:
         if name in holders:
-            return clean_state_dict(checkpoint[name]), name
+            return _without_prefix(clean_state_dict(checkpoint[name])), name
     if _is_state_dict(checkpoint):
-        return clean_state_dict(dict(checkpoint)), None
+        return _without_prefix(clean_state_dict(dict(checkpoint))), None
     raise UserError(
         f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; give another key. "
         f"Keys with weights: {there}; all keys: {_shorten(checkpoint)}"
     )
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without a first name that all of its weights have, such as Lightning's ``model.``."""
+    first = {name.partition(".")[0] for name in state}
+    if len(first) > 1 or not any(re.match(r"\w+\.(cls_token|pos_embed|patch_embed\.)", name) for name in state):
+        return state
+    return {name.partition(".")[2]: value for name, value in state.items()}
 
 
 # Names in the head of DINO's early files, and of torch's newer weight normalisation -> those in DINO's files of today.
@@ -350,42 +384,54 @@ def has_moco_positions(state: Mapping[str, Tensor]) -> bool:
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | Mapping, key: str | None = None, keep_head: bool = False
+    model: nn.Module,
+    source: str | Path | Mapping,
+    key: str | None = None,
+    keep_head: bool = False,
+    classes: Sequence[str] = (),
 ) -> list[str]:
     """Load a checkpoint of any known program into ``model``.
 
-    A head with another number of classes is dropped, and the model keeps its own. In a ViT, position embedding and
-    patch embedding of another grid are resampled by timm. Nothing else may differ.
+    A head with another number of classes, or with other ``classes``, is dropped, and the model keeps its own. In a ViT,
+    position embedding and patch embedding of another grid are resampled by timm. Positions without one for [CLS] get
+    zeros for it, which is the same. Nothing else may differ.
 
     Args:
         model: a model of this program, or a ViT of timm; changed in place.
         source: a file, or a checkpoint already read.
         key: see `select_weights`.
         keep_head: for evaluation: a head that does not fit is an error.
+        classes: names of the model's classes, to compare with those in a checkpoint of this program.
 
     Returns:
         One line for each adaptation, to be logged; empty if there was none.
 
     Raises:
-        UserError: the file cannot be used (`read_checkpoint`, `select_weights`), or weights are missing, unexpected or
-            of another shape. The model is not changed then.
+        UserError: the file cannot be used (`read_checkpoint`, `select_weights`), or weights are missing, unexpected, of
+            another shape or not finite. The model is not changed then.
     """
+    # 1. read and check
     checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
     state, _ = select_weights(checkpoint, key)
+    check_finite(state)
     if state.keys() == {"linear.weight", "linear.bias"}:
         raise UserError(
             "the checkpoint is of DINO's linear probe, a classifier without its model; evaluate both by --task linear "
             "--eval --finetune BACKBONE --classifier FILE"
         )
+    # 2. adapt
     notes = _compare_heads(num_heads_of(checkpoint, key), model if isinstance(model, VisionTransformer) else None)
+    state, layout_notes = _fit_layout(state, model)
     state, grid_notes = _fit_grid(state, model)
     head_notes = []
     if not keep_head:
-        state, head_notes = _fit_head(state, model)
+        known = (checkpoint.get("data") or {}).get("classes") if is_own(checkpoint) else None
+        state, head_notes = _fit_head(state, model, bool(known and classes) and list(known or ()) != list(classes))
+    # 3. all else is the same
     program = self_supervised(checkpoint)
     _check_fit(state, model, f"{program.name} checkpoint" if program else "checkpoint")
     model.load_state_dict(state)
-    return notes + grid_notes + head_notes
+    return notes + layout_notes + grid_notes + head_notes
 
 
 def _compare_heads(heads: int | None, vit: Any) -> list[str]:
@@ -394,6 +440,40 @@ def _compare_heads(heads: int | None, vit: Any) -> list[str]:
     if None in (heads, own) or heads == own:
         return []
     return [f"apparently trained with {heads} heads, but the model has {own}: use --model-kwargs num_heads={heads}"]
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are infinite or not numbers.
+
+    Raises:
+        UserError: it names the first of them.
+    """
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{name} is not finite: its training had diverged; take an earlier checkpoint")
+
+
+MAE_DECODER = re.compile(r"mask_token|decoder_")
+
+
+def _fit_layout(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in the layout of this program's ViTs: without MAE's decoder, and with a position of [CLS].
+
+    Positions without one for [CLS] are recognised by their number on the model's own grid alone: of another grid they
+    could as well be those of an oblong grid with [CLS].
+    """
+    notes = []
+    if "mask_token" in state:
+        state = {name: value for name, value in state.items() if not MAE_DECODER.match(name)}
+        notes.append("of MAE's pre-training: the encoder, without decoder and mask token")
+    theirs, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if theirs is not None and own is not None and theirs.ndim == own.ndim == 3:
+        patches = theirs.shape[1]
+        if "cls_token" in state and patches + 1 == own.shape[1] and math.isqrt(patches) ** 2 == patches:
+            zeros = theirs.new_zeros(1, 1, theirs.shape[2])
+            state = state | {"pos_embed": torch.cat([zeros, theirs], dim=1)}
+            notes.append("pos_embed: without one for [CLS], which gets zeros")
+    return state, notes
 
 
 # Weights of a classifier that the backbone of a dense task does not have, and those that only the backbone has.
@@ -424,8 +504,11 @@ def load_trunk(
     """
     checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
     state, _ = select_weights(checkpoint, key)
+    check_finite(state)
+    state, layout_notes = _fit_layout(state, backbone)
     own = backbone.state_dict()
     notes = _compare_heads(num_heads_of(checkpoint, key), backbone if hasattr(backbone, "blocks") else None)
+    notes += layout_notes
     # 1. the backbone of a dense task; the last block
     within = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
     if within:
@@ -498,17 +581,25 @@ def _fit_grid(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
     return fitted, sorted(notes)
 
 
-def _fit_head(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """Replace the classifier's weights by the model's own if the number of classes differs; returns notes."""
+def _fit_head(
+    state: dict[str, Tensor], model: nn.Module, other_classes: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Replace the classifier's weights by the model's own if the number or the names of classes differ; returns notes.
+
+    Args:
+        other_classes: the classes are known to have other names.
+    """
     names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     notes = []
     for name in (names,) if isinstance(names, str) else names:
         keys = (f"{name}.weight", f"{name}.bias")
         own = {k: v for k, v in model.state_dict().items() if k in keys}
         old, new = (None if keys[0] not in d else len(d[keys[0]]) for d in (state, own))
-        if old == new:
+        if old == new and not (other_classes and new):
             continue
-        if old is None:
+        if old == new:
+            notes.append(f"{name}: of {old} classes with other names, dropped and re-initialised; --keep-head keeps it")
+        elif old is None:
             notes.append(f"{name}: not in the checkpoint, initialised for {new} classes")
         elif new is None:
             notes.append(f"{name}: dropped ({old} classes), as the model has none")
@@ -542,9 +633,25 @@ def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model:
             return f". The checkpoint has the last block {kind!r}: use --last-block {kind}"
     if "dist_token" in unexpected:
         return ". They are a distilled DeiT's, which is not supported: use the model without distillation"
+    if "reg_token" in unexpected or "register_tokens" in unexpected:
+        return ". They are a ViT's with register tokens, which this program's models do not have"
+    for names, program in LAYOUTS.items():
+        if any(re.match(names, name) for name in unexpected):
+            return f". The names are those of {program}, which are not read: convert them to timm's"
     if [k.partition(" ")[0] for k in reshaped] == ["pos_embed"]:
-        return ". Only square grids are resampled: use the checkpoint's image and patch size"
+        return ". Only square grids with a position of [CLS] are resampled: use the checkpoint's image and patch size"
+    if reshaped and all(re.match(r"head\.", name) for name in reshaped):
+        return ". Its classes are others: fine-tune it (--finetune without --eval), or name the data set of its classes"
     return ""
+
+
+# Names of ViTs in other programs, which timm's do not begin with.
+LAYOUTS = {
+    r"(vit|deit|dinov2|model)?\.?embeddings\.": "Hugging Face's transformers",
+    r"(backbone\.)?layers\.\d+\.(ln1|attn|ffn)\.": "mmpretrain",
+    r"(encoder\.layers\.encoder_layer_\d+|conv_proj)\.": "torchvision's ViT",
+    r"(visual|transformer)\.": "CLIP",
+}
 
 
 def _shape(tensor: Tensor | None) -> str:

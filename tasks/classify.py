@@ -1,7 +1,7 @@
 """Image classification: Mixup and CutMix, cross-entropy, averaged weights; accuracy and measures of the maps."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from augmentation import TrainTransform, erase, eval_transform
-from datasets import AugmentedDataset, build_split
+from datasets import AugmentedDataset, build_split, relabel
 from losses import spatial_entropy
 from tasks import Evaluator, Task
 from tasks.options import classify as options
 from tasks.settings import build_task_model, split_settings
 from utils import Processes
+from weights import load_weights
 
 
 class Classification(Task):
@@ -39,6 +40,7 @@ class Classification(Task):
         # the soft targets of Mixup are already smoothed
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
         self.ema = (ModelEmaV3(self.model, decay=args.model_ema_decay),) if args.model_ema else ()
+        self.classes = () if args.keep_head else dataset.classes
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:
@@ -67,6 +69,17 @@ class Classification(Task):
     def end_update(self, schedule: Mapping[str, float]) -> None:
         for ema in self.ema:
             ema.update(self.model)
+
+    def start_from(self, path: str, key: str | None) -> list[str]:
+        """See `tasks.Task.start_from`; a head whose classes have other names is dropped, unless ``--keep-head``."""
+        notes = load_weights(self.model, path, key, classes=self.classes)
+        if self.averaged is not None:
+            self.averaged.load_state_dict(self.model.state_dict())
+        return notes
+
+    @classmethod
+    def relabel(cls, dataset: AugmentedDataset, classes: Sequence[str]) -> list[str]:
+        return relabel(dataset, classes)
 
     def evaluator(self) -> "Accuracy":
         return Accuracy()

@@ -1,7 +1,7 @@
 """What segmentation and detection share: the backbone, its weights, ViTDet's optimisation."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -57,6 +57,13 @@ class DenseTask(Task):
         super().__init__(args, model.to(device), device)
         self.factor = {"steps": steps_factor, "poly": poly_factor}[args.lr_schedule]
         self.warmup_updates, self.lr_schedule = args.warmup_updates, args.lr_schedule
+
+    @classmethod
+    def relabel(cls, dataset: Any, classes: Sequence[str]) -> list[str]:
+        if list(dataset.classes) != list(classes):
+            few = ", ".join(name for name in dataset.classes if name not in classes) or "the same, in another order"
+            raise UserError(f"the images have other classes than the checkpoint ({few}); take images of its classes")
+        return []
 
     def schedule(self, position: Position) -> dict[str, float]:
         lr = self.learning_rate.peak * self.factor(position, self.warmup_updates)

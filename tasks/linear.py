@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augmentation import TrainTransform, eval_transform
-from datasets import AugmentedDataset, build_split
+from datasets import AugmentedDataset, build_split, relabel
 from tasks import Evaluator, Task
 from tasks.knn import pooled_features
 from tasks.options import linear as options
@@ -141,6 +141,10 @@ class LinearClassification(Task):
             args.input_size, hflip=args.hflip, color_jitter=0, aa="none", interpolation="bilinear", reprob=0
         )
         return build_split(split_settings(args), split, transform, processes)
+
+    @classmethod
+    def relabel(cls, dataset: AugmentedDataset, classes: Sequence[str]) -> list[str]:
+        return relabel(dataset, classes)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": self.model(batch["images"])}

@@ -1,7 +1,7 @@
 """The base classes of all tasks: `Task`, which the loop trains, and `Evaluator`, which measures its model."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -133,6 +133,17 @@ class Task(nn.Module):
             UserError: files are missing or not as expected.
         """
         raise NotImplementedError
+
+    @classmethod
+    def relabel(cls, dataset: Any, classes: Sequence[str]) -> list[str]:
+        """Number the labels of images to evaluate as a checkpoint's classes; returns lines to log.
+
+        Default: nothing, for a task whose model has no classes.
+
+        Raises:
+            UserError: the images have other classes.
+        """
+        return []
 
     # ------------------------------------------------------------------------------------------- a micro-batch
 

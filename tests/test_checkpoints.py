@@ -1,8 +1,11 @@
 """Checkpoints of every origin: read safely, picked by name, fitted to a model, refused with a clear line."""
 
 import argparse
+import math
 import os
 import pickle
+import zipfile
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -90,7 +93,7 @@ def test_a_hostile_pickle_is_refused_and_never_run(tmp_path, state, zipped):
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors"])
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("kept", [0.01, 0.1, 0.5, 0.99])
 def test_a_truncated_file(tmp_path, state, name, kept):
     path = tmp_path / name
     if path.suffix == ".pth":
@@ -348,6 +351,97 @@ def test_a_checkpoint_of_the_released_sar_code(golden, tmp_path, kind, last_bloc
     torch.testing.assert_close(model(content["input"]), content[kind]["logits"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: writing it was interrupted"),
+        (b"PK\x03\x04", "is truncated or not a checkpoint"),
+    ],
+)
+def test_files_that_hold_nothing(tmp_path, content, message):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(tmp_path / "weights.pth")
+
+
+def test_a_torchscript_archive_is_called_what_it_is(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"model/{name}", b"")
+    with pytest.raises(UserError, match=r"is a TorchScript archive.*torch\.jit\.load"):
+        read_checkpoint(tmp_path / "model.pt")
+
+
+def test_the_content_decides_the_format(tmp_path, state):
+    safetensors.torch.save_file({"head.bias": torch.ones(3)}, tmp_path / "weights.pth")
+    torch.save(state, tmp_path / "weights.safetensors")
+    assert list(read_checkpoint(tmp_path / "weights.pth")) == ["head.bias"]
+    assert list(read_checkpoint(tmp_path / "weights.safetensors")) == list(state)
+
+
+def test_paths_in_arguments_are_read(tmp_path, state):
+    torch.save({"model": state, "args": {"data_path": Path("/data"), "other": PurePosixPath("x")}}, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth")["args"]["data_path"] == Path("/data")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "vit."])
+def test_a_beginning_that_all_names_share_is_removed(state, prefix):
+    assert list(select_weights({"state_dict": with_prefix(prefix, state)})[0]) == list(state)
+    assert select_weights({"state_dict": {"linear.weight": torch.ones(2, 2)}})[0].keys() == {"linear.weight"}
+
+
+def test_maes_pre_training_gives_its_encoder(state):
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 192)}
+    encoder = {name: value for name, value in state.items() if not name.startswith("head.")}
+    model = make()
+    notes = load_weights(model, {"model": encoder | decoder})
+    assert notes[0] == "of MAE's pre-training: the encoder, without decoder and mask token"
+    assert torch.equal(model.state_dict()["blocks.1.attn.qkv.weight"], state["blocks.1.attn.qkv.weight"])
+
+
+def test_positions_without_one_for_cls_are_the_same_model():
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}
+    theirs = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).eval()
+    ours = timm.create_model("vit_tiny", **sizes).eval()
+    assert load_weights(ours, {"model": theirs.state_dict()}) == ["pos_embed: without one for [CLS], which gets zeros"]
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["reg_token"], "register tokens"),
+        (["vit.embeddings.cls_token", "vit.encoder.layer.0.output.dense.bias"], "those of Hugging Face's transformers"),
+        (["layers.0.ln1.weight", "cls_token"], "those of mmpretrain"),
+        (["conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"], "those of torchvision's ViT"),
+    ],
+)
+def test_other_layouts_are_called_by_their_programs(names, message):
+    with pytest.raises(UserError, match=message):
+        load_weights(make(), {"model": {name: torch.zeros(1) for name in names}})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(state, value):
+    state = state | {"blocks.0.norm1.bias": torch.full_like(state["blocks.0.norm1.bias"], value)}
+    model = make()
+    before = model.state_dict()["blocks.0.norm1.bias"].clone()
+    with pytest.raises(UserError, match=r"blocks\.0\.norm1\.bias is not finite"):
+        load_weights(model, {"model": state})
+    assert torch.equal(model.state_dict()["blocks.0.norm1.bias"], before)
+
+
+def test_a_head_whose_classes_have_other_names_is_dropped(state):
+    classes = [f"class {number}" for number in range(len(state["head.bias"]))]
+    own = {"model": state, "args": {"last_block": "standard", "model": "x"}, "data": {"classes": classes}}
+    model = make()
+    assert load_weights(model, own, classes=classes) == []
+    assert load_weights(model, own) == [], "nothing is known of the model's classes"
+    (note,) = load_weights(model, own, classes=[*classes[:-1], "zebra"])
+    assert "with other names, dropped and re-initialised; --keep-head keeps it" in note
+
+
 def test_another_number_of_classes_drops_the_head(state):
     torch.manual_seed(2)
     model = make(num_classes=3)
@@ -359,7 +453,9 @@ def test_another_number_of_classes_drops_the_head(state):
 
 def test_evaluation_never_drops_the_head(state):
     assert load_weights(make(), state, keep_head=True) == []
-    with pytest.raises(UserError, match=r"of another shape: head.weight 5x24 for 3x24, head.bias 5 for 3$"):
+    with pytest.raises(
+        UserError, match=r"shape: head.weight 5x24 for 3x24, head.bias 5 for 3\. Its classes are others"
+    ):
         load_weights(make(num_classes=3), state, keep_head=True)
     headless = {k: v for k, v in state.items() if not k.startswith("head.")}
     with pytest.raises(UserError, match=r"missing: head.weight, head.bias$"):
@@ -404,7 +500,7 @@ def test_same_shapes_are_never_resampled():
 @pytest.mark.parametrize("target", [32, 64])
 def test_an_oblong_grid_cannot_be_resampled(image, target):
     oblong = make(img_size=image).state_dict()
-    with pytest.raises(UserError, match=r"another shape: pos_embed .*\. Only square grids are resampled"):
+    with pytest.raises(UserError, match=r"another shape: pos_embed .*\. Only square grids with a position of"):
         load_weights(make(img_size=target), oblong)
 
 

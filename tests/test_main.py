@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -248,7 +249,33 @@ def test_eval_refuses_a_head_of_other_classes(trained, tmp_path, capsys):
             (other / split / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(other / split / name / "0.png")
     assert main.main(["--eval", "--resume", str(trained / "best.pth"), "--data-path", str(other)]) == 2
-    assert "head.weight 10x24 for 2x24" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{trained / 'best.pth'}: the checkpoint has no class one, two; its 10 are 0, 1, 2, 3, 4 and 5 more" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_eval_of_some_of_the_classes_finds_them_by_name(data, trained, tmp_path, capsys):
+    """The accuracy over parts of the classes, weighted by their images, is that over all."""
+    hits, counted = 0.0, 0
+    for part in (range(4), range(4, 10)):
+        for number in part:
+            (tmp_path / f"{part[0]}/val").mkdir(parents=True, exist_ok=True)
+            for split in ("train", "val"):
+                (tmp_path / f"{part[0]}/{split}").mkdir(exist_ok=True)
+                (tmp_path / f"{part[0]}/{split}/{number}").symlink_to(data / split / str(number))
+        words = ["--eval", "--resume", str(trained / "best.pth"), "--data-path", str(tmp_path / str(part[0]))]
+        assert main.main([*words, "--num-workers", "0"]) == 0
+        text = capsys.readouterr().out
+        assert f"the images are of {len(part)} of its 10 classes, which were found by name" in text
+        hits += float(re.search(r"Acc@1 (\S+)", text)[1]) * len(part)
+        counted += len(part)
+    best = torch.load(trained / "best.pth", weights_only=True)["best"]
+    assert hits / counted == pytest.approx(best["acc1"], abs=1e-2)
+
+
+def test_an_average_that_cannot_move_is_warned_of(data, tmp_path, capsys):
+    assert train(data, tmp_path, *ONE_EPOCH, "--model-ema-decay", "0.99996") == 0
+    assert "--model-ema-decay 0.99996: after all 5 updates the average still holds 100 %" in capsys.readouterr().out
 
 
 def test_finetune_begins_a_run_from_weights_and_says_what_it_dropped(trained, tmp_path, capsys):

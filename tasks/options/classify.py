@@ -24,6 +24,7 @@ def _add_averaged_weights(parser: argparse.ArgumentParser) -> None:
         help="keep an exponential moving average of the weights",
     )
     add("--model-ema-decay", type=_fraction, default=0.99996, help="decay of the averaged weights at each update")
+    add("--keep-head", action="store_true", help="keep the head of --finetune although its classes have other names")
     add("--report", choices=("model", "ema"), default="model", help="the weights whose accuracy picks best.pth")
 
 
