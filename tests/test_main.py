@@ -292,6 +292,22 @@ def test_finetune_begins_a_run_from_weights_and_says_what_it_dropped(trained, tm
     assert last_record(tmp_path / "out")["epoch"] == 0
 
 
+@pytest.mark.parametrize("more", [(), ("--keep-head",)])
+def test_finetune_drops_a_head_whose_classes_have_other_names(more, trained, tmp_path, capsys):
+    other = runs.write_digits(tmp_path / "data")
+    for split in ("train", "val"):
+        (other / split / "9").rename(other / split / "nine")
+    assert (
+        train(other, tmp_path / "out", "--finetune", str(trained / "best.pth"), "--lr", "1e-9", *ONE_EPOCH, *more) == 0
+    )
+    dropped = "head: of 10 classes with other names, dropped and re-initialised" in capsys.readouterr().out
+    assert dropped != bool(more)
+    heads = [
+        torch.load(path / "best.pth", weights_only=True)["model"]["head.weight"] for path in (trained, tmp_path / "out")
+    ]
+    assert torch.allclose(*heads, atol=1e-3) == bool(more)
+
+
 def test_finetune_keeps_the_last_block_of_the_weights(trained, data, tmp_path):
     """Appendix E.4; our checkpoints say which it is, of others the second LayerNorm tells."""
     weights = torch.load(trained / "best.pth", weights_only=True)["model"]
