@@ -13,7 +13,7 @@ from analysis.attention import similarity_maps
 from analysis.images import choose_samples
 from arguments import parse_arguments
 from augmentation import normalise
-from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
+from build import build_eval_loader, build_plan, build_run, choose_amp, load_trained, log_banner
 from checkpoints import save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
@@ -142,7 +142,8 @@ def update_best(run: Run, results: dict) -> bool:
     name = "test" if task.reported == task.weight_names[0] else f"test_{task.reported}"
     if not results or results[name][task.metric] <= run.best.get(task.metric, -math.inf):
         return False
-    run.best = {task.metric: results[name][task.metric], "epoch": run.epoch, "weights": task.reported}
+    best = results[name]
+    run.best = {task.metric: best[task.metric], "epoch": run.epoch, "weights": task.reported, "results": best}
     return True
 
 
@@ -164,13 +165,10 @@ def evaluate_only(argv, args, processes: Processes) -> int:
         raise UserError(f"nothing to evaluate at {path}; name a checkpoint with --finetune FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
-    task_class = load_task(args.task)
-    dataset = task_class.data(args, "val", processes)
+    dataset = load_task(args.task).data(args, "val", processes)
     if dataset is None:
         raise UserError(f"--eval: --data-set {args.data_set} has no classes to evaluate with; name another set")
-    task = task_class(args, dataset, processes.device)
-    for note in task.load(checkpoint, args.checkpoint_key):
-        logger.info(f"{path}: {note}")
+    task = load_trained(args, dataset, checkpoint, path, processes.device)
     if args.export and processes.is_main:
         write_weights(task.exported, args.export)
         logger.info(f"{args.export}: written")
