@@ -9,20 +9,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from analysis.panels import shorten
+from augmentation import as_pillow
 from tasks.segment import voc_palette
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
+MIN_SCORE = 0.5
+"""The score of a box from which on it is drawn by default."""
+PANEL = 320
+"""The longer side of each picture in TensorBoard, px."""
 SIDES = (480, 1600)
 """The smallest and the largest longer side of a picture, px; others are resized."""
-OPACITY = 0.55  # of the colours of pixels
+OPACITY = 0.5  # of the colours of pixels
 GOLDEN = (5**0.5 - 1) / 2
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (120, 120, 120)
 
@@ -105,6 +111,12 @@ def draw_boxes(
     return picture
 
 
+def above(found: Mapping[str, np.ndarray], least: float) -> dict[str, np.ndarray]:
+    """The boxes with a score of at least ``least``, with ``labels`` and ``scores``; all of them without scores."""
+    kept = found["scores"] >= least if "scores" in found else slice(None)
+    return {part: found[part][kept] for part in ("boxes", "labels", "scores") if part in found}
+
+
 def _place_label(label: Sequence[float], box: Box, picture: Sequence[int], taken: Iterable[Box]) -> Box:
     """Where to write a label of (width, height): at a corner of its box, inside the picture, off the other labels."""
     (width, height), (x1, y1, x2, y2) = label, box
@@ -163,7 +175,8 @@ def _legend(picture: Image.Image, shares: Mapping[int, float], classes: Sequence
     face, line, left, entries = font_for(picture), 0, 0.0, []
     side = face.size
     for label, share in shares.items():
-        text = fit_text(f"{classes[label]} {share:.1%}", face, picture.width - 3 * side)
+        percent = f"{share:.1%}" if share >= 0.0005 else "< 0.1%"
+        text = fit_text(f"{classes[label]} {percent}", face, picture.width - 3 * side)
         width = 2.5 * side + face.getlength(text)
         if left > 0 and left + width > picture.width:
             line, left = line + 1, 0.0
@@ -201,7 +214,9 @@ def draw_names(
     draw.text((side / 2, line / 2), fit_text(title, face, side), font=face, fill=BLACK, anchor="mm")
     picture = resized(picture, (side, side))
     picture.thumbnail((side, side * 3 // 4))
-    cell.paste(picture, ((side - picture.width) // 2, line + (side * 3 // 4 - picture.height) // 2))
+    left, top = (side - picture.width) // 2, line + (side * 3 // 4 - picture.height) // 2
+    cell.paste(picture, (left, top))
+    draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=(200, 200, 200))
     # 2. the names
     for rank, (name, probability) in enumerate(zip(names, probabilities, strict=True)):
         top = line + side * 3 // 4 + 6 + line * rank
@@ -226,6 +241,28 @@ def draw_sheet(cells: Sequence[Image.Image], columns: int = 4, gap: int = 18) ->
 
 
 # ------------------------------------------------------------------------------------- truth and prediction
+
+
+def draw_panel(
+    item: Mapping[str, Any], founds: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str]
+) -> Image.Image:
+    """A small picture for each found of one image of an evaluation, side by side.
+
+    Args:
+        item: of an evaluation data set: ``images``, uint8 ``(1, 3, h, w)``; ``inside`` and ``size``, the height and
+            width of the image without padding, and before it was resized.
+        founds: by their headings, of boxes with a score of at least `MIN_SCORE`, or of the classes of pixels.
+        classes: names.
+    """
+    height, width = item["inside"]
+    picture = resized(as_pillow(item["images"][0, :, :height, :width]), (PANEL, PANEL))
+    pictures = {}
+    for heading, found in founds.items():
+        if "boxes" in found:
+            pictures[heading] = draw_boxes(picture, above(found, MIN_SCORE), item["size"], classes)
+        else:
+            pictures[heading] = draw_pixels(picture, found["classes"], classes)
+    return draw_comparison(pictures)
 
 
 def draw_comparison(pictures: Mapping[str, Image.Image]) -> Image.Image:

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from analysis.commands import add_device_options, remove_pages
-from analysis.pictures import draw_boxes, draw_names, draw_pixels, draw_sheet, resized, shares_of
+from analysis.pictures import MIN_SCORE, above, draw_boxes, draw_names, draw_pixels, draw_sheet, resized, shares_of
 from arguments import parse_arguments
 from augmentation import as_tensor
 from batches import prepare
@@ -40,7 +40,6 @@ from tasks.segment import write_prediction
 from utils import UserError, logger, pick_device, prepare_output_dir, progress, start_logging, write_csv, write_json
 from weights import is_own, read_checkpoint
 
-MIN_SCORE = 0.5
 RANKS = 5  # classes that are named for a photograph
 CELLS = 16  # photographs on a sheet
 
@@ -105,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
     if unreadable == len(paths):
         raise UserError(f"--images {args.images}: none of its {unreadable} images can be read")
     # 3. what is written at the end
-    left_out = f"; {unreadable} unreadable, skipped" if unreadable else ""
-    print(f"{writer.finish()}: {args.out} ({len(paths) - unreadable} photographs{left_out})")
+    left_out = f"; unreadable and skipped: {unreadable}" if unreadable else ""
+    print(f"{writer.finish()}: {args.out} (photographs: {len(paths) - unreadable}{left_out})")
     return 0
 
 
@@ -120,15 +119,15 @@ def load_predictor(args: argparse.Namespace, device: torch.device) -> tuple[Task
     checkpoint = read_checkpoint(path)
     if not is_own(checkpoint):
         raise UserError(f"{path}: not written by main.py, so its task and its classes are unknown")
-    key = ["--checkpoint-key", args.checkpoint_key] if args.checkpoint_key else []
-    saved = parse_arguments(["--eval", *key], saved=checkpoint["args"])
-    task_class = load_task(saved.task)
+    name = checkpoint["args"].get("task", "classify")
+    task_class = load_task(name)
     if not task_class.prediction:
         raise UserError(
-            f"{path}: --task {saved.task} learns features and predicts no classes. Train classifiers of them (--task "
+            f"{path}: --task {name} learns features and predicts no classes. Train classifiers of them (--task "
             "linear --finetune FILE), measure them (--task knn --eval), or draw the attention (analysis.figures)"
         )
-    classes = list(checkpoint["data"]["classes"])
+    key = ["--checkpoint-key", args.checkpoint_key] if args.checkpoint_key else []
+    saved, classes = parse_arguments(["--eval", *key], saved=checkpoint["args"]), list(checkpoint["data"]["classes"])
     task = load_trained(saved, SimpleNamespace(classes=classes), checkpoint, path, device)
     return task.eval(), task_class.evaluation_transform(saved), classes
 
@@ -197,8 +196,7 @@ class BoxWriter(Writer):
         self.records: list[dict[str, Any]] = []
 
     def add(self, file: str, name: str, photograph: Image.Image, found: dict[str, np.ndarray]) -> None:
-        kept, size = found["scores"] >= self.least, photograph.size[::-1]
-        found = {part: found[part][kept] for part in ("boxes", "labels", "scores")}
+        found, size = above(found, self.least), photograph.size[::-1]
         self.records.append({"index": len(self.records), "name": file, "size": size, "detections": found})
         picture = draw_boxes(resized(photograph), found, size, self.classes)
         save_picture(picture, self.out / "pictures" / f"{name}.jpg")

@@ -165,7 +165,7 @@ class MeanIoU(Evaluator):
             if item["replaced"]:
                 self.unreadable += 1
                 continue
-            predicted = predict(model, item["images"], item["inside"], item["size"])
+            predicted = predict(model, item["images"], item["inside"], item["masks"].shape)
             self.confusion = self.confusion + confusion_of(predicted, item["masks"], len(self.classes))
             self.images += 1
             if self.folder:
