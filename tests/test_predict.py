@@ -24,7 +24,10 @@ from tasks import load_task
 from utils import start_processes
 
 CPU = torch.device("cpu")
-LINEAR = "--task linear --finetune {trunk} --probe-blocks 1 2 --lr-factors 1 3 --epochs 1 --batch-size 24 --total-batch 48 --lr 1e-2"
+LINEAR = (
+    "--task linear --finetune {trunk} --probe-blocks 1 2 --lr-factors 1 3 --epochs 1 --batch-size 24 --total-batch 48 "
+    "--lr 1e-2"
+)
 
 
 def save(words: list[str], path: Path) -> SimpleNamespace:
