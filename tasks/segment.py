@@ -239,7 +239,7 @@ def write_prediction(classes: np.ndarray, name: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     except OSError as error:
-        raise UserError(f"--write-predictions: {path} cannot be written ({error.strerror})") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another folder") from error
 
 
 def voc_palette() -> np.ndarray:

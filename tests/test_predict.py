@@ -188,6 +188,7 @@ def test_of_the_classifiers_of_a_probe_the_best_predicts(classifier, digits, tmp
 # ------------------------------------------------------------------------------------------------ the photographs
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_photographs_of_every_size_and_mode_are_predicted(detector, segmenter, classifier, tmp_path):
     photos = tmp_path / "photos"
     (photos / "below").mkdir(parents=True)
