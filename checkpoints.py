@@ -6,6 +6,7 @@ A checkpoint holds tensors and plain values (no random state, see ``randomness.p
     localiser, ...              the task's other modules with a state, by name
     optimizer, scaler           their states
     epoch, step, best, totals   position (step: updates in this epoch), best result, sums of this epoch
+                                (best: metric, epoch, weights, and all results of its evaluation)
     reported                    the weights whose result picks best.pth
     args, data, precision       what must be the same in a run that resumes from it
 """

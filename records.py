@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
@@ -166,6 +167,10 @@ class Records:
     def figure(self, name: str, figure) -> None:
         """Write a Matplotlib figure to TensorBoard."""
         self.board.add_figure(name, figure, self._global_step())
+
+    def picture(self, name: str, image) -> None:
+        """Write an RGB image of Pillow to TensorBoard."""
+        self.board.add_image(name, np.asarray(image), self._global_step(), dataformats="HWC")
 
     def __enter__(self):
         return self

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.utils import distribute_bn
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -13,16 +14,18 @@ from analysis.attention import similarity_maps
 from analysis.images import choose_samples
 from arguments import parse_arguments
 from augmentation import normalise
-from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
+from batches import prepare
+from build import build_eval_loader, build_plan, build_run, choose_amp, load_trained, log_banner
 from checkpoints import named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from records import Records, epoch_record
+from samplers import Draw
 from tasks import load_task
 from utils import Processes, StopSignal, UserError, logger, prepare_output_dir
 from weights import is_own, read_checkpoint, write_weights
 
-PANEL_IMAGES = 4  # images in the figure of `--log-attention`
+PANEL_IMAGES = 4  # images in TensorBoard's panels of attention and of predictions
 
 
 def train(args, processes: Processes) -> int:
@@ -107,9 +110,13 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
     records.epoch(record, results)
     if last or done % plan.save_every == 0:
         save(run, "checkpoint.pth")
-    panel = val_loader is not None and plan.log_attention and (last or done % plan.log_attention == 0)
-    if run.processes.is_main and panel:
-        records.figure("attention", draw_attention(run, val_loader.dataset))
+    # 4. draw panels
+    if run.processes.is_main and val_loader is not None:
+        if results:
+            for number, picture in enumerate(draw_predictions(run, val_loader.dataset), 1):
+                records.picture(f"predictions/{number}", picture)
+        if plan.log_attention and (last or done % plan.log_attention == 0):
+            records.figure("attention", draw_attention(run, val_loader.dataset))
     return True
 
 
@@ -142,7 +149,8 @@ def update_best(run: Run, results: dict) -> bool:
     name = "test" if task.reported == task.weight_names[0] else f"test_{task.reported}"
     if not results or results[name][task.metric] <= run.best.get(task.metric, -math.inf):
         return False
-    run.best = {task.metric: results[name][task.metric], "epoch": run.epoch, "weights": task.reported}
+    best = results[name]
+    run.best = {task.metric: best[task.metric], "epoch": run.epoch, "weights": task.reported, "results": best}
     return True
 
 
@@ -155,6 +163,25 @@ def draw_attention(run: Run, dataset):
     images = normalise(torch.stack([image for image, _ in samples]))
     similarity = similarity_maps(run.task.model.eval(), images.to(run.processes.device))
     return attention_panel(images, similarity, titles=[dataset.classes[label] for _, label in samples])
+
+
+@torch.inference_mode()
+def draw_predictions(run: Run, dataset) -> list:
+    """Small pictures of truth and prediction of the same few validation images; none for a task without `Task.truth`.
+
+    Nothing is drawn from the global generators, so the training is the same with and without them.
+    """
+    task, pictures = run.task.eval(), []
+    for index in np.linspace(0, len(dataset) - 1, num=min(PANEL_IMAGES, len(dataset)), dtype=int).tolist():
+        item = dataset[Draw(index, 0, index)]
+        truth = task.truth(item)
+        if truth is None:
+            break
+        from analysis.pictures import draw_panel  # imports Matplotlib, which takes a second
+
+        predicted = task.predict(prepare(item, run.processes.device))
+        pictures.append(draw_panel(item, {"truth": truth, "predicted": predicted}, run.plan.classes))
+    return pictures
 
 
 def evaluate_only(argv, args, processes: Processes) -> int:
@@ -172,8 +199,7 @@ def evaluate_only(argv, args, processes: Processes) -> int:
         classes = (checkpoint.get("data") or {}).get("classes") if is_own(checkpoint) else None
         same_task = is_own(checkpoint) and checkpoint["args"].get("task", "classify") == args.task
         notes = task_class.relabel(dataset, classes) if classes and same_task else []
-        task = task_class(args, dataset, processes.device)
-        notes += task.load(checkpoint, args.checkpoint_key)
+        task = load_trained(args, dataset, checkpoint, path, processes.device)
     for note in notes:
         logger.info(f"{path}: {note}")
     if args.export and processes.is_main:

@@ -36,10 +36,16 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool) -> N
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for reading a checkpoint."""
+    """Add the options for reading a checkpoint of any program."""
+    add = parser.add_argument
+    add("--num-heads", type=at_least(int, 1), metavar="N", help="number of heads of a ViT whose file does not give it")
+    add_device_options(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that read a checkpoint of this program."""
     add = parser.add_argument
     add("--checkpoint-key", metavar="KEY", help="which weights of the file to use: ema, teacher, momentum, ...")
-    add("--num-heads", type=at_least(int, 1), metavar="N", help="number of heads of a ViT whose file does not give it")
     add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu or cuda")
 
 
@@ -96,6 +102,13 @@ def load_batches(dataset: Any, args: argparse.Namespace, device: torch.device) -
     """A loader of a data set's items in order, in batches of --batch-size."""
     sampler: Any = SequentialSampler(dataset)
     return build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
+
+
+def remove_pages(folder: Path, kind: str, first: int) -> None:
+    """Remove ``<kind>-<number>.png`` from number ``first`` on, which an earlier call with more images has left."""
+    while (leftover := folder / f"{kind}-{first}.png").exists():
+        leftover.unlink()
+        first += 1
 
 
 def write_results(folder: Path, tables: dict[str, list[dict]], figures: dict) -> None:

@@ -30,7 +30,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from PIL import Image
 
 from analysis.attention import MASS, similarity_maps
-from analysis.commands import add_checkpoint_options, add_model_options, load_models
+from analysis.commands import add_checkpoint_options, add_model_options, load_models, remove_pages
 from analysis.gallery import gallery_html
 from analysis.images import choose_samples, squash
 from analysis.models import TrainedModel
@@ -182,10 +182,7 @@ def write_pages(samples: list[Sample], models: list[ModelMaps], mass: float, out
 
     write_atomically(out / "figures.pdf", write_pdf)
     for kind in KINDS:
-        number = len(starts) + 1
-        while (leftover := out / f"{kind}-{number}.png").exists():
-            leftover.unlink()
-            number += 1
+        remove_pages(out, kind, len(starts) + 1)
     return len(pages)
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -206,6 +206,22 @@ def read_image(path: str | Path) -> Image.Image:
     """
     with open_image(path) as image:
         return image.convert("RGB")
+
+
+def read_photograph(path: str | Path) -> Image.Image:
+    """Read the RGB image in a file that has no annotations, turned as its EXIF data say; 16 bits of grey become 8.
+
+    Raises:
+        UnreadableImage: see `read_image`.
+    """
+    with open_image(path) as image:
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except (TypeError, KeyError, struct.error):  # damaged EXIF data; the pixels may be intact
+            upright = image
+        if upright.mode.startswith("I;16"):  # Pillow would cut them at 255
+            upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
+        return upright.convert("RGB")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Objects are a dict: ``boxes``, float32 ``(N, 4)``, x1, y1, x2, y2 in px; ``label
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ class BoxEvalTransform:
     def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, image: Tensor, objects: Mapping[str, Tensor]) -> dict[str, Any]:
-        """``images``, uint8 ``(1, 3, size, size)``, and ``objects``.
+    def __call__(self, image: Tensor, objects: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Any]:
+        """``images``, uint8 ``(1, 3, size, size)``, and ``objects``, empty for an image without annotations.
 
         ``inside`` is the height and width of the image without padding, ``size`` those of the original.
         """

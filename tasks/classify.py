@@ -1,9 +1,10 @@
 """Image classification: Mixup and CutMix, cross-entropy, averaged weights; accuracy and measures of the maps."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -31,6 +32,7 @@ class Classification(Task):
     options = options
     metric = "acc1"
     main_loss = "cross-entropy"
+    prediction = "names"
 
     def __init__(self, args: argparse.Namespace, dataset: AugmentedDataset, device: torch.device):
         num_classes = len(dataset.classes)
@@ -44,9 +46,12 @@ class Classification(Task):
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:
-        evaluation = eval_transform(args.input_size, args.crop_pct)
-        transform = evaluation if split == "val" else train_transform(args)
+        transform = cls.evaluation_transform(args) if split == "val" else train_transform(args)
         return build_split(split_settings(args), split, transform, processes)
+
+    @classmethod
+    def evaluation_transform(cls, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:
+        return eval_transform(args.input_size, args.crop_pct)
 
     @property
     def averaged(self) -> nn.Module | None:
@@ -84,6 +89,9 @@ class Classification(Task):
     def evaluator(self) -> "Accuracy":
         return Accuracy()
 
+    def predict(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {"probabilities": probabilities_of(self.model(item["images"])[0])}
+
     @classmethod
     def describe(cls, results: Mapping[str, float]) -> str:
         return (
@@ -91,6 +99,11 @@ class Classification(Task):
             f"spatial entropy {results['spatial_entropy']:.3f} components {results['components']:.2f} "
             f"({results['images']} images)"
         )
+
+
+def probabilities_of(logits: Tensor) -> np.ndarray:
+    """The softmax of one image's logits ``(K,)``, on the host, float64."""
+    return logits.double().softmax(dim=0).cpu().numpy()
 
 
 def train_transform(args: argparse.Namespace) -> TrainTransform:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +70,7 @@ class Detection(DenseTask):
 
     options = options
     metric = "ap50_11point"
+    prediction = "boxes"
     main_loss = "losses of proposals (score, box) and regions (class, box)"
 
     def __init__(self, args: argparse.Namespace, dataset: BoxedDataset, device: torch.device):
@@ -88,11 +89,16 @@ class Detection(DenseTask):
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> BoxedDataset:
         images = read_images(split_settings(args), split, processes)
         if split == "val":
-            return BoxedEvaluationDataset(images, BoxEvalTransform(args.input_size), args.seed, args.skip_unreadable)
-        transform = BoxTrainTransform(args.input_size, args.scale_range, args.hflip)
-        dataset = BoxedDataset(images, transform, args.seed, args.skip_unreadable)
+            transform = cls.evaluation_transform(args)
+            return BoxedEvaluationDataset(images, transform, args.seed, args.skip_unreadable)
+        augmentation = BoxTrainTransform(args.input_size, args.scale_range, args.hflip)
+        dataset = BoxedDataset(images, augmentation, args.seed, args.skip_unreadable)
         dataset.masks = args.masks
         return dataset
+
+    @classmethod
+    def evaluation_transform(cls, args: argparse.Namespace) -> BoxEvalTransform:
+        return BoxEvalTransform(args.input_size)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         if not self.needs_similarity:
@@ -112,6 +118,12 @@ class Detection(DenseTask):
 
     def evaluator(self) -> "VOCDetections":
         return VOCDetections(self.classes, self.folder)
+
+    def predict(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return detect(self.model, item)
+
+    def truth(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return objects_of(item)
 
     @classmethod
     def describe(cls, results: Mapping[str, float]) -> str:
@@ -150,7 +162,8 @@ class VOCDetections(Evaluator):
             if item["replaced"]:
                 self.unreadable += 1
             else:
-                self.records.append(detect(model, item))
+                place = {name: item[name] for name in ("index", "name", "size")}
+                self.records.append({**place, "detections": detect(model, item), "objects": objects_of(item)})
 
     def compute(self, processes: Processes) -> dict[str, Any]:
         # 1. all images, in the order of the set
@@ -173,18 +186,18 @@ class VOCDetections(Evaluator):
         return results | {"images": len(records), "unreadable": sum(number for _, number in shares)}
 
 
-def detect(model: nn.Module, item: Mapping[str, Any]) -> dict[str, Any]:
-    """The detections in one image at its original size, and its objects, as arrays on the host."""
+def detect(model: nn.Module, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The detections in one image at its original size: ``boxes``, ``labels`` and ``scores``, on the host."""
     (found,) = model(item["images"], sizes=[item["inside"]])
     (height, width), (inside_height, inside_width) = item["size"], item["inside"]
     factor = found["boxes"].new_tensor([width / inside_width, height / inside_height] * 2)
     detections = found | {"boxes": found["boxes"] * factor}
-    objects = {name: item["objects"][name] for name in ("boxes", "labels", "difficult")}
-    return {
-        **{name: item[name] for name in ("index", "name", "size")},
-        "detections": {name: part.cpu().numpy() for name, part in detections.items()},
-        "objects": {name: part.cpu().numpy() for name, part in objects.items()},
-    }
+    return {name: part.cpu().numpy() for name, part in detections.items()}
+
+
+def objects_of(item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The true objects of one image at its original size, on the host."""
+    return {name: item["objects"][name].cpu().numpy() for name in ("boxes", "labels", "difficult")}
 
 
 def inclusive(objects: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -198,32 +211,48 @@ def write_coco(folder: Path, records: Sequence[Mapping[str, Any]], classes: Sequ
     Boxes are x, y, width, height in px from 0. Numbers of images are indices of the set, those of classes begin at 1.
     COCO knows no ``difficult`` objects; they have this key.
     """
-
-    def entries(part: str):
-        for record in records:
-            values = record[part]
-            for place, (box, label) in enumerate(zip(values["boxes"].tolist(), values["labels"].tolist(), strict=True)):
-                x1, y1, x2, y2 = (round(side, 3) for side in box)
-                size = {"bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)]}
-                yield {"image_id": record["index"], "category_id": label + 1, **size}, values, place
-
-    folder.mkdir(parents=True, exist_ok=True)
-    detections = [
-        entry | {"score": round(float(values["scores"][place]), 8), "category": classes[entry["category_id"] - 1]}
-        for entry, values, place in entries("detections")
-    ]
     objects = [
         entry
         | {"id": number, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
-        | {"difficult": int(values["difficult"][place])}
-        for number, (entry, values, place) in enumerate(entries("objects"), 1)
+        | {"difficult": int(record["objects"]["difficult"][place])}
+        for number, (entry, record, place) in enumerate(coco_entries(records, "objects"), 1)
     ]
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = coco_images(records, classes) | {"annotations": objects}
+    for name, content in {"detections": coco_detections(records, classes), "objects": truth}.items():
+        text = json.dumps(content)
+        write_atomically(folder / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+
+
+def coco_detections(records: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Detections in the layout of COCO's results, and the name of each one's ``category``; see `write_coco`.
+
+    Args:
+        records: of each image its ``index``, and its ``detections`` as `detect` returns them.
+        classes: names.
+    """
+    return [
+        entry
+        | {"score": round(float(record["detections"]["scores"][place]), 8)}
+        | {"category": classes[entry["category_id"] - 1]}
+        for entry, record, place in coco_entries(records, "detections")
+    ]
+
+
+def coco_images(records: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+    """The ``images`` and ``categories`` of COCO's layout; ``index``, ``name`` and ``size`` of the records are read."""
     images = [
         {"id": record["index"], "file_name": record["name"], "height": record["size"][0], "width": record["size"][1]}
         for record in records
     ]
-    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
-    truth = {"images": images, "categories": categories, "annotations": objects}
-    for name, content in {"detections": detections, "objects": truth}.items():
-        text = json.dumps(content)
-        write_atomically(folder / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+    return {"images": images, "categories": [{"id": number, "name": name} for number, name in enumerate(classes, 1)]}
+
+
+def coco_entries(records: Sequence[Mapping[str, Any]], part: str) -> Iterator[tuple[dict[str, Any], Any, int]]:
+    """What COCO's detections and objects share, for all boxes in a part of the records; the record, its box's place."""
+    for record in records:
+        values = record[part]
+        for place, (box, label) in enumerate(zip(values["boxes"].tolist(), values["labels"].tolist(), strict=True)):
+            x1, y1, x2, y2 = (round(side, 3) for side in box)
+            size = {"bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)]}
+            yield {"image_id": record["index"], "category_id": label + 1, **size}, record, place

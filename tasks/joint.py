@@ -85,15 +85,16 @@ class JointEvalTransform:
     training images are. Otherwise its sides are rounded up to multiples of `PATCH` px.
 
     Returns:
-        ``images`` uint8 ``(1, 3, h, w)``; ``masks`` uint8 ``(height, width)``; ``inside``, the height and width of the
-        image without padding.
+        ``images`` uint8 ``(1, 3, h, w)``; ``masks`` uint8 ``(height, width)``, unless there is no mask; ``inside``, the
+        height and width of the image without padding; ``size``, those of the original.
     """
 
     def __init__(self, size: int, longer: int):
         self.size, self.longer = size, longer
 
-    def __call__(self, image: Tensor, mask: Tensor) -> dict[str, Any]:
-        height, width = fitting_size(image.shape[1], image.shape[2], self.size, self.longer)
+    def __call__(self, image: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        before = image.shape[1], image.shape[2]
+        height, width = fitting_size(*before, self.size, self.longer)
         square = self.longer == self.size
         if not square:
             height, width = (-(-side // PATCH) * PATCH for side in (height, width))
@@ -101,7 +102,8 @@ class JointEvalTransform:
         if square:
             padding = [0, 0, self.size - width, self.size - height]
             resized = v2.functional.pad(resized, padding, fill=PADDING)  # type: ignore[arg-type]
-        return {"images": resized[None], "masks": mask, "inside": (height, width)}
+        masks = {} if mask is None else {"masks": mask}
+        return {"images": resized[None], "inside": (height, width), "size": before} | masks
 
 
 # ---------------------------------------------------------------------------------------------------- colours

@@ -7,9 +7,10 @@ Letters of the axes: L classifiers, B images, D channels of a token.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from augmentation import TrainTransform, eval_transform
 from datasets import AugmentedDataset, build_split, relabel
 from tasks import Evaluator, Task
+from tasks.classify import probabilities_of
 from tasks.knn import pooled_features
 from tasks.options import linear as options
 from tasks.settings import build_task_model, split_settings
@@ -122,6 +124,7 @@ class LinearClassification(Task):
     metric = "acc1"
     main_loss = "sum of the cross-entropies of all linear classifiers"
     reference_batch = 256
+    prediction = "names"
 
     def __init__(self, args: argparse.Namespace, dataset: AugmentedDataset, device: torch.device):
         trunk, classes = build_task_model(args, 0, device), len(dataset.classes)
@@ -131,12 +134,12 @@ class LinearClassification(Task):
         probe = LinearProbe(trunk, [number for _, number in heads], classes, args.avgpool_patchtokens)
         super().__init__(args, probe.to(device), device)
         self.trunk_before: dict[str, Tensor] = {}
+        self.best: dict[str, float] = {}  # of a loaded checkpoint: the accuracy of each classifier
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:
         if split == "val":
-            evaluation = eval_transform(args.input_size, args.crop_pct, args.eval_interpolation)
-            return build_split(split_settings(args), split, evaluation, processes)
+            return build_split(split_settings(args), split, cls.evaluation_transform(args), processes)
         transform = TrainTransform(
             args.input_size, hflip=args.hflip, color_jitter=0, aa="none", interpolation="bilinear", reprob=0
         )
@@ -145,6 +148,10 @@ class LinearClassification(Task):
     @classmethod
     def relabel(cls, dataset: AugmentedDataset, classes: Sequence[str]) -> list[str]:
         return relabel(dataset, classes)
+
+    @classmethod
+    def evaluation_transform(cls, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:
+        return eval_transform(args.input_size, args.crop_pct, args.eval_interpolation)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": self.model(batch["images"])}
@@ -177,6 +184,7 @@ class LinearClassification(Task):
         """
         state, _ = select_weights(checkpoint, key)
         if any(name.startswith("heads.") for name in state):
+            self.best = accuracies_of((checkpoint.get("best") or {}).get("results", {}))
             return load_weights(self.model, checkpoint, key, keep_head=True)
         classifier = classifier_of(select_weights(read_checkpoint(self.file))[0] if self.file else state)
         if classifier is None:
@@ -203,15 +211,33 @@ class LinearClassification(Task):
             )
         return LinearAccuracy(self.names)
 
+    def predict(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """See `Task.predict`; of several classifiers it is the one that was best in the run's best evaluation.
+
+        Raises:
+            UserError: the checkpoint does not tell which one that is.
+        """
+        if len(self.names) > 1 and not self.best:
+            raise UserError(
+                f"the checkpoint has {len(self.names)} classifiers and no evaluation that tells the best; give best.pth"
+            )
+        chosen = self.names.index(max(self.best, key=lambda name: self.best[name])) if self.best else 0
+        return {"probabilities": probabilities_of(self.model(item["images"])[chosen, 0])}
+
     @classmethod
     def describe(cls, results: Mapping[str, float]) -> str:
-        heads = {name.removeprefix("acc1_"): rate for name, rate in results.items() if name.startswith("acc1_")}
+        heads = accuracies_of(results)
         listed = ", ".join(f"{name} {rate:.3f}" for name, rate in heads.items())
         return (
             f"* Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.4f} "
             f"of {max(heads, key=lambda name: heads[name])}, the best; Acc@1 of all: {listed} "
             f"({results['images']} images)"
         )
+
+
+def accuracies_of(results: Mapping[str, float]) -> dict[str, float]:
+    """The accuracy of each classifier by its name, of the results of an evaluation."""
+    return {name.removeprefix("acc1_"): rate for name, rate in results.items() if name.startswith("acc1_")}
 
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Semantic segmentation: Semantic FPN on ViTDet's pyramid (Table 6) or on PVT (ADE20K); mean IoU."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from tasks.joint import JointEvalTransform, JointTrainTransform
 from tasks.options import segment as options
 from tasks.settings import split_settings
 from utils import Processes, UserError, in_process_group
+
+PIXELS = 2**26
+"""The largest number of logits at the original size that are kept at once: 256 MiB."""
 
 
 class MaskedDataset(AugmentedDataset):
@@ -57,6 +61,7 @@ class Segmentation(DenseTask):
     options = options
     metric = "miou"
     main_loss = "cross-entropy of the pixels"
+    prediction = "pixels"
 
     def __init__(self, args: argparse.Namespace, dataset: MaskedDataset, device: torch.device):
         torch.manual_seed(args.seed)
@@ -72,14 +77,18 @@ class Segmentation(DenseTask):
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> MaskedDataset:
         images = read_images(split_settings(args), split, processes)
-        longer = args.longer_side or args.input_size
         if split == "val":
-            transform = JointEvalTransform(args.input_size, longer)
+            transform = cls.evaluation_transform(args)
             return MaskedEvaluationDataset(images, transform, args.seed, args.skip_unreadable)
+        longer = args.longer_side or args.input_size
         joint = JointTrainTransform(
             args.input_size, longer, args.scale_range, args.most_of_one_class, args.hflip, args.photometric
         )
         return MaskedDataset(images, joint, args.seed, args.skip_unreadable)
+
+    @classmethod
+    def evaluation_transform(cls, args: argparse.Namespace) -> JointEvalTransform:
+        return JointEvalTransform(args.input_size, args.longer_side or args.input_size)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.needs_similarity:
@@ -99,6 +108,13 @@ class Segmentation(DenseTask):
 
     def evaluator(self) -> "MeanIoU":
         return MeanIoU(self.classes, self.write_predictions)
+
+    def predict(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        predicted = predict(self.model, item["images"], item["inside"], item["size"])
+        return {"classes": predicted.cpu().numpy()}
+
+    def truth(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {"classes": item["masks"].cpu().numpy()}
 
     @classmethod
     def describe(cls, results: Mapping[str, float]) -> str:
@@ -173,7 +189,14 @@ def predict(model: nn.Module, image: Tensor, inside: tuple[int, int], size: Sequ
     """
     height, width = inside
     logits = model(image)[..., :height, :width].float()
-    return F.interpolate(logits, size=list(size), mode="bilinear")[0].argmax(dim=0)
+    step = max(1, PIXELS // math.prod(size))
+    parts = [logits[:, first : first + step] for first in range(0, logits.shape[1], step)]
+    best, classes = F.interpolate(parts[0], size=list(size), mode="bilinear")[0].max(dim=0)
+    for number, part in enumerate(parts[1:], 1):  # of a large photograph, all classes at once are gigabytes
+        values, labels = F.interpolate(part, size=list(size), mode="bilinear")[0].max(dim=0)
+        classes = torch.where(values > best, number * step + labels, classes)
+        best = torch.maximum(best, values)
+    return classes
 
 
 def confusion_of(predicted: Tensor, mask: Tensor, num_classes: int) -> Tensor:
@@ -216,7 +239,7 @@ def write_prediction(classes: np.ndarray, name: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     except OSError as error:
-        raise UserError(f"--write-predictions: {path} cannot be written ({error.strerror})") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another folder") from error
 
 
 def voc_palette() -> np.ndarray:

@@ -1,9 +1,10 @@
 """The base classes of all tasks: `Task`, which the loop trains, and `Evaluator`, which measures its model."""
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
@@ -58,6 +59,8 @@ class Task(nn.Module):
     """The names of `model` and `averaged` in checkpoints and results."""
     reference_batch: ClassVar[int | None] = 512
     """The total batch that ``--lr`` refers to; it is scaled linearly to others. None: ``--lr`` is not scaled."""
+    prediction: ClassVar[str] = ""
+    """The kind of what `predict` returns, see there: "boxes", "pixels" or "names"; empty if nothing is predicted."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, device: torch.device):
         super().__init__()
@@ -144,6 +147,14 @@ class Task(nn.Module):
             UserError: the images have other classes.
         """
         return []
+
+    @classmethod
+    def evaluation_transform(cls, args: argparse.Namespace) -> Callable[..., Any]:
+        """The transform of evaluation, for tasks with a `prediction`: of an image alone, uint8 ``(3, h, w)``.
+
+        The result is an item as `predict` takes it once it is normalised, or its ``images`` alone, ``(3, h, w)``.
+        """
+        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------- a micro-batch
 
@@ -279,6 +290,25 @@ class Task(nn.Module):
     def evaluator(self) -> Evaluator:
         """A new evaluator, for one pass over the validation images."""
         raise NotImplementedError
+
+    def predict(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The prediction for one image, by the kind of `prediction`; the model is in evaluation mode.
+
+        Args:
+            item: of the evaluation, on the model's device, whose ``images (1, 3, h, w)`` are normalised.
+
+        Returns:
+            For "boxes", ``boxes (N, 4)`` in px of the original image, ``labels (N,)`` and ``scores (N,)``. For
+            "pixels", ``classes`` of the original image's ``(height, width)``. For "names", ``probabilities (K,)``.
+        """
+        raise NotImplementedError
+
+    def truth(self, item: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+        """What is true for an item of the evaluation, as `predict` returns it but for ``scores``.
+
+        TensorBoard then gets pictures of truth and prediction. None: it gets none.
+        """
+        return None
 
     @classmethod
     def describe(cls, results: Mapping[str, float]) -> str:

@@ -149,7 +149,9 @@ def test_a_tasks_defaults_of_shared_options_win_over_the_data_sets_and_the_model
 def test_the_reported_weights_of_a_task_are_what_is_evaluated_and_fine_tuned_from(tmp_path, capsys):
     assert main.main([*TAUGHT.split(), "--output-dir", str(tmp_path)]) == 0
     record, checkpoint = json.loads((tmp_path / "log.txt").read_text()), read_checkpoint(tmp_path / "best.pth")
-    assert checkpoint["best"] == {"acc5": record["test_teacher_acc5"], "epoch": 0, "weights": "teacher"}
+    best = checkpoint["best"]
+    assert (best["acc5"], best["epoch"], best["weights"]) == (record["test_teacher_acc5"], 0, "teacher")
+    assert best["results"] == {name: record[f"test_teacher_{name}"] for name in best["results"]}
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("epoch 0, teacher weights: * Acc@1") for line in lines)
     assert main.main(["--eval", "--resume", str(tmp_path / "best.pth"), "--num-workers", "0"]) == 0
