@@ -77,19 +77,23 @@ def resized(image: Image.Image, sides: tuple[int, int] = SIDES) -> Image.Image:
 def draw_boxes(
     picture: Image.Image, found: Mapping[str, np.ndarray], size: Sequence[int], classes: Sequence[str]
 ) -> Image.Image:
-    """The picture with boxes, names and, if there are any, scores; the best box lies on top.
+    """The picture with boxes, names and, if there are any, masks and scores; the best box lies on top.
 
     Args:
         picture: RGB.
-        found: ``boxes (N, 4)``: x1, y1, x2, y2; ``labels (N,)``; maybe ``scores (N,)``.
+        found: ``boxes (N, 4)``: x1, y1, x2, y2; ``labels (N,)``; maybe ``scores (N,)``, ``masks``, bool ``(N, h, w)``.
         size: height and width of the image in whose px the boxes are.
         classes: names.
     """
-    # 1. from the worst to the best
+    # 1. from the worst to the best: masks
     picture, face = picture.copy(), font_for(picture)
-    draw, width = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 300))
     scores = found.get("scores")
     order = np.argsort(scores, kind="stable") if scores is not None else np.arange(len(found["boxes"]))
+    for place in order if "masks" in found else ():
+        mask = Image.fromarray(found["masks"][place]).resize(picture.size, Image.Resampling.NEAREST)
+        colour = Image.new("RGB", picture.size, colour_of(int(found["labels"][place])))
+        picture.paste(colour, mask=Image.fromarray(np.asarray(mask) * np.uint8(255 * OPACITY)))
+    draw, width = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 300))
     boxes = found["boxes"] * np.tile([picture.width / size[1], picture.height / size[0]], 2)
     # 2. lines, with a dark edge on both sides
     for place in order:
@@ -112,9 +116,9 @@ def draw_boxes(
 
 
 def above(found: Mapping[str, np.ndarray], least: float) -> dict[str, np.ndarray]:
-    """The boxes with a score of at least ``least``, with ``labels`` and ``scores``; all of them without scores."""
+    """The boxes with a score of at least ``least`` and what belongs to them; all of them without scores."""
     kept = found["scores"] >= least if "scores" in found else slice(None)
-    return {part: found[part][kept] for part in ("boxes", "labels", "scores") if part in found}
+    return {part: found[part][kept] for part in ("boxes", "labels", "scores", "masks") if part in found}
 
 
 def _place_label(label: Sequence[float], box: Box, picture: Sequence[int], taken: Iterable[Box]) -> Box:

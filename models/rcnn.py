@@ -19,7 +19,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
@@ -155,9 +155,11 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 class Regions(RoIHeads):
-    """torchvision's heads with detectron2's losses; masks are learned, and not predicted in evaluation."""
+    """torchvision's heads with detectron2's losses; in evaluation, masks are predicted on request alone."""
 
-    def forward(self, features, proposals, image_shapes, targets=None) -> tuple[list[dict[str, Tensor]], dict]:
+    def forward(
+        self, features, proposals, image_shapes, targets=None, with_masks=False
+    ) -> tuple[list[dict[str, Tensor]], dict]:
         """Detections of each image in evaluation, loss terms in training.
 
         Args:
@@ -166,6 +168,7 @@ class Regions(RoIHeads):
             image_shapes: height and width of each image without padding.
             targets: in training ``boxes (N, 4)``, ``labels (N,)`` from 1, and with a mask head ``masks``, bool
                 ``(N, h, w)`` or None, of each image.
+            with_masks: in evaluation, with a mask head: add each detection's ``masks (N, 28, 28)``, probabilities.
         """
         # 1. regions: in training, some of the proposals and of the objects' own boxes
         if self.training:
@@ -174,8 +177,16 @@ class Regions(RoIHeads):
         x = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         logits, deltas = (at_least_float32(part) for part in self.box_predictor(x))
         if not self.training:
-            found = zip(*self.postprocess_detections(logits, deltas, proposals, image_shapes), strict=True)
-            return [{"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in found], {}
+            parts = zip(*self.postprocess_detections(logits, deltas, proposals, image_shapes), strict=True)
+            found = [{"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in parts]
+            if with_masks:
+                boxes, labels = ([each[name] for each in found] for name in ("boxes", "labels"))
+                pixels = at_least_float32(self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes))))
+                found = [
+                    each | {"masks": masks[:, 0]}
+                    for each, masks in zip(found, maskrcnn_inference(pixels, labels), strict=True)
+                ]
+            return found, {}
         losses = box_losses(logits, deltas, torch.cat(labels), torch.cat(goals))
         # 3. the masks of regions with an object whose mask is known
         if self.has_mask():
@@ -284,6 +295,7 @@ class Detector(nn.Module):
         targets: Sequence[Mapping[str, Tensor]] | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
         return_similarity: bool = False,
+        with_masks: bool = False,
     ) -> Any:
         """Loss terms by name in training, else the detections of each image; on request also S of the last block.
 
@@ -293,6 +305,7 @@ class Detector(nn.Module):
                 of each image; images without objects have N = 0, images without known masks no ``masks``.
             sizes: height and width of the images without padding (default: there is none).
             return_similarity: return ``(result, S)``, S of ``(B, H, h, w)``.
+            with_masks: add ``masks (N, 28, 28)`` to the detections, the object's probability in each part of its box.
 
         Returns:
             Terms ``proposal_score``, ``proposal_box``, ``region_class``, ``region_box`` and with masks ``region_mask``.
@@ -309,7 +322,7 @@ class Detector(nn.Module):
                 {"boxes": each["boxes"], "labels": each["labels"] + 1, "masks": each.get("masks")} for each in targets
             ]
         proposals, first = self.rpn(batch, features, targets)
-        detections, second = self.roi_heads(features, proposals, batch.image_sizes, targets)
+        detections, second = self.roi_heads(features, proposals, batch.image_sizes, targets, with_masks)
         # 3. results
         result: Any = [each | {"labels": each["labels"] - 1} for each in detections]
         if self.training:

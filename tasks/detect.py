@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from datasets import AugmentedDataset, collate, read_images
 from models.rcnn import Detector
@@ -120,7 +121,7 @@ class Detection(DenseTask):
         return VOCDetections(self.classes, self.folder)
 
     def predict(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return detect(self.model, item)
+        return detect(self.model, item, with_masks=self.masks)
 
     def truth(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return objects_of(item)
@@ -186,12 +187,21 @@ class VOCDetections(Evaluator):
         return results | {"images": len(records), "unreadable": sum(number for _, number in shares)}
 
 
-def detect(model: nn.Module, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The detections in one image at its original size: ``boxes``, ``labels`` and ``scores``, on the host."""
-    (found,) = model(item["images"], sizes=[item["inside"]])
+def detect(model: nn.Module, item: Mapping[str, Any], with_masks: bool = False) -> dict[str, np.ndarray]:
+    """The detections in one image at its original size: ``boxes``, ``labels`` and ``scores``, on the host.
+
+    Args:
+        model: a `models.rcnn.Detector`.
+        item: of `BoxedEvaluationDataset`.
+        with_masks: add ``masks``, bool ``(N, height, width)``, of a detector with a mask head.
+    """
+    (found,) = model(item["images"], sizes=[item["inside"]], with_masks=with_masks)
     (height, width), (inside_height, inside_width) = item["size"], item["inside"]
     factor = found["boxes"].new_tensor([width / inside_width, height / inside_height] * 2)
     detections = found | {"boxes": found["boxes"] * factor}
+    if with_masks:
+        pasted = paste_masks_in_image(found["masks"][:, None], detections["boxes"], (height, width))
+        detections["masks"] = pasted[:, 0] > 0.5
     return {name: part.cpu().numpy() for name, part in detections.items()}
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ class Oracle(torch.nn.Module):
         self.answers = [item["objects"] for item in items]
         self.sizes = [(*item["inside"][::-1], *item["size"][::-1]) for item in items]
 
-    def forward(self, image, sizes):
+    def forward(self, image, sizes, with_masks):
         objects, (*inside, width, height) = self.answers.pop(0), self.sizes.pop(0)
         factor = torch.tensor([inside[0] / width, inside[1] / height] * 2)
         scores = torch.linspace(0.9, 0.6, len(objects["boxes"]))
@@ -356,6 +357,24 @@ def test_masks_are_read_and_learned_where_they_are_known(tmp_path):
     assert terms["region_mask"] > 0
     terms["region_mask"].backward()
     assert task.model.roi_heads.mask_head[0][0].weight.grad.abs().sum() > 0
+
+
+def test_masks_are_predicted_on_request_in_their_boxes(run):
+    args = parse_arguments([*WORDS, "--data-set", "voc2007", "--data-path", str(run.data), "--masks"])
+    task = Detection(args, SimpleNamespace(classes=CLASSES), torch.device("cpu"))
+    item = BoxEvalTransform(64)(torch.zeros(3, 48, 60, dtype=torch.uint8))
+    item["images"] = torch.rand(1, 3, 64, 64)
+    task.model.roi_heads.score_thresh = 0.0
+    with torch.no_grad():
+        found = task.eval().predict(item)
+        assert "masks" not in task.model(item["images"])[0]
+    assert found["masks"].shape == (len(found["boxes"]), 48, 60)
+    assert found["masks"].dtype == bool
+    for mask, box in zip(found["masks"], found["boxes"], strict=True):
+        rows, columns = np.nonzero(mask)
+        if len(rows):
+            assert columns.min() >= box[0] - 2
+            assert rows.max() <= box[3] + 2
 
 
 # ----------------------------------------------------------------------------------------------------- refusals
