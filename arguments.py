@@ -322,6 +322,8 @@ def _add_run(parser):
     add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:0")
     add(
         "--amp",
+        nargs="?",
+        const="auto",
         choices=("auto", "bf16", "fp16", "off"),
         default="auto",
         help="mixed precision; auto: bf16 or fp16 on a GPU, by its capability, and off on a CPU",

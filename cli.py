@@ -34,13 +34,55 @@ NOT_NEEDED = {
 }
 
 
+# Options of timm, MAE, DINO, Hugging Face and DeiT by their names there -> what to give here.
+ELSEWHERE = {
+    "--wd": "--weight-decay",
+    "--momentum": "--opt-betas, or --opt momentum",
+    "--workers": "--num-workers",
+    "--n-worker": "--num-workers",
+    "--dataloader-num-workers": "--num-workers",
+    "--num-classes": "nothing: the classes are those of the data",
+    "--nb-classes": "nothing: the classes are those of the data",
+    "--accum-iter": "--total-batch, and --batch-size for what a process computes at once",
+    "--grad-accum-steps": "--total-batch, and --batch-size for what a process computes at once",
+    "--gradient-accumulation-steps": "--total-batch, and --batch-size for what a process computes at once",
+    "--batch-size-per-gpu": "--batch-size",
+    "--per-device-train-batch-size": "--batch-size",
+    "--blr": "--lr, which is scaled with --total-batch",
+    "--learning-rate": "--lr",
+    "--clip-max-norm": "--clip-grad",
+    "--max-grad-norm": "--clip-grad",
+    "--img-size": "--input-size",
+    "--image-size": "--input-size",
+    "--data-dir": "--data-path",
+    "--dataset": "--data-set",
+    "--output": "--output-dir",
+    "--pretrained": "--finetune FILE",
+    "--initial-checkpoint": "--finetune FILE",
+    "--num-train-epochs": "--epochs",
+    "--warmup-iters": "--warmup-epochs",
+    "--use-fp16": "--amp fp16",
+    "--fp16": "--amp fp16",
+    "--bf16": "--amp bf16",
+    "--arch": "--model",
+    "--saveckp-freq": "--save-every",
+    "--log-interval": "--print-every",
+    "--epochs-warmup": "--warmup-epochs",
+    "-b": "--batch-size",
+    "-j": "--num-workers",
+    "-a": "--model",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with similar options for a mistyped one."""
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments:").split()
-        if message.startswith("unrecognized") and unknown and unknown[0].startswith("--"):
+        if message.startswith("unrecognized") and unknown and unknown[0].startswith("-"):
             name = unknown[0].partition("=")[0]
+            if name in ELSEWHERE:
+                raise UserError(f"no option {name}; here it is {ELSEWHERE[name]}")
             if name in NOT_NEEDED:
                 raise UserError(f"leave {name} out: {NOT_NEEDED[name]}")
             message = f"no option {name}" + nearest(name, self._option_string_actions)

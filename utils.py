@@ -399,11 +399,14 @@ def environment() -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    # new files count if they can change a result; a run's own output does not
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    added = git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.args", "*.sh", "*.toml")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "command": sys.argv,
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "uncommitted_changes": bool(changed or added),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: importlib.metadata.version(name) for name in ("torchvision", "timm", "numpy")},

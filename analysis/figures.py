@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.backends.backend_pdf import PdfPages
@@ -173,7 +174,8 @@ def write_pages(samples: list[Sample], models: list[ModelMaps], mass: float, out
     pages = [(kind, number, start) for kind in KINDS for number, start in enumerate(starts, start=1)]
 
     def write_pdf(file) -> None:
-        with PdfPages(file, metadata={"CreationDate": None}) as pdf:
+        # TrueType: conferences refuse Type 3 fonts
+        with matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(file, metadata={"CreationDate": None}) as pdf:
             for kind, number, start in progress(pages, "pages"):
                 rows = slice(start, start + ROWS)
                 figure = KINDS[kind](pictures[rows], titles[rows], [model.select(rows) for model in models], mass)

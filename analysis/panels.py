@@ -116,7 +116,10 @@ def attention_page(
         _outline(axes, box, keep_mass(attention, mass).numpy())
         _caption(axes, box, describe(similarity))
 
-    heading = f"Attention of [CLS] to the patches. Line: {mass:.0%} of its mass. H: spatial entropy in nats."
+    heading = (
+        f"Attention of [CLS] to the patches. Line: {mass:.0%} of its mass. H, spatial entropy in nats, and components: "
+        "of the similarity map above its mean, not of the line."
+    )
     return _page(pictures, titles, models, heading, draw)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from datasets import SplitSettings
-from losses import PAIRS
+from losses import PAIRS, max_components
 from models import ModelSettings, build_model
 from utils import UserError
 
@@ -47,14 +47,15 @@ def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.d
     """The model that the arguments describe, on ``device``; ``sizes`` as for `model_settings`.
 
     Raises:
-        UserError: see `models.build_model`; or the spatial entropy has a weight and the maps are a single patch.
+        UserError: see `models.build_model`; or the spatial entropy has a weight and the maps are of at most 2 x 2
+            patches, which are one component whatever they hold.
     """
     settings = model_settings(args, num_classes, **sizes)
     model, grid = build_model(settings, device, args.seed)
-    if args.sar_weight > 0 and grid == (1, 1):
+    if args.sar_weight > 0 and max_components(*grid) == 1:
         raise UserError(
-            f"{settings}: S is a single patch and has no entropy; give a larger --input-size, a smaller --patch-size, "
-            "or --sar-weight 0"
+            f"{settings}: S has {grid[0]} x {grid[1]} patches, which are always one component, so its entropy is 0; "
+            "give a larger --input-size, a smaller --patch-size, or --sar-weight 0"
         )
     if args.grad_checkpointing:
         model.set_grad_checkpointing()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from arguments import SAR_LOSSES, build_parser, differences, parse_arguments
+from cli import ELSEWHERE
 from engine import SAR_TERMS
 from utils import UserError
 
@@ -109,6 +110,9 @@ def test_model_kwargs_are_python_values():
         ("--epochs -3", "'-3' is not a whole number of at least 1"),
         ("--lr inf", "'inf' is not a number above 0"),
         ("--mixup-mode batch", "leave --mixup-mode out: Mixup draws once for each batch"),
+        ("--wd 0.1", "no option --wd; here it is --weight-decay"),
+        ("-b 64", "no option -b; here it is --batch-size"),
+        ("--num_classes 10", "no option --num-classes; here it is nothing: the classes are those of the data"),
         ("--dist-eval", "leave --dist-eval out: evaluation is always distributed"),
         ("--epochs many", "'many' is not a whole number"),
         ("--lr 0", "'0' is not a number above 0"),
@@ -190,6 +194,17 @@ def test_help_shows_every_option_once_with_its_group(capsys):
 def test_nothing_on_the_command_line_is_one_word():
     with pytest.raises(UserError, match="unrecognized arguments"):
         parse_arguments([""])
+
+
+def test_the_options_of_other_programs_lead_to_options_of_this_one():
+    known = {name for action in build_parser()._actions for name in action.option_strings}
+    for name, here in ELSEWHERE.items():
+        assert name not in known
+        assert set(re.findall(r"--[a-z-]+", here)) <= known, name
+
+
+def test_amp_alone_is_auto():
+    assert parse_arguments(["--amp", "--data-set", "digits"]).amp == "auto"
 
 
 def test_every_option_trains_something_in_a_test():

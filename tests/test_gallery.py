@@ -76,7 +76,7 @@ def expected(name: str, similarity: torch.Tensor, attention: torch.Tensor, mass:
     measured = measure_maps(similarity[None, None])
     components = int(measured["components"])
     kept = int(keep_mass(attention, mass).sum())
-    noun = "component" if components == 1 else "components"
+    noun = f"component{'' if components == 1 else 's'} > mean"
     return (
         f"{name} · H {abs(float(measured['entropy'])):.2f}\n{components} {noun}\n{kept} of {attention.numel()} patches"
     )

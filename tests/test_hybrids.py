@@ -645,7 +645,7 @@ def test_the_last_of_more_than_ten_blocks_is_found():
 def test_a_map_of_one_patch_is_refused_where_it_should_be_regularised(tmp_path, capsys):
     command = ["--model", "swin_tiny_sar", "--output-dir", str(tmp_path / "out")]
     assert main.main(command) == 2
-    assert "S is a single patch and has no entropy; give a larger --input-size" in capsys.readouterr().err
+    assert "S has 1 x 1 patches, which are always one component" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------- the program around them

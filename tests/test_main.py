@@ -200,6 +200,14 @@ def test_cached_images_train_the_same_weights_and_are_decoded_last(data, tmp_pat
         assert "decoded images" not in capsys.readouterr().out, "nothing is left to train, or it is refused"
 
 
+@pytest.mark.parametrize("more", [(), ("--sar-weight", "0")])
+def test_maps_of_two_by_two_patches_have_no_entropy(more, data, tmp_path, capsys):
+    code = train(data, tmp_path, "--patch-size", "4", *ONE_EPOCH, *more)
+    assert code == (0 if more else 2)
+    if not more:
+        assert "S has 2 x 2 patches, which are always one component" in capsys.readouterr().err
+
+
 def test_digits_need_nothing_and_stay_in_the_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = "--model vit_tiny_sar --model-kwargs embed_dim=12 depth=1 num_heads=1 --epochs 1 --input-size 12"

@@ -2,6 +2,7 @@
 
 import io
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +38,21 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     utils.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
+
+
+def test_a_runs_own_output_is_no_uncommitted_change(monkeypatch):
+    answers = {"rev-parse": "beef", "status": "", "ls-files": ""}
+    commands = []
+
+    def git(command, **_):
+        commands.append(command[3:])
+        return SimpleNamespace(returncode=0, stdout=answers[command[3]])
+
+    monkeypatch.setattr(utils.subprocess, "run", git)
+    assert not utils.environment()["uncommitted_changes"]
+    assert ["status", "--porcelain", "--untracked-files=no"] in commands
+    answers["ls-files"] = "models/mine.py"
+    assert utils.environment()["uncommitted_changes"]
 
 
 def test_environment_says_what_a_result_depends_on():
