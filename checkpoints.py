@@ -56,10 +56,12 @@ def save(run: Run, name: str) -> None:
 
     Raises:
         NonFiniteLoss: the weights are not finite; an existing file is not changed.
-        RunError: see ``write_atomically``.
+        RunError: see ``write_atomically``; or another run has taken the folder.
     """
     if not run.processes.is_main:
         return
+    if run.owner is not None:
+        run.owner.check()
     if not torch.nn.utils.get_total_norm(run.task.parameters()).isfinite():
         raise NonFiniteLoss(f"weights are not finite after epoch {run.epoch}, update {run.step}; not saved")
     write_atomically(run.plan.output_dir / name, lambda file: torch.save(snapshot(run), file))
