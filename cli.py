@@ -226,7 +226,8 @@ def in_one_line(error: Exception) -> Exception:
     for pattern, words in MACHINE_ERRORS:
         if re.search(pattern, text):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [kind.__name__]
-            known = RunError(f"{words} ({' '.join([lines[-1], *getattr(error, '__notes__', ())])})")
+            cause = lines[-1 if lines[0].startswith("Caught ") else 0]  # a worker's traceback comes before its error
+            known = RunError(f"{words} ({' '.join([cause, *getattr(error, '__notes__', ())])})")
             known.__cause__ = error
             return known
     return error
