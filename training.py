@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from timm.utils import distribute_bn
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from analysis.attention import similarity_maps
 from analysis.images import choose_samples
@@ -38,7 +37,6 @@ def train(args, processes: Processes) -> int:
             prepare_output_dir(plan.output_dir)
             owner = until_the_end.enter_context(owned(plan.output_dir))
         stop = until_the_end.enter_context(StopSignal(processes))
-        until_the_end.enter_context(logging_redirect_tqdm([logger]))
         # 2. build the run, and start or resume it
         run = build_run(args, plan, processes, stop, train_set)
         run.owner = owner

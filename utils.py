@@ -543,7 +543,11 @@ def environment() -> dict:
 
 
 class _Terminal(logging.StreamHandler):
-    """Writes to a stream until nobody reads it any more: a closed pipe, a terminal that is gone."""
+    """Writes above progress bars, until nobody reads the stream any more: a closed pipe, a terminal that is gone."""
+
+    def emit(self, record):
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
     def handleError(self, record):
         """From now on write to nothing; a run under `StopSignal` gets SIGPIPE or SIGHUP, and saves."""
