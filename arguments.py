@@ -19,7 +19,7 @@ from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
 from tasks import TASKS, add_options, against_accumulation, check_options
-from utils import UserError
+from utils import UserError, environment_number
 
 SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
 
@@ -182,8 +182,8 @@ def _add_data(parser, sets):
 def default_workers() -> int:
     """Default number of data-loading workers per process: its share of the cores, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cores = min(cores, environment_number("SLURM_CPUS_PER_TASK", cores))
+    return max(1, min(8, cores // max(1, environment_number("LOCAL_WORLD_SIZE", 1))))
 
 
 def _add_sar(parser):

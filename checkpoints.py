@@ -11,7 +11,7 @@ A checkpoint holds tensors and plain values (no random state, see ``randomness.p
     args, data, precision       what must be the same in a run that resumes from it
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from engine import NonFiniteLoss, Run
 from tasks import Task
 from utils import UserError, logger, write_atomically
 from weights import read_checkpoint
+
+LENGTH = ("epochs", "cooldown_epochs")
+"""The options that make up the length of a run; ``--resume`` from another folder may change them."""
 
 
 def saved_modules(task: Task) -> dict[str, nn.Module | None]:
@@ -59,10 +62,12 @@ def save(run: Run, name: str) -> None:
 
     Raises:
         NonFiniteLoss: the weights are not finite; an existing file is not changed.
-        RunError: see ``write_atomically``.
+        RunError: see ``write_atomically``; or another run has taken the folder.
     """
     if not run.processes.is_main:
         return
+    if run.owner is not None:
+        run.owner.check()
     if not torch.nn.utils.get_total_norm(run.task.parameters()).isfinite():
         raise NonFiniteLoss(f"weights are not finite after epoch {run.epoch}, update {run.step}; not saved")
     write_atomically(run.plan.output_dir / name, lambda file: torch.save(snapshot(run), file))
@@ -75,6 +80,9 @@ def restore(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
         UserError: it is not a checkpoint of this program, or of a run with other mathematics or data.
     """
     _check_same_run(run, checkpoint, source)
+    before, now = (run_length(args) for args in (checkpoint["args"], run.arguments))
+    if before != now:
+        logger.warning(f"{source} is of a run of {before} epochs: from here on schedules are those of {now} epochs")
     for name, module in saved_modules(run.task).items():
         if module is not None:
             module.load_state_dict(checkpoint[name])
@@ -82,6 +90,11 @@ def restore(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
     run.scaler.load_state_dict(checkpoint["scaler"])
     run.epoch, run.step = checkpoint["epoch"], checkpoint["step"]
     run.best, run.totals = checkpoint["best"], checkpoint["totals"]
+
+
+def run_length(arguments: Mapping[str, Any]) -> int:
+    """The number of epochs of a run with these arguments."""
+    return sum(arguments.get(name, 0) for name in LENGTH)
 
 
 def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
@@ -95,7 +108,10 @@ def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
             "to start from its weights use --finetune"
         )
     # 2. arguments, data, precision and weights are the same
-    different = differences(run.arguments, checkpoint["args"])
+    saved, elsewhere = dict(checkpoint["args"]), source != run.plan.output_dir / "checkpoint.pth"
+    if elsewhere and run.plan.epochs >= checkpoint["epoch"]:  # --resume may change the length of a run
+        saved |= {name: run.arguments[name] for name in LENGTH}
+    different = differences(run.arguments, saved)
     for name in ("training images", "classes"):
         if own["data"][name] != checkpoint["data"][name]:
             different.append(f"{name} differ from the checkpoint's")
@@ -105,10 +121,11 @@ def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
         if module is not None and checkpoint[name] and checkpoint[name].keys() != own[name].keys():
             different.append(f"weights of {name} have other names, as an older version wrote them")
     if different:
+        mend = f"to start a new run from its weights, --finetune {source}" if elsewhere else "another --output-dir"
+        if not elsewhere and all(line.startswith(("--epochs:", "--cooldown-epochs:")) for line in different):
+            mend += f" and --resume {source}, to change the number of epochs"
         raise UserError(
-            f"{source} is of a run with other arguments or data; give the same, or another --output-dir ("
-            + "; ".join(different)
-            + ")"
+            f"{source} is of a run with other arguments or data; give the same, or {mend} ({'; '.join(different)})"
         )
 
 

@@ -5,6 +5,7 @@ import ast
 import difflib
 import math
 import os
+import re
 import select
 import shlex
 import signal
@@ -13,12 +14,41 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
-from utils import Processes, RunError, UserError, in_process_group, processes_here
+from utils import Processes, RunError, UserError, end_workers, in_process_group, processes_here
 
 EXPECTED = (UserError, RunError, OSError)
 """Errors that are reported by their message alone, without a traceback."""
+
+MACHINE_ERRORS = (
+    (
+        r"out of shared memory|unable to (allocate|open|mmap|resize|write).*(shared memory|/torch_)",
+        "no room in /dev/shm, through which loader workers pass their batches: enlarge it (docker run --shm-size=8g), "
+        "or give fewer --num-workers; 0 needs none",
+    ),
+    (
+        r"DataLoader worker \(pid.* (is killed by signal: \w+|exited unexpectedly)|MemoryError in DataLoader worker",
+        "a loader worker was killed or had no memory, as the system does where memory runs out: give fewer "
+        "--num-workers, or a smaller --batch-size",
+    ),
+    (
+        r"Too many open files|received 0 items of ancdata",
+        "too many open files: raise the limit, ulimit -n 65536, or give fewer --num-workers",
+    ),
+    (
+        r"^torch\._(dynamo|inductor)\.|C compiler",
+        "--compile: the network cannot be compiled; install a C++ compiler (g++), or leave --compile out",
+    ),
+    (
+        r"MemoryError|OutOfMemoryError|out of memory|an't allocate memory|Cannot allocate memory|not enough memory"
+        r"|ALLOC_FAILED",
+        "out of memory: give a smaller --batch-size, which keeps --total-batch, or --grad-checkpointing",
+    ),
+)
+"""Errors of the machine: a pattern of type and message, and the cause with its mend. The first that fits counts."""
 
 # Options of DeiT or of earlier versions that this program does not have, and the reason.
 NOT_NEEDED = {
@@ -75,7 +105,18 @@ ELSEWHERE = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with similar options for a mistyped one."""
+    """An ArgumentParser whose errors are one line, with similar options for a mistyped one.
+
+    In the values of options with the metavar FILE or DIR, a leading ``~`` is the home folder: a shell leaves it as it
+    is in ``--out=~/run``.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        known, unknown = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.metavar in ("FILE", "DIR"):
+                setattr(known, action.dest, _from_home(getattr(known, action.dest)))
+        return known, unknown
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments:").split()
@@ -87,6 +128,13 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"leave {name} out: {NOT_NEEDED[name]}")
             message = f"no option {name}" + nearest(name, self._option_string_actions)
         raise UserError(message)
+
+
+def _from_home(value):
+    """A path, a list of paths or None, with the home folder in the place of a leading ``~``."""
+    if isinstance(value, list):
+        return [_from_home(path) for path in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 
 class KeyValues(argparse.Action):
@@ -156,7 +204,7 @@ def _expand(words: list[str], folder: Path, inside: tuple[Path, ...]) -> list[st
     """Expand the leading files of ``words``, relative to ``folder``; ``inside`` are the files being read."""
     expanded = []
     while words and words[0].startswith("@"):
-        path = folder / words.pop(0)[1:]
+        path = folder / os.path.expanduser(words.pop(0)[1:])
         if path.resolve() in inside:
             raise UserError(f"argument file {path} includes itself")
         try:
@@ -194,17 +242,52 @@ class Exit:
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> bool:
+        if error is not None:
+            end_workers()
         if isinstance(error, KeyboardInterrupt):
             self.code = 130
+            if in_process_group():  # leaving it would wait for the others
+                os._exit(self.code)
             return True
         if not isinstance(error, Exception):
             return False
-        traceback.clear_frames(trace)  # their variables keep the loader's workers alive
+        error = in_one_line(error)
         reported = self.processes.explain(error) if self.processes is not None else error
         if not isinstance(reported, EXPECTED) and not in_process_group():
             return False
         self.code = report_error(reported)
         return True
+
+
+def in_one_line(error: Exception) -> Exception:
+    """The error, or a RunError with the cause and the mend if it is one of MACHINE_ERRORS."""
+    if isinstance(error, (UserError, RunError)):
+        return error
+    kind = type(error)
+    text = f"{kind.__module__}.{kind.__qualname__}: {error}"
+    for pattern, words in MACHINE_ERRORS:
+        if re.search(pattern, text):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [kind.__name__]
+            cause = lines[-1 if lines[0].startswith("Caught ") else 0]  # a worker's traceback comes before its error
+            known = RunError(f"{words} ({' '.join([cause, *getattr(error, '__notes__', ())])})")
+            known.__cause__ = error
+            return known
+    return error
+
+
+def leave(program: Callable[[], int]) -> NoReturn:
+    """Run a program and end this process with its exit code: after an error at once, as threads may be stuck."""
+    try:
+        code = program()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def exit_code(work: Callable[[], int]) -> int:
@@ -237,7 +320,9 @@ def report_error(error: Exception) -> int:
 
     In a process group the process exits at once: leaving the group would wait for processes that wait for this one.
     """
-    expected, (rank, _, _) = isinstance(error, EXPECTED), processes_here()
+    expected, rank = isinstance(error, EXPECTED), 0
+    with suppress(UserError):  # it may be the error that is reported
+        rank, _, _ = processes_here()
     if expected and rank > 0:
         time.sleep(2)  # rank 0 usually reports the same error, and the launcher then ends this process
     text = f"error: {error}\n" if expected else "".join(traceback.format_exception(error))

@@ -6,10 +6,11 @@ position) alone, not on workers or on earlier images.
 """
 
 import atexit
-import multiprocessing
+import ctypes
 import os
 import signal
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ from readers import DATASETS, DataSet, canonical_name, sets_of
 from readers.cache import cache_images
 from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage, first_few
 from samplers import Draw, class_subset
-from utils import Processes, UserError, logger, write_json
+from utils import Processes, StopSignal, UserError, end_workers, logger, write_json
 
+LONGEST_TMPDIR = 70  # characters: workers make sockets there, whose paths may have 107
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 MAX_REPLACEMENTS = 10  # consecutive unreadable images that are replaced before the run stops
 
 
@@ -345,7 +348,15 @@ def build_loader(
 
     A data set may have a function ``collate``, which makes a batch of a list of items, as those of different sizes.
     Workers persist between epochs. Each iteration starts the sampler again, so ``sampler.set_epoch`` takes effect.
+
+    Raises:
+        UserError: TMPDIR is too long a path for the workers' sockets.
     """
+    if num_workers and len(folder := tempfile.gettempdir()) > LONGEST_TMPDIR:
+        raise UserError(
+            f"TMPDIR={folder} has {len(folder)} characters, and sockets of loader workers allow {LONGEST_TMPDIR}; "
+            "set TMPDIR=/tmp, or give --num-workers 0"
+        )
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -353,7 +364,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_signals_to_the_run,
         collate_fn=getattr(dataset, "collate", collate),
         generator=torch.Generator(),  # without one, each iteration draws from the global generator
     )
@@ -376,21 +387,18 @@ def _stack(tensors: list[Tensor], *, collate_fn_map=None) -> Tensor:
     return rearrange(pixels, "b h w c -> b c h w")
 
 
-def _ignore_signals(worker_id: int) -> None:
-    """Let a worker ignore signals to the process group (Ctrl-C, timeout) or to the job (SLURM).
+def _leave_signals_to_the_run(worker_id: int) -> None:
+    """Let a worker ignore signals to the process group (Ctrl-C, timeout) or to the job (SLURM), and end with the run.
 
-    A worker that a signal ends would break the loader while the run saves. Workers end with the loader, or when the
-    main process is gone.
+    A worker that a signal ends would break the loader while the run saves. Workers end with the loader; if the main
+    process is gone, the system kills them at once, even in a read that never returns (Linux).
     """
     os.setpgrp()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.set_wakeup_fd(-1)  # the main process counts its own signals alone
+    for number in StopSignal.numbers:
         signal.signal(number, signal.SIG_IGN)
+    with suppress(AttributeError):  # not Linux: torch's worker looks after its parent every few seconds
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-@atexit.register
-def _end_workers() -> None:
-    """End the workers that an error left: they ignore the signal by which the interpreter would end them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each as an error of its own
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+atexit.register(end_workers)

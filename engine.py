@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from batches import device_batches
 from losses import SpatialEntropyLoss, TotalVariationLoss, localisation_loss
+from owner import Owner
 from randomness import seed_step
 from samplers import TrainSampler
 from schedules import Position
@@ -78,6 +79,8 @@ class Run:
     best: dict = field(default_factory=dict)
     totals: dict = field(default_factory=dict)
     """Sums over the updates of this epoch, for its line in log.txt."""
+    owner: Owner | None = None
+    """Of the output folder; only on rank 0."""
 
     @property
     def position(self) -> Position:

@@ -11,10 +11,8 @@ Where a run begins (``checkpoints.start_or_resume``), the first that applies:
 4. a new run starts from random weights.
 """
 
-import sys
-
 from arguments import parse_arguments
-from cli import Exit
+from cli import Exit, leave
 from utils import end_processes, start_logging, start_processes
 
 
@@ -36,4 +34,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.utils import distribute_bn
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from analysis.attention import similarity_maps
 from analysis.images import choose_samples
@@ -19,6 +18,7 @@ from build import build_eval_loader, build_plan, build_run, choose_amp, load_tra
 from checkpoints import named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
+from owner import owned
 from records import Records, epoch_record
 from samplers import Draw
 from tasks import load_task
@@ -34,11 +34,15 @@ def train(args, processes: Processes) -> int:
     task = load_task(args.task)
     train_set, val_set = (task.data(args, split, processes) for split in ("train", "val"))
     plan = build_plan(args, processes, train_set)
-    if processes.is_main:
-        prepare_output_dir(plan.output_dir)
-    with StopSignal(processes) as stop, logging_redirect_tqdm([logger]):
+    with ExitStack() as until_the_end:
+        owner = None
+        if processes.is_main:
+            prepare_output_dir(plan.output_dir)
+            owner = until_the_end.enter_context(owned(plan.output_dir))
+        stop = until_the_end.enter_context(StopSignal(processes))
         # 2. build the run, and start or resume it
         run = build_run(args, plan, processes, stop, train_set)
+        run.owner = owner
         log_banner(args, run)
         start_or_resume(run, args.resume, args.finetune, args.checkpoint_key)
         if run.epoch == plan.epochs:
@@ -97,7 +101,8 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
     last = done == plan.epochs
     results = {}
     if val_loader is not None and (last or done % plan.eval_every == 0):
-        results = evaluate_run(run, val_loader)
+        with saved_on_error(run):
+            results = evaluate_run(run, val_loader)
         if not results:
             return False
     # 2. record the epoch, and move on to the next one
@@ -118,6 +123,19 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
         if plan.log_attention and (last or done % plan.log_attention == 0):
             records.figure("attention", draw_attention(run, val_loader.dataset))
     return True
+
+
+@contextmanager
+def saved_on_error(run: Run) -> Iterator[None]:
+    """Save the trained epoch if its evaluation fails, as on a broken image: the same command goes on with it."""
+    try:
+        yield
+    except NonFiniteLoss:
+        raise
+    except Exception:
+        save(run, "checkpoint.pth")
+        logger.info(f"epoch {run.epoch} is saved before its evaluation, which failed; the same command repeats it")
+        raise
 
 
 def evaluate_run(run: Run, loader) -> dict[str, dict]:

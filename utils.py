@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import gc
 import importlib.metadata
 import io
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import re
+import secrets
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +56,8 @@ class RunError(Exception):
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 """Longest wait of a process for the others; rank 0 may need minutes to list a large data set alone."""
+TELL_AFTER = 10.0
+"""Seconds of waiting for the other processes at the start, after which a process says so."""
 
 
 @dataclass(frozen=True)
@@ -124,17 +132,40 @@ class Processes:
         return ", ".join(f"rank {rank} ({last})" for rank, last in enumerate(words) if last) or "one of the processes"
 
 
+def environment_number(name: str, default: int) -> int:
+    """A whole number from the environment; the default if the variable is empty or not set.
+
+    Raises:
+        UserError: it is something else.
+    """
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise UserError(f"{name}={text} in the environment is not a whole number; unset {name}")
+    return int(text or default)
+
+
+def process_variables() -> tuple[str, str, str]:
+    """The variables of rank, number of processes and local rank: torchrun's, or srun's where there is no RANK."""
+    # srun sets it for its tasks only, not for batch scripts
+    if not os.environ.get("RANK") and os.environ.get("SLURM_STEP_NUM_TASKS"):
+        return "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+    return "RANK", "WORLD_SIZE", "LOCAL_RANK"
+
+
 def processes_here() -> tuple[int, int, int]:
-    """Rank, number of processes and local rank from the environment of torchrun, else of srun, else a single one."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if (
-        "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ
-    ):  # srun sets it for its tasks only, not for batch scripts
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)
-    )
-    return rank, world_size, local_rank
+    """Rank, number of processes and local rank from the environment of torchrun, else of srun, else a single one.
+
+    Raises:
+        UserError: variables that contradict each other, as those that another program has left.
+    """
+    names = process_variables()
+    rank, world_size, local_rank = map(environment_number, names, (0, 1, 0))
+    if rank >= world_size or (world_size > 1 and not os.environ.get(names[0])):
+        given = ", ".join(f"{name}={os.environ[name]}" if name in os.environ else f"no {name}" for name in names[:2])
+        raise UserError(
+            f"{given} in the environment: no process of a group; unset both to run alone, or use torchrun or srun"
+        )
+    return rank, world_size, local_rank if world_size > 1 else 0
 
 
 def rendezvous_url() -> str:
@@ -145,7 +176,7 @@ def rendezvous_url() -> str:
     if "MASTER_ADDR" in os.environ or "SLURM_STEP_NODELIST" not in os.environ:
         return "env://"
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    job, step, restart = (int(os.environ.get(name, 0)) for name in names)
+    job, step, restart = (environment_number(name, 0) for name in names)
     first = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]  # n[01-04,7] -> n01
     number = job * 101 + step * 10 + restart  # 101 and 12,000 are coprime: consecutive jobs never share a port
     return f"tcp://{first}:{20_000 + number % 12_000}"  # below the ephemeral ports of operating systems
@@ -169,12 +200,47 @@ def start_processes(device_name: str) -> Processes:
         return Processes(rank, world_size, device, local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store, _, _ = next(dist.rendezvous(rendezvous_url(), rank, world_size, timeout=GROUP_TIMEOUT))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        with _telling_of_the_wait(rank, world_size):
+            store, _, _ = next(dist.rendezvous(rendezvous_url(), rank, world_size, timeout=GROUP_TIMEOUT))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"the {world_size} processes could not meet: {reason}") from error
     return Processes(rank, world_size, device, local_rank, store)
+
+
+@contextlib.contextmanager
+def _telling_of_the_wait(rank: int, world_size: int) -> Iterator[None]:
+    """Tell after TELL_AFTER seconds whom a process waits for. Ctrl-C ends the wait, which Python's handler cannot."""
+    source = process_variables()[1]
+    alone = "env " + " ".join(f"-u {name}" for name in ("SLURM_STEP_NUM_TASKS", "RANK", "WORLD_SIZE"))
+    words = (
+        f"rank {rank} is waiting for the other processes: {source}={world_size}. "
+        f"To train with this process alone: {alone} python main.py ..."
+    )
+    timer = threading.Timer(TELL_AFTER, print, [words], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        timer.cancel()
+
+
+def end_workers() -> None:
+    """Kill the loaders' workers, which an error has left; they ignore the signal by which the interpreter ends them."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if not workers:
+        return
+    # torch's handler would report each as an error of its own
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(1)
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def end_processes() -> None:
@@ -258,13 +324,24 @@ def has_kernels(arch_list: list[str], major: int, minor: int) -> bool:
 # ------------------------------------------------------------------------------------------------ signals
 
 
-class StopSignal:
-    """Catches SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C), so that a run can save between two updates and end.
+SAME_SIGNAL = 0.5
+"""Seconds in which a signal is the same as the one before: launchers pass on what their processes get, too."""
+SECONDS_TO_SAVE = 10.0
+"""Time that a process has to save after a second signal other than Ctrl-C."""
 
-    Every rank calls ``poll`` once per update and gets the same answer. The ranks' signals are exchanged on the host
-    during an update and read one update later, so ``poll`` never waits for a GPU. A second Ctrl-C ends the process at
-    once.
+
+class StopSignal:
+    """Catches the signals that end a run, so that it can save between two updates and end.
+
+    These are SIGTERM, SIGUSR1, SIGUSR2, SIGINT (Ctrl-C), SIGHUP (the terminal is gone) and SIGPIPE (nobody reads the
+    output any more). Every rank calls ``poll`` once per update and gets the same answer. The ranks' signals are
+    exchanged on the host during an update and read one update later, so ``poll`` never waits for a GPU.
+
+    A second signal ends the process, whatever it is waiting for: Ctrl-C at once, another one after SECONDS_TO_SAVE.
+    A thread counts them, as Python calls no handler while the main thread waits for a GPU or for another process.
     """
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
 
     def __init__(self, processes: Processes):
         self.received = 0
@@ -275,22 +352,52 @@ class StopSignal:
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self):
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+        # 1. the handlers; under nohup a run outlives its terminal
+        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in self.numbers if not (under_nohup and number == signal.SIGHUP)]
         self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        # 2. the thread, to which the interpreter writes the number of each signal at once
+        self._source, self._sink = os.pipe()
+        os.set_blocking(self._sink, False)
+        self._previous_sink = signal.set_wakeup_fd(self._sink, warn_on_full_buffer=False)
+        self._counter = threading.Thread(target=self._count, daemon=True)
+        self._counter.start()
         return self
 
     def __exit__(self, *error):
+        signal.set_wakeup_fd(self._previous_sink)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        os.write(self._sink, b"\0")
+        self._counter.join()
+        os.close(self._source)
+        os.close(self._sink)
 
     def _receive(self, number, frame):
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
         self.received = self.received or number  # SLURM sends SIGTERM after SIGUSR2
+
+    def _count(self) -> None:
+        """Read the numbers of signals until a 0; after the second one end the process."""
+        first: float | None = None
+        deadline: float | None = None
+        code = 0
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._source], [], [], left)[0]:
+                _end_now(code)
+            number, now = os.read(self._source, 1)[0], time.monotonic()
+            if number == 0:
+                return
+            if number not in self.numbers or number == signal.SIGPIPE:  # others have handlers, too
+                continue
+            first = first or now
+            if now - first > SAME_SIGNAL:
+                code = 128 + number
+                deadline = now if number == signal.SIGINT else deadline or now + SECONDS_TO_SAVE
 
     @property
     def exit_code(self) -> int:
-        """The exit code, the same on all ranks: 75 after SIGUSR2 (start again), 130 after Ctrl-C, else 0.
+        """The exit code of a saved run, the same on all ranks: 75 after SIGUSR2, 130 after Ctrl-C, else 0.
 
         75 is ``EX_TEMPFAIL``, the system's code for a temporary failure.
         """
@@ -313,7 +420,17 @@ class StopSignal:
         return bool(previous[1])
 
 
+def _end_now(code: int) -> None:
+    """End this process from any thread, whatever the others do; its loader workers end with it."""
+    os.write(2, b"error: ended by a second signal before it could save; the same command resumes the run\n")
+    os._exit(code)
+
+
 # -------------------------------------------------------------------------------------------------- files
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk."""
 
 
 def write_atomically(path: Path, write) -> None:
@@ -325,20 +442,29 @@ def write_atomically(path: Path, write) -> None:
         RunError: the file cannot be written; an old file is unchanged.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+            _flush_to_disk(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"cannot write {path}: {reason}; an earlier file there is unchanged") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        mend = "; make room, and give the same command again" * (getattr(cause, "errno", None) in NO_ROOM)
+        raise RunError(f"cannot write {path}: {reason}; an earlier file there is unchanged{mend}") from error
+
+
+def _flush_to_disk(descriptor: int) -> None:
+    """``fsync``, where the file system has it: some mounts, as those of object stores, refuse it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+            raise
 
 
 def write_json(path: Path, content) -> None:
@@ -357,7 +483,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def prepare_output_dir(path: Path, option: str = "--output-dir") -> None:
-    """Create the output folder, check that it is writable, and delete temporary files of killed processes.
+    """Create the output folder, and check that it is writable.
 
     Args:
         path: the folder.
@@ -368,8 +494,6 @@ def prepare_output_dir(path: Path, option: str = "--output-dir") -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for leftover in path.glob(".*.tmp"):
-            leftover.unlink()
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -421,9 +545,23 @@ def environment() -> dict:
 # ---------------------------------------------------------------------------------------------------- log
 
 
+class _Terminal(logging.StreamHandler):
+    """Writes above progress bars, until nobody reads the stream any more: a closed pipe, a terminal that is gone."""
+
+    def emit(self, record):
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+    def handleError(self, record):
+        """From now on write to nothing; a run under `StopSignal` gets SIGPIPE or SIGHUP, and saves."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            return super().handleError(record)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def start_logging(rank: int) -> None:
     """Rank 0 logs to standard output; the other ranks log only warnings, with their rank, to standard error."""
-    handler = logging.StreamHandler(sys.stdout if rank == 0 else sys.stderr)
+    handler = _Terminal(sys.stdout if rank == 0 else sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

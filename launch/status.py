@@ -86,7 +86,7 @@ def check_not_queued(specs: Iterable[RunSpec]) -> None:
 
 
 def describe_state(folder: Path, queue: dict[str, str] | None) -> tuple[str, str]:
-    """The state of a submitted run, and details for the user (one or more lines).
+    """The state of a run, and details for the user (one or more lines).
 
     States: finished, failed, stopped (interrupted without an error), unknown, or one of `jobs_in_queue`.
 
@@ -97,7 +97,7 @@ def describe_state(folder: Path, queue: dict[str, str] | None) -> tuple[str, str
     from checkpoints import epochs_saved  # imports torch
 
     # 1. from the checkpoint: finished runs, and damaged files
-    job = read_job(folder)
+    job = read_job(folder) or local_run(folder)
     try:
         done = epochs_saved(folder)
     except UserError as error:
@@ -108,6 +108,8 @@ def describe_state(folder: Path, queue: dict[str, str] | None) -> tuple[str, str
     # 2. from the lock of a launcher that trains without Slurm; from the queue: pending and running jobs
     if is_locked(folder):
         return "running", f"{progress} (without Slurm)"
+    if "log" not in job:
+        return "stopped", f"{progress} (without Slurm)"
     if queue is None:
         return "unknown", progress
     if job["job_id"] in queue:
@@ -119,6 +121,20 @@ def describe_state(folder: Path, queue: dict[str, str] | None) -> tuple[str, str
     lines = [progress, run_error or slurm_error, f"log: {log}" if log.exists() else "the job never started"]
     interrupted = not slurm_error or re.search("CANCELLED|exit code 75", slurm_error)
     return ("stopped" if interrupted and not run_error else "failed"), "\n".join(filter(None, lines))
+
+
+def local_run(folder: Path) -> dict:
+    """What a ``job.json`` would tell of a run that was never submitted, from its ``args.json``.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / "args.json"
+    try:
+        args = json.loads(path.read_text())
+        return {"job_id": "-", "epochs": args["epochs"] + args["cooldown_epochs"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} cannot be read; remove the folder, or give the run's command again") from None
 
 
 def last_errors(log: Path) -> tuple[str, str]:
@@ -133,18 +149,20 @@ def last_errors(log: Path) -> tuple[str, str]:
 
 
 def format_status(job_dir: Path) -> str:
-    """A table of the state of every submitted run below the folder; symbolic links are not followed."""
-    folders = sorted(Path(folder) for folder, _, files in os.walk(job_dir) if "job.json" in files)
+    """A table of the state of every run below the folder, submitted or not; symbolic links are not followed."""
+    folders = sorted(Path(folder) for folder, _, files in os.walk(job_dir) if {"job.json", "args.json"} & {*files})
     if not folders:
         return f"nothing was submitted in {job_dir}"
+    jobs = {folder: read_job(folder) or local_run(folder) for folder in folders}
+    queue: dict[str, str] | None
     try:
-        queue, note = jobs_in_queue(), ""
+        queue, note = jobs_in_queue() if any("log" in job for job in jobs.values()) else {}, ""
     except UserError as error:
         queue, note = None, f"\nunknown: the run may be pending, running or stopped, as the queue is unknown: {error}"
     rows = []
-    for folder in folders:
+    for folder, job in jobs.items():
         name = str(folder.relative_to(job_dir))
-        rows.append([job_dir.name if name == "." else name, read_job(folder)["job_id"], *describe_state(folder, queue)])
+        rows.append([job_dir.name if name == "." else name, job["job_id"], *describe_state(folder, queue)])
     counts = [f"{sum(row[2] == state for row in rows)} {state}" for state in dict.fromkeys(row[2] for row in rows)]
     return f"{format_table(['run', 'job', 'state', ''], rows)}\n{len(rows)} runs: {', '.join(counts)}{note}"
 

@@ -52,8 +52,7 @@ def check_runs(settings: Settings, runs: list[TableRun]) -> None:
     """Detect before any run starts what would stop one of them; with --smoke, write the toy data first.
 
     Raises:
-        UserError: an unknown launcher, a run that is in Slurm's queue, missing or invalid data, a total batch that the
-            processes cannot form.
+        UserError: an unknown launcher, a run that is in Slurm's queue, missing or invalid data.
     """
     from datasets import read_split  # imports torch
 
@@ -65,11 +64,7 @@ def check_runs(settings: Settings, runs: list[TableRun]) -> None:
     missing = warn_missing_data(unfinished) if settings.cluster else set()
     if settings.cluster is None:
         check_not_queued(unfinished)
-    # 3. each run's batch size; then each data set once
-    if settings.processes:
-        for run in unfinished:
-            with told_of(run):
-                accumulation(run.args, settings.processes)
+    # 3. each data set once
     if settings.smoke:
         from paper.toy_data import write_toy_data  # imports scikit-learn
 
@@ -91,6 +86,18 @@ def told_of(run: TableRun) -> Iterator[None]:
     except UserError as error:
         hint = "--data is the folder of all data sets, --overrides a file of options for other hardware"
         raise UserError(f"{run}: {error} ({hint})") from None
+
+
+def check_batches(settings: Settings, runs: list[TableRun]) -> None:
+    """Refuse a launcher whose processes cannot form the total batch of an unfinished run.
+
+    Raises:
+        UserError: with the batch sizes that fit.
+    """
+    for run in runs:
+        if settings.processes and epochs_done(run) < run.epochs:
+            with told_of(run):
+                accumulation(run.args, settings.processes)
 
 
 def check_measurements(settings: Settings, measurements: list[Measurement]) -> None:
@@ -285,6 +292,7 @@ def run_table(settings: Settings) -> int:
     rows = select_rows(settings)
     runs, measurements = plan_runs(settings, rows), plan_measurements(settings, rows)
     print_plan(settings, runs, measurements)
+    check_batches(settings, runs)
     if settings.dry_run:
         print_commands(settings, runs, measurements)
         return 0

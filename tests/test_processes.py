@@ -215,7 +215,7 @@ def test_torchrun_leaves_rank_0_the_time_to_name_the_killed_process(run, tmp_pat
 
 
 def fail(message: str):
-    raise MemoryError(message)
+    raise ValueError(message)
 
 
 def test_an_error_of_one_process_is_told_by_all(run, tmp_path):
@@ -225,11 +225,11 @@ def test_an_error_of_one_process_is_told_by_all(run, tmp_path):
     assert (
         run.text()
         .splitlines()[-1]
-        .startswith("error: lost rank 1 (MemoryError: no room at epoch 0, update 2) at epoch 0, update ")
+        .startswith("error: lost rank 1 (ValueError: no room at epoch 0, update 2) at epoch 0, update ")
     )
     lines = [line for line in run.text(1).splitlines() if line.startswith("[rank 1] ")]
     assert lines[0] == "[rank 1] Traceback (most recent call last):"
-    assert lines[-2:] == ["[rank 1] MemoryError: no room", "[rank 1] at epoch 0, update 2"]
+    assert lines[-2:] == ["[rank 1] ValueError: no room", "[rank 1] at epoch 0, update 2"]
 
 
 def impatient(rank: int) -> None:

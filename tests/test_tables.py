@@ -437,6 +437,10 @@ def test_the_images_of_an_epoch():
             "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
         ),
         (
+            {"smoke": True, "launch": "torchrun --nproc_per_node=3", "dry_run": True},
+            "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
+        ),
+        (
             {"smoke": True, "launch": "submitit --nodes 3 --ngpus 1"},
             "in100_100/vit_small, seed 0: --batch-size 8 x 3 processes does not divide --total-batch 64",
         ),

@@ -85,6 +85,13 @@ class Child:
         Returns:
             Rank 0's exit code; -9 if it was killed.
         """
+        children = self.start(output, *more, before=before, everywhere=everywhere, ranks=ranks)
+        for child in children:
+            child.join()
+        return children[0].exitcode
+
+    def start(self, output: Path, *more: str, before=None, everywhere=None, ranks: int = 1) -> list:
+        """The processes of such a run, which has begun."""
         argv, environment = folders(self.words, self.data, output, *more), {}
         if ranks > 1:
             with socket.create_server(("127.0.0.1", 0)) as free:
@@ -104,9 +111,7 @@ class Child:
         ]
         for child in children:
             child.start()
-        for child in children:
-            child.join()
-        return children[0].exitcode
+        return children
 
     def text(self, rank: int = 0) -> str:
         """What this process of the last run printed, errors included."""
@@ -136,6 +141,7 @@ def _main(argv: list[str], log: Path, hooks: list, environment: dict) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a program that nothing has forked
     for hook in filter(None, hooks):
         hook()
     sys.exit(main.main(argv))
