@@ -1,8 +1,6 @@
 """Builds the parts of a run from the arguments: plan, loaders, optimiser, wrapped network; and logs the banner."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -23,23 +21,6 @@ def build_eval_loader(args, processes: Processes, dataset):
     """A loader of this rank's share of the validation images, in batches of twice the training's size."""
     sampler = EvalSampler(len(dataset), processes.rank, processes.world_size)
     return build_loader(dataset, sampler, 2 * args.batch_size, args.num_workers, processes.device.type == "cuda")
-
-
-def load_trained(args, dataset: Any, checkpoint: Mapping, path: Path, device: torch.device) -> Task:
-    """The task that the arguments describe, with the weights of a checkpoint; adaptations of them are logged.
-
-    Args:
-        args: with the task, and ``checkpoint_key``.
-        dataset: the images that are evaluated, or anything else with ``classes``.
-        checkpoint: the content of the file ``path``.
-
-    Raises:
-        UserError: see `Task.load`.
-    """
-    task = load_task(args.task)(args, dataset, device)
-    for note in task.load(checkpoint, args.checkpoint_key):
-        logger.info(f"{path}: {note}")
-    return task
 
 
 def build_plan(args, processes: Processes, train_set) -> Plan:

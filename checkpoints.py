@@ -21,7 +21,7 @@ from torch import nn
 
 from arguments import differences
 from engine import NonFiniteLoss, Run
-from tasks import Task
+from tasks import Task, load_task
 from utils import UserError, logger, write_atomically
 from weights import read_checkpoint
 
@@ -164,6 +164,24 @@ def named(path: str | Path) -> Iterator[None]:
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def load_trained(args, dataset: Any, checkpoint: Mapping, path: str | Path, device: torch.device) -> Task:
+    """The task that the arguments describe, with the weights of a checkpoint; adaptations of them are logged.
+
+    Args:
+        args: with the task, and ``checkpoint_key``.
+        dataset: the images that are evaluated, or anything else with ``classes``.
+        checkpoint: the content of the file ``path``.
+
+    Raises:
+        UserError: see `Task.load`; the message names the file.
+    """
+    with named(path):
+        task = load_task(args.task)(args, dataset, device)
+        for note in task.load(checkpoint, args.checkpoint_key):
+            logger.info(f"{path}: {note}")
+    return task
 
 
 def epochs_saved(folder: Path) -> int:

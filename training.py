@@ -14,8 +14,8 @@ from analysis.images import choose_samples
 from arguments import parse_arguments
 from augmentation import normalise
 from batches import prepare
-from build import build_eval_loader, build_plan, build_run, choose_amp, load_trained, log_banner
-from checkpoints import named, save, start_or_resume
+from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
+from checkpoints import load_trained, named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from owner import owned
@@ -216,10 +216,9 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     with named(path):
         classes = (checkpoint.get("data") or {}).get("classes") if is_own(checkpoint) else None
         same_task = is_own(checkpoint) and checkpoint["args"].get("task", "classify") == args.task
-        notes = task_class.relabel(dataset, classes) if classes and same_task else []
-        task = load_trained(args, dataset, checkpoint, path, processes.device)
-    for note in notes:
-        logger.info(f"{path}: {note}")
+        for note in task_class.relabel(dataset, classes) if classes and same_task else []:
+            logger.info(f"{path}: {note}")
+    task = load_trained(args, dataset, checkpoint, path, processes.device)
     if args.export and processes.is_main:
         write_weights(task.exported, args.export)
         logger.info(f"{args.export}: written")

@@ -31,7 +31,7 @@ from analysis.pictures import MIN_SCORE, above, draw_boxes, draw_names, draw_pix
 from arguments import parse_arguments
 from augmentation import as_tensor
 from batches import prepare
-from build import load_trained
+from checkpoints import load_trained
 from cli import Parser, at_least, exit_code
 from readers.images import UnreadableImage, list_images, read_photograph
 from tasks import Task, load_task

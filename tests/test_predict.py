@@ -267,7 +267,7 @@ def test_what_cannot_work_is_one_line(classifier, detector, digits, tmp_path, ca
     assert "is in --images" in said(classifier.path, digits, digits / "val/out")
     assert not (digits / "val/out").exists()
     assert "no such folder" in said(classifier.path, tmp_path / "missing", tmp_path / "out")
-    assert "no weights under 'teacher'" in said(
+    assert f"{classifier.path}: the checkpoint has no weights under 'teacher'" in said(
         classifier.path, digits / "val", tmp_path / "out", "--checkpoint-key", "teacher"
     )
     torch.save({"model": classifier.run.task.model.state_dict()}, tmp_path / "foreign.pth")
