@@ -13,7 +13,8 @@ from scipy.io import loadmat
 from torch import Tensor
 
 from readers import ADE_LAYOUT, MASKS_LAYOUT, VOC_LAYOUT
-from readers.images import ImageFiles, ReadingError, UnreadableImage, first_few, one_line, open_image
+from readers.files import first_few
+from readers.images import ImageFiles, ReadingError, UnreadableImage, one_line, open_image
 from readers.masks import VOC_CLASSES, VOID, MaskedImages, pair_by_name, read_voc_list, voc_folder
 from readers.names import Names
 from utils import UserError
@@ -147,7 +148,11 @@ def _read_sbd(data_path: Path, voc: Path, without: set[str]) -> MaskedImages:
     if root is None:
         raise UserError(f"{places[0]}: no such folder, or no cls/ in it; voc2012_aug needs SBD's images there")
     try:
-        lines = [line.strip() for part in ("train", "val") for line in (root / f"{part}.txt").read_text().splitlines()]
+        lines = [
+            line.strip()
+            for part in ("train", "val")
+            for line in (root / f"{part}.txt").read_text(encoding="utf-8-sig").splitlines()
+        ]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{root}: train.txt and val.txt cannot be read ({one_line(error)}); extract SBD again"
@@ -174,7 +179,7 @@ def read_ade20k(data_path: Path, split: str) -> SegmentationImages:
         raise UserError(f"{data_path}: no ADE20K in it; expected {ADE_LAYOUT}")
     found = pair_by_name(*(root / kind / SPLITS[split] for kind in ("images", "annotations")))
     try:
-        _, *rows = (root / "objectInfo150.txt").read_text(encoding="utf-8").splitlines()
+        _, *rows = (root / "objectInfo150.txt").read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
             f"{root / 'objectInfo150.txt'} cannot be read ({one_line(error)}); it names the classes"
@@ -191,7 +196,7 @@ def read_masks_folder(data_path: Path, split: str) -> SegmentationImages:
     """
     path = data_path / "classes.txt"
     try:
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); expected {MASKS_LAYOUT}") from error
     if not 2 <= len(classes) <= VOID:
