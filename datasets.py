@@ -125,11 +125,9 @@ def read_images(settings: SplitSettings, split: str, processes: Processes) -> La
     images = read_split(settings.name, split, settings.path, sets)
     if processes.is_main:
         log_image_count(settings.name, split, len(images), sets)
-        images.left_out.tell(f"{settings.path}, {split}")
+        images.left_out.tell(f"{settings.name} {split}")
         if len(images.classes) == 1:
-            logger.warning(
-                f"{settings.path}, {split}: one class only, {images.classes[0]}; a classifier learns nothing"
-            )
+            logger.warning(f"{settings.name} {split}: one class only, {images.classes[0]}; a classifier learns nothing")
     ratio = settings.sampling_ratio
     if split == "train" and ratio < 1:
         whole, images = images, SubsetOf(images, class_subset(images.targets, ratio, settings.sampling_seed))

@@ -44,6 +44,8 @@ class BoxedImages(ImageFiles):
         UserError: see `read_objects`; or no image has an object.
     """
 
+    labelled = False
+
     def __init__(
         self, root: Path, names: Sequence[str], annotations: Sequence[Path], masks: Sequence[str], classes: list[str]
     ):

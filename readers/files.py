@@ -14,8 +14,10 @@ from utils import UserError, logger, readable
 FORMATS = set("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM QOI TGA TIFF WEBP".split())
 """Pillow's names of the formats that photographs and drawings are kept in."""
 _MORE = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}  # what this Pillow reads
-EXTENSIONS = (*IMG_EXTENSIONS, *sorted(_MORE - set(IMG_EXTENSIONS)))
+EXTENSIONS: tuple[str, ...] = (*IMG_EXTENSIONS, *sorted(_MORE - set(IMG_EXTENSIONS)))
 """Suffixes of image files, in lower case; torchvision's come first."""
+KNOWN = f"{', '.join(IMG_EXTENSIONS)} and {len(EXTENSIONS) - len(IMG_EXTENSIONS)} more"
+"""For messages."""
 SYSTEM = set(
     "@eadir @recycle @recently-snapshot @tmp #recycle #snapshot __macosx $recycle.bin lost+found thumbs.db desktop.ini "
     "ehthumbs.db".split()
@@ -55,6 +57,11 @@ class LeftOut:
             listed = first_few([f"{suffix} {count:,}" for suffix, count in counts])
             parts.append(f"{len(self.suffixes):,} files whose suffix is not read ({listed})")
         return readable(", ".join(parts))
+
+    def below(self, folder: str) -> "LeftOut":
+        """The same, as paths below the parent of the folder that was searched, which has this name."""
+        kinds = (self.hidden, self.suffixes, self.links, self.beside)
+        return LeftOut(*([f"{folder}/{path}" for path in paths] for paths in kinds))
 
     def tell(self, folder: str | Path) -> None:
         """Log what is left out; nothing if that is nothing."""
@@ -128,7 +135,7 @@ def list_images(folder: str | Path) -> list[Path]:
 def no_images(folder: Path, left_out: LeftOut) -> UserError:
     """The error of a folder without an image."""
     rest = f"; left out: {left_out}" if str(left_out) else ""
-    return UserError(f"{folder}: no image in it or below; known are {', '.join(EXTENSIONS)}{rest}")
+    return UserError(f"{folder}: no image in it or below; known are {KNOWN}{rest}")
 
 
 def is_hidden(name: str) -> bool:

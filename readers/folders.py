@@ -5,7 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from readers import FOLDER_LAYOUT
-from readers.files import EXTENSIONS, LeftOut, find_images, first_few, is_hidden, leads_back, no_images, suffix_of
+from readers.files import (
+    EXTENSIONS,
+    KNOWN,
+    LeftOut,
+    find_images,
+    first_few,
+    is_hidden,
+    leads_back,
+    no_images,
+    suffix_of,
+)
 from readers.images import ImageFiles
 from utils import UserError, readable
 
@@ -81,7 +91,7 @@ def read_classes(data_path: Path, split: str, classes: list[str]) -> ImageFiles:
     if len(classes) == 1:
         _check_depth(root, classes[0], {os.path.dirname(name) for name in names})
     images = ImageFiles(data_path, [f"{split}/{name}" for name in names], targets, classes)
-    images.left_out = left_out
+    images.left_out = left_out.below(split)
     return images
 
 
@@ -103,7 +113,7 @@ def _check_filled(images: ImageFiles, split: str) -> ImageFiles:
         rest = f"; left out: {images.left_out}" if str(images.left_out) else ""
         raise UserError(
             f"{images.root / split}: no images in the class folders {first_few(empty)}; "
-            f"remove them or fill them with images ({' '.join(EXTENSIONS)}){rest}"
+            f"remove them or fill them with images ({KNOWN}){rest}"
         )
     return images
 

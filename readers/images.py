@@ -30,9 +30,13 @@ class ReadingError(UserError):
 
     A ``DataLoader`` re-raises a worker's exception with the worker's traceback as its message. This class keeps only
     the last line, which is the original message.
+
+    Attributes:
+        reason: what is wrong, without the file and the mend; empty if it came from a worker.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, reason: str = ""):
+        self.reason = reason
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
@@ -59,9 +63,11 @@ class LabelledImages(Dataset):
         classes: names of the classes, as text that every file can hold.
         left_out: what the reader found but does not use.
         in_memory: whether the images are decoded already.
+        labelled: whether the targets are classes; images with boxes or masks have none of their own.
     """
 
     in_memory = False
+    labelled = True
 
     def __init__(self, names: Sequence, targets: Sequence[int] | np.ndarray, classes: list[str]):
         self.names: Sequence[Any] = Names(names) if len(names) and isinstance(names[0], str) else names
@@ -116,7 +122,8 @@ class EncodedImages(LabelledImages):
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             reason = "no image" if isinstance(error, UnidentifiedImageError) else one_line(error)
             raise UnreadableImage(
-                f"cannot read the image '{readable(self._location(index))}' ({reason}): repair or remove the file"
+                f"cannot read the image '{readable(self._location(index))}' ({reason}): repair or remove the file",
+                reason,
             ) from error
 
     def _open(self, index: int) -> BinaryIO:
@@ -181,7 +188,8 @@ def decode(data: bytes, name: str = "") -> Tensor:
 
 DEEP_MODES = {"I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32, "F": 32}
 """Pillow's modes of grey images with more than 8 bits, and their bits."""
-_TOLD = mmap.mmap(-1, 1)  # shared with forked workers: whether one of them has told of such an image
+TOLD_OF_DEEP = mmap.mmap(-1, 1)
+"""Whether such an image was logged: a byte that is shared with forked workers."""
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -197,8 +205,8 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
     scaled = (values - low) * (255 / (high - low) if high > low else 0.0)
     grey = np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
-    if not _TOLD[0]:
-        _TOLD[0] = 1
+    if not TOLD_OF_DEEP[0]:
+        TOLD_OF_DEEP[0] = 1
         logger.info(
             f"{readable(name)}: {DEEP_MODES[image.mode]} bits a pixel, values {low:g} to {high:g}; such images are "
             "scaled from their own range to 0..255. This is said once; python -m analysis.check lists them"

@@ -42,6 +42,8 @@ class SegmentationImages(ImageFiles):
         WrongMask: on access, if a mask holds colours or numbers that are no class, or differs from its image in size.
     """
 
+    labelled = False
+
     def __init__(
         self, root: Path, names: Sequence[str], masks: Sequence[str], classes: list[str], first_class: int = 0
     ):
