@@ -210,6 +210,8 @@ def _expand(words: list[str], folder: Path, inside: tuple[Path, ...]) -> list[st
             raise UserError(f"argument file {path} includes itself")
         try:
             content = shlex.split(path.read_text(encoding="utf-8-sig"), comments=True)
+        except UnicodeDecodeError:
+            raise UserError(f"argument file {path}: not UTF-8 text; save it as UTF-8") from None
         except (OSError, ValueError) as error:
             raise UserError(f"argument file {path}: {getattr(error, 'strerror', None) or error}") from None
         expanded += _expand(content, path.parent, (*inside, path.resolve()))

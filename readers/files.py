@@ -53,7 +53,8 @@ class LeftOut:
             if paths
         ]
         if self.suffixes:
-            counts = Counter(suffix_of(path) or "none" for path in self.suffixes).most_common()
+            found = Counter(suffix_of(path) or "none" for path in self.suffixes)
+            counts = sorted(found.items(), key=lambda item: (-item[1], item[0]))
             listed = first_few([f"{suffix} {count:,}" for suffix, count in counts])
             parts.append(f"{len(self.suffixes):,} files whose suffix is not read ({listed})")
         return readable(", ".join(parts))

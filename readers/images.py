@@ -121,8 +121,9 @@ class EncodedImages(LabelledImages):
             yield
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             reason = "no image" if isinstance(error, UnidentifiedImageError) else one_line(error)
+            place = readable(self._location(index)).replace("\n", r"\n")
             raise UnreadableImage(
-                f"cannot read the image '{readable(self._location(index))}' ({reason}): repair or remove the file",
+                f"cannot read the image '{place}' ({reason}): repair or remove the file",
                 reason,
             ) from error
 
