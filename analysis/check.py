@@ -79,8 +79,11 @@ def inspect(images: EncodedImages, index: int) -> tuple[dict[str, str], bytes]:
         images[index]
     except ReadingError as error:
         return {"wrong mask" if isinstance(error, WrongMask) else "unreadable": error.reason or str(error)}, b""
-    with Image.open(io.BytesIO(data)) as header:
-        return dict(_remarks(header)), hashlib.blake2b(data, digest_size=16).digest()
+    remarks: dict[str, str] = {}
+    with suppress(Exception), Image.open(io.BytesIO(data)) as header:  # Pillow may refuse what was decoded otherwise
+        for kind, detail in _remarks(header):  # of a broken EXIF block, what came before it
+            remarks[kind] = detail
+    return remarks, hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _remarks(header: Image.Image) -> Iterator[tuple[str, str]]:
@@ -93,9 +96,7 @@ def _remarks(header: Image.Image) -> Iterator[tuple[str, str]]:
         yield "huge", f"{width} x {height} px"
     if max(width, height) > THIN * min(width, height):
         yield "thin", f"{width} x {height} px"
-    orientation = 1
-    with suppress(Exception):  # a broken EXIF block, which nothing here needs
-        orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+    orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
     if 2 <= orientation <= 8:
         yield "rotated", f"by EXIF, {TURNED.get(orientation, 'turned by 90° and mirrored')}"
 
@@ -174,15 +175,9 @@ def _describe_duplicate(images: LabelledImages, index: int, split: str, other: A
 
 def splits_of(entry: DataSet) -> list[str]:
     """The splits that a data set has."""
-    return (
-        ["train"]
-        if not entry.has_classes
-        else [split for split in ("train", "val") if split in entry.images]
-        or [
-            "train",
-            "val",
-        ]
-    )
+    if not entry.has_classes:
+        return ["train"]
+    return [split for split in ("train", "val") if split in entry.images or not entry.images]
 
 
 def read_or_refuse(
@@ -209,8 +204,7 @@ def check(args: argparse.Namespace) -> Findings:
     sets = sets_of(args.task)
     name = canonical_name(args.data_set, sets)
     TOLD_OF_DEEP[0] = 1  # they are listed here
-    findings, read = Findings(), 0
-    refusals = []
+    findings, refusals, read = Findings(), [], 0
     for split in splits_of(sets[name]):
         images, refusal = read_or_refuse(name, split, sets, args.data_path)
         if refusal is not None:

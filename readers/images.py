@@ -183,7 +183,11 @@ def decode(data: bytes, name: str = "") -> Tensor:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     if not data:
         raise ValueError("an empty file")
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError(f"no image that Pillow knows; it begins with {data[:12]!r}") from None
+    with image:
         return rearrange(torch.from_numpy(np.array(as_rgb(image, name))), "h w c -> c h w")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from readers import ADE_LAYOUT, MASKS_LAYOUT, VOC_LAYOUT
 from readers.files import first_few
-from readers.images import ImageFiles, ReadingError, UnreadableImage, one_line, open_image
+from readers.images import DEEP_MODES, ImageFiles, ReadingError, UnreadableImage, one_line, open_image
 from readers.masks import VOC_CLASSES, VOID, MaskedImages, pair_by_name, read_voc_list, voc_folder
 from readers.names import Names
 from utils import UserError
@@ -90,6 +90,13 @@ def read_mask(path: str) -> np.ndarray:
                 f"{path}: cannot be read ({one_line(error)}); replace it with an intact file"
             ) from error
     with open_image(path) as mask:
+        if mask.mode in DEEP_MODES or mask.mode == "1":  # numbers, stored with more bits or fewer
+            pixels = np.array(mask)
+            if pixels.min() >= 0 and pixels.max() <= VOID and (pixels == pixels.round()).all():
+                return pixels.astype(np.uint8)
+            raise WrongMask(
+                f"{path}: values from {pixels.min()} to {pixels.max()}; a mask's are whole, and at most {VOID}"
+            )
         if mask.mode not in ("P", "L"):
             raise WrongMask(
                 f"{path}: {mask.mode} pixels instead of class numbers; this is the palette saved as colours: take the "

@@ -153,6 +153,7 @@ def _find_images(root: Path, tars: list[Path]) -> TarImages:
             with tarfile.open(tar, "r|") as file:  # from start to end, which suits shared disks
                 folder, prefix = ("", "") if tar == root else (tar.stem, f"{tar.name}/")
                 rows += [(*row[:2], number, *row[2:]) for row in _images_in(file, folder, prefix, 0, left_out)]
+                _check_end(tar, file.offset)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{tar}: damaged ({one_line(error)}); expected {TAR_LAYOUT}") from error
     if not rows:
@@ -168,6 +169,18 @@ def _find_images(root: Path, tars: list[Path]) -> TarImages:
     images = TarImages([str(tar) for tar in tars], places, names, targets, classes)
     images.left_out = left_out
     return images
+
+
+def _check_end(tar: Path, end: int) -> None:
+    """Refuse a tar with more than zeros behind its end: of tars that were joined by ``cat``, tools read the first."""
+    with open(tar, "rb") as file:
+        file.seek(end)
+        while block := file.read(2**20):
+            if block.strip(b"\0"):
+                raise UserError(
+                    f"{tar}: another tar behind its end, which no reader finds; extract it with --ignore-zeros, and "
+                    "pack it again"
+                )
 
 
 def _images_in(

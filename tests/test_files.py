@@ -23,8 +23,8 @@ from datasets import SplitSettings, read_images, read_split
 from readers import tars
 from readers.boxes import read_boxes_folder
 from readers.files import EXTENSIONS, find_images, list_images
-from readers.images import ImageFiles, read_image
-from readers.segmentation import read_masks_folder
+from readers.images import ImageFiles, UnreadableImage, read_image
+from readers.segmentation import WrongMask, read_mask, read_masks_folder
 from readers.tars import _checked_size
 from utils import Processes, UserError, logger, readable, start_logging, write_csv
 
@@ -246,6 +246,20 @@ def test_a_real_zip_and_a_tar_of_another_program_are_told_apart(folder, tmp_path
     assert len(read(tmp_path, name="tar")[0]) == 6
 
 
+def test_joined_tars_are_refused(folder, tmp_path):
+    parts = []
+    for name in "ab":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as file:
+            file.add(folder / "train" / name, name)
+        parts.append((tmp_path / f"{name}.tar").read_bytes())
+    (tmp_path / "train.tar").write_bytes(b"".join(parts))
+    with pytest.raises(UserError, match=r"train.tar: another tar behind its end, .*extract it with --ignore-zeros"):
+        read(tmp_path, name="tar")
+    (tmp_path / "train.tar").write_bytes(parts[0] + bytes(2**21))  # padded, as for a tape
+    tars._scan_tars.cache_clear()
+    assert len(read(tmp_path, name="tar")[0]) == 3
+
+
 # ------------------------------------------------------------------------------------------------- pictures
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
@@ -295,6 +309,25 @@ def test_pictures_of_eight_bits_stay_as_pillow_converts_them(tmp_path):
         assert np.array_equal(ImageFiles(tmp_path, [path.name], [0], ["a"])[0][0].permute(1, 2, 0), expected)
 
 
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>", b"\0\0\0\x1cftypheic\0\0"])
+def test_a_file_of_another_kind_tells_how_it_begins(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UnreadableImage) as error:
+        ImageFiles(tmp_path, ["a.jpg"], [0], ["a"])[0]
+    assert f"no image that Pillow knows; it begins with {content[:12]!r}" in str(error.value)
+
+
+def test_a_mask_may_have_more_bits_or_fewer(tmp_path):
+    numbers = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    for values in (numbers, numbers.astype(np.int32), numbers.astype(np.float32), numbers > 5):
+        Image.fromarray(values).save(tmp_path / "mask.tif")
+        assert np.array_equal(read_mask(str(tmp_path / "mask.tif")), values)
+    for values in (numbers * 100, numbers.astype(np.float32) / 2):
+        Image.fromarray(values).save(tmp_path / "mask.tif")
+        with pytest.raises(WrongMask, match=r"mask.tif: values from 0.* to .*; a mask's are whole, and at most 255"):
+            read_mask(str(tmp_path / "mask.tif"))
+
+
 @pytest.mark.parametrize("size", [(1, 8000), (8000, 1), (3, 9001)])
 def test_a_thin_picture_takes_little_memory(size):
     """Resized whole, its shorter side of 256 px would make the longer one 2 million px long."""
@@ -338,7 +371,9 @@ def test_a_name_that_is_no_utf8_is_readable_everywhere(folder, tmp_path, capsys,
 
 
 def test_an_output_folder_that_tensorboard_cannot_write_is_refused_at_once():
-    with pytest.raises(UserError, match=r"--output-dir .*: the name is no UTF-8, which TensorBoard needs; name another"):
+    with pytest.raises(
+        UserError, match=r"--output-dir .*: the name is no UTF-8, which TensorBoard needs; name another"
+    ):
         parse_arguments(["--output-dir", f"runs/{LATIN}"])
 
 
