@@ -19,7 +19,7 @@ from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
 from tasks import TASKS, add_options, against_accumulation, check_options
-from utils import UserError, environment_number
+from utils import UserError, environment_number, readable
 
 SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
 
@@ -151,7 +151,11 @@ def _add_data(parser, sets):
     )
     add("--data-path", default=None, metavar="DIR", help="folder of the data set")
     add("--num-workers", type=_index, default=default_workers(), help="number of data-loading workers per process")
-    add("--skip-unreadable", action="store_true", help="replace unreadable images by others, and count them")
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="replace unreadable images by others, and count them; python -m analysis.check lists them",
+    )
     add("--download", action="store_true", help="download the data set to --data-path, if torchvision can")
     add(
         "--cache-images",
@@ -450,6 +454,8 @@ def check_arguments(args: argparse.Namespace, planned: Mapping[str, argparse.Nam
             f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}; "
             f"the nearest size that is: {max(1, round(args.input_size / args.patch_size)) * args.patch_size}"
         )
+    if readable(args.output_dir) != args.output_dir:
+        raise UserError(f"--output-dir {args.output_dir}: the name is no UTF-8, which TensorBoard needs; name another")
     if args.export and not args.eval:
         raise UserError("--export needs --eval, which loads the weights that are written")
     for option in ("resume", "finetune"):

@@ -22,6 +22,7 @@ from crops import random_box, resize_crops
 from utils import UserError
 
 SMALL_IMAGE = 32  # px; up to this size DeiT crops the padded image instead of a resized random crop
+THINNEST = 32  # ratio of an image's sides up to which it is resized whole; published sets have no thinner ones
 ERASED_AREA = (0.02, 1 / 3)  # range of an erased area, as a fraction of the image; here and below timm's defaults
 ERASED_ASPECT = 0.3  # its sides' smallest ratio
 ERASING_ATTEMPTS = 10  # at a box inside the image
@@ -36,7 +37,7 @@ def eval_transform(
 ) -> Callable[[Tensor], Tensor]:
     """The transform of evaluation: uint8 ``(3, h, w)`` -> uint8 ``(3, size, size)``.
 
-    Resize of the shorter side to ``size / crop_pct``, then a centre crop.
+    Resize of the shorter side to ``size / crop_pct``, then a centre crop. Thinner images than :data:`THINNEST` are cut.
 
     Args:
         size: side of the result, px.
@@ -46,7 +47,19 @@ def eval_transform(
     if crop_pct is None:
         crop_pct = 1.0 if size <= SMALL_IMAGE else 0.875
     resize = v2.Resize(math.floor(size / crop_pct), v2.InterpolationMode(interpolation), antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(size)])
+    return v2.Compose([cut_thin, resize, v2.CenterCrop(size)])
+
+
+def cut_thin(image: Tensor) -> Tensor:
+    """The middle of an image ``(3, h, w)`` that is thinner than :data:`THINNEST`; any other image as it is.
+
+    Resizing the shorter side of 1 x 8,000 px to 256 px would take gigabytes for pixels that are cropped afterwards.
+    """
+    height, width = image.shape[1:]
+    longest = THINNEST * min(height, width)
+    if max(height, width) <= longest:
+        return image
+    return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 class TrainTransform:
@@ -86,7 +99,7 @@ class TrainTransform:
         self.interpolations = ["bilinear", "bicubic"] if interpolation == "random" else [interpolation]
         self.colours = _colour_transform(size, color_jitter, aa, interpolation)
         bicubic = v2.InterpolationMode.BICUBIC
-        self.shift = v2.Compose([v2.Resize(size, bicubic, antialias=True), v2.RandomCrop(size, padding=4)])
+        self.shift = v2.Compose([cut_thin, v2.Resize(size, bicubic, antialias=True), v2.RandomCrop(size, padding=4)])
 
     def __call__(self, image: Tensor) -> dict[str, Tensor]:
         # 1. crop

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from utils import Processes, RunError, UserError, end_workers, in_process_group, processes_here
+from utils import Processes, RunError, UserError, end_workers, in_process_group, processes_here, readable
 
 EXPECTED = (UserError, RunError, OSError)
 """Errors that are reported by their message alone, without a traceback."""
@@ -192,7 +192,8 @@ def at_least(convert, low, high=math.inf, open_low=False):
 def expand_arguments(argv: list[str]) -> list[str]:
     """Replace leading ``@file`` arguments by the file's content, and DeiT's underscores by hyphens.
 
-    A file may itself begin with ``@file``, with a path relative to its own folder.
+    A file may itself begin with ``@file``, with a path relative to its own folder. It is UTF-8, with or without a byte
+    order mark.
 
     Raises:
         UserError: a file cannot be read, includes itself, or follows an option.
@@ -208,7 +209,9 @@ def _expand(words: list[str], folder: Path, inside: tuple[Path, ...]) -> list[st
         if path.resolve() in inside:
             raise UserError(f"argument file {path} includes itself")
         try:
-            content = shlex.split(path.read_text(), comments=True)
+            content = shlex.split(path.read_text(encoding="utf-8-sig"), comments=True)
+        except UnicodeDecodeError:
+            raise UserError(f"argument file {path}: not UTF-8 text; save it as UTF-8") from None
         except (OSError, ValueError) as error:
             raise UserError(f"argument file {path}: {getattr(error, 'strerror', None) or error}") from None
         expanded += _expand(content, path.parent, (*inside, path.resolve()))
@@ -325,7 +328,7 @@ def report_error(error: Exception) -> int:
         rank, _, _ = processes_here()
     if expected and rank > 0:
         time.sleep(2)  # rank 0 usually reports the same error, and the launcher then ends this process
-    text = f"error: {error}\n" if expected else "".join(traceback.format_exception(error))
+    text = f"error: {readable(str(error))}\n" if expected else "".join(traceback.format_exception(error))
     mark = f"[rank {rank}] " if rank > 0 else ""
     print(textwrap.indent(text, mark), end="", file=sys.stderr, flush=True)
     code = 2 if isinstance(error, UserError) else 1

@@ -29,13 +29,15 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from randomness import isolated_rng, seed_sequence
 from readers import DATASETS, DataSet, canonical_name, sets_of
 from readers.cache import cache_images
-from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage, first_few
+from readers.files import first_few
+from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage
 from samplers import Draw, class_subset
 from utils import Processes, StopSignal, UserError, end_workers, logger, write_json
 
 LONGEST_TMPDIR = 70  # characters: workers make sockets there, whose paths may have 107
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
-MAX_REPLACEMENTS = 10  # consecutive unreadable images that are replaced before the run stops
+MAX_REPLACEMENTS = 10  # next images that stand in for an unreadable one, before ever further ones are tried
+FURTHER = 10  # doublings of the distance, to 10,240 images: passes a folder of broken files, but not a lost disk
 
 
 def read_split(
@@ -123,6 +125,9 @@ def read_images(settings: SplitSettings, split: str, processes: Processes) -> La
     images = read_split(settings.name, split, settings.path, sets)
     if processes.is_main:
         log_image_count(settings.name, split, len(images), sets)
+        images.left_out.tell(f"{settings.name} {split}")
+        if len(images.classes) == 1:
+            logger.warning(f"{settings.name} {split}: one class only, {images.classes[0]}; a classifier learns nothing")
     ratio = settings.sampling_ratio
     if split == "train" and ratio < 1:
         whole, images = images, SubsetOf(images, class_subset(images.targets, ratio, settings.sampling_seed))
@@ -286,11 +291,12 @@ class AugmentedDataset(Dataset):
         base: the images, without a transform.
         transform: applied to each image.
         seed: not negative.
-        skip_unreadable: replace an unreadable image by the next readable one of ``base``.
+        skip_unreadable: replace an unreadable image by the next readable one of ``base``; after
+            :data:`MAX_REPLACEMENTS` unreadable ones by one further on.
         pairs: number of DRLoc's pairs per image.
 
     Raises:
-        UnreadableImage: on access, without ``skip_unreadable`` or if :data:`MAX_REPLACEMENTS` images fail, too.
+        UnreadableImage: on access, without ``skip_unreadable`` or if all that could stand in fail, too.
     """
 
     def __init__(
@@ -326,15 +332,22 @@ class AugmentedDataset(Dataset):
 
     def _read(self, index: int) -> tuple[Tensor, Any, int]:
         """The image, its label, and whether it replaces an unreadable one (1 or 0)."""
-        last_attempt = MAX_REPLACEMENTS if self.skip_unreadable else 0
-        for attempt in range(last_attempt + 1):
+        if not self.skip_unreadable:
             try:
-                image, target = self.base[(index + attempt) % len(self.base)]
-                return image, target, int(attempt > 0)
-            except UnreadableImage:
-                if attempt == last_attempt:
-                    raise
-        raise AssertionError("unreachable: the last attempt returns or raises")
+                return *self.base[index], 0
+            except UnreadableImage as error:
+                raise error.or_skip() from error
+        steps = [*range(MAX_REPLACEMENTS + 1), *(MAX_REPLACEMENTS * 2**power for power in range(1, FURTHER + 1))]
+        for step in steps:
+            try:
+                image, target = self.base[(index + step) % len(self.base)]
+                return image, target, int(step > 0)
+            except UnreadableImage as error:
+                last = error
+        raise UnreadableImage(
+            f"{last}; it is one of {len(steps)} in a row, more than --skip-unreadable replaces: is the disk there? "
+            "python -m analysis.check lists all unreadable files"
+        )
 
 
 def build_loader(

@@ -51,6 +51,11 @@ class RunError(Exception):
     """A running program cannot continue; the message is one line. ``main.py`` exits with code 1."""
 
 
+def readable(name: str) -> str:
+    """A file name as text that can be written: a byte that is no UTF-8 becomes the four characters ``\\xe9``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 # --------------------------------------------------------------------------------------------- processes
 
 
@@ -479,7 +484,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(readable(text.getvalue()).encode()))
 
 
 def prepare_output_dir(path: Path, option: str = "--output-dir") -> None:
@@ -559,10 +564,19 @@ class _Terminal(logging.StreamHandler):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+class _Readable(logging.Formatter):
+    """Formats file names so that every terminal can show them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return readable(super().format(record))
+
+
 def start_logging(rank: int) -> None:
     """Rank 0 logs to standard output; the other ranks log only warnings, with their rank, to standard error."""
+    with contextlib.suppress(AttributeError):  # standard output may have been replaced by something simpler
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that it cannot show
     handler = _Terminal(sys.stdout if rank == 0 else sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    handler.setFormatter(_Readable("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False

@@ -40,8 +40,9 @@ from arguments import parse_arguments
 from augmentation import as_pillow
 from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import AugmentedDataset, read_split
-from readers.images import list_images, read_image
-from utils import UserError, pick_device, prepare_output_dir, progress, start_logging, write_atomically
+from readers.files import list_images
+from readers.images import read_image
+from utils import UserError, pick_device, prepare_output_dir, progress, readable, start_logging, write_atomically
 from weights import read_checkpoint
 
 ROWS = 8  # images on a page
@@ -121,7 +122,7 @@ def folder_samples(args: Namespace) -> tuple[list[Sample], None]:
     """
     paths = list_images(args.images)
     chosen = np.linspace(0, len(paths) - 1, num=min(args.count, len(paths)), dtype=int)
-    return [Sample(str(paths[i].relative_to(args.images)), read_image(paths[i])) for i in chosen], None
+    return [Sample(readable(str(paths[i].relative_to(args.images))), read_image(paths[i])) for i in chosen], None
 
 
 def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:

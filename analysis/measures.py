@@ -37,7 +37,8 @@ from analysis.models import TrainedModel
 from augmentation import as_tensor, eval_transform
 from batches import device_batches
 from cli import Parser, at_least, exit_code
-from readers.images import list_images, read_image
+from readers.files import list_images
+from readers.images import read_image
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging
 

@@ -33,7 +33,8 @@ from augmentation import as_tensor
 from batches import prepare
 from checkpoints import load_trained
 from cli import Parser, at_least, exit_code
-from readers.images import UnreadableImage, list_images, read_photograph
+from readers.files import list_images
+from readers.images import UnreadableImage, read_photograph
 from tasks import Task, load_task
 from tasks.detect import coco_detections, coco_images
 from tasks.segment import write_prediction

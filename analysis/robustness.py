@@ -17,7 +17,6 @@ the same command resumes. --out gets results.json, results.csv and results.md.
 import argparse
 import hashlib
 import json
-import os
 import pkgutil
 import statistics
 import sys
@@ -30,7 +29,6 @@ from pathlib import Path
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from analysis.commands import add_loading_options, add_model_options
 from analysis.models import TrainedModel, load_model, short_names
@@ -39,6 +37,7 @@ from build import choose_amp
 from cli import Parser, at_least, exit_code
 from datasets import AugmentedDataset, build_loader
 from engine import evaluate
+from readers.folders import class_folders, find_in_classes
 from readers.images import ImageFiles, UnreadableImage
 from samplers import EvalSampler
 from tasks.classify import Accuracy
@@ -107,7 +106,7 @@ def find_parts(data_set: str, data_path: Path) -> list[Part]:
     if not data_path.is_dir():
         raise UserError(f"--data-path {data_path}: no such folder; {data_set} is a folder with {LAYOUTS[data_set]}")
     places = {("", 0): data_path} if data_set == "imagenet-a" else _severity_folders(data_path)
-    parts = [Part(*place, folder, names) for place, folder in places.items() if (names := _folders_in(folder))]
+    parts = [Part(*place, folder, names) for place, folder in places.items() if (names := tuple(class_folders(folder)))]
     if not parts:
         raise UserError(
             f"--data-path {data_path}: no class folders in it; {data_set} is a folder with {LAYOUTS[data_set]}"
@@ -125,10 +124,6 @@ def _severity_folders(data_path: Path) -> dict[tuple[str, int], Path]:
             if (places[0] / str(severity)).is_dir():
                 found[name, severity] = places[0] / str(severity)
     return found
-
-
-def _folders_in(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
 
 
 def find_gaps(data_set: str, parts: list[Part], known: Iterable[str]) -> list[str]:
@@ -212,10 +207,10 @@ def read_part(part: Part, label_of: Mapping[str, int], side: int | None) -> Imag
         UserError: there are no images.
     """
     chosen = {name: label_of[name] for name in part.classes if name in label_of}
-    samples = make_dataset(str(part.folder), chosen, IMG_EXTENSIONS, allow_empty=True)
-    if not samples:
+    names, labels, left_out = find_in_classes(part.folder, chosen)
+    left_out.tell(part.folder)
+    if not names:
         raise UserError(f"{part.folder}: no images in its class folders; extract the archive again")
-    names, labels = [os.path.relpath(path, part.folder) for path, _ in samples], [label for _, label in samples]
     files = (part.folder, names, labels, list(label_of))
     return ImageFiles(*files) if side is None else ImagesOfSize(side, *files)
 

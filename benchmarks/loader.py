@@ -30,7 +30,8 @@ from cli import at_least
 from crops import random_box, resize_crops
 from datasets import AugmentedDataset, collate
 from randomness import isolated_rng
-from readers.images import ImageFiles, decode, list_images
+from readers.files import list_images
+from readers.images import ImageFiles, decode
 from samplers import Draw
 from utils import progress, start_logging
 

@@ -125,7 +125,7 @@ def check_measurement(module: str, *words: str, given: list[str]) -> None:
     """
     from analysis import figures, jaccard, robustness  # imported here because planning does not need them
     from analysis.models import CPU, load_model
-    from readers.images import list_images
+    from readers.files import list_images
     from readers.masks import read_masked_images
 
     def check_robustness(args, models):

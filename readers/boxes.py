@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from readers import BOXES_LAYOUT, VOC_BOXES_LAYOUT
-from readers.images import ImageFiles, list_images, one_line
+from readers.files import list_images
+from readers.images import ImageFiles, one_line
 from readers.masks import VOC_CLASSES, VOID
 from readers.names import Names
 from readers.segmentation import WrongMask, read_mask
@@ -42,6 +43,8 @@ class BoxedImages(ImageFiles):
     Raises:
         UserError: see `read_objects`; or no image has an object.
     """
+
+    labelled = False
 
     def __init__(
         self, root: Path, names: Sequence[str], annotations: Sequence[Path], masks: Sequence[str], classes: list[str]
@@ -157,7 +160,7 @@ def read_voc_boxes(data_path: Path, split: str, lists: dict[str, list[tuple[int,
 def _read_list(path: Path) -> list[str]:
     """The names in a list, whose first words they are."""
     try:
-        names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         there = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt") if "_" not in other.stem))
         raise UserError(
@@ -186,7 +189,7 @@ def read_boxes_folder(data_path: Path, split: str) -> BoxedImages:
     """
     path = data_path / "classes.txt"
     try:
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); expected {BOXES_LAYOUT}") from error
     if len(set(classes)) < max(len(classes), 1):

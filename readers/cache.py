@@ -133,7 +133,7 @@ def _sizes(size_of: Callable[[int], tuple[int, int]], count: int, what: str, ski
         for index in progress(range(count), what):
             try:
                 sizes[index] = next(results)
-            except UnreadableImage:
+            except UnreadableImage as error:
                 if not skip_unreadable:
-                    raise
+                    raise error.or_skip() from error
     return sizes

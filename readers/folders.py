@@ -1,13 +1,23 @@
 """Image folders: ``train/<class>/*`` and ``val/<class>/*``, with all classes or those of a list."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
 from readers import FOLDER_LAYOUT
-from readers.images import ImageFiles, first_few, list_images
-from utils import UserError
+from readers.files import (
+    EXTENSIONS,
+    KNOWN,
+    LeftOut,
+    find_images,
+    first_few,
+    is_hidden,
+    leads_back,
+    no_images,
+    suffix_of,
+)
+from readers.images import ImageFiles
+from utils import UserError, readable
 
 CLASS_LISTS = Path(__file__).parent / "class_lists"
 
@@ -22,12 +32,13 @@ def read_folder(data_path: Path, split: str, class_list: str | None = None) -> I
             same in both splits.
 
     Raises:
-        UserError: a split is missing, flat or empty, a class empty or missing, or the splits differ.
+        UserError: a split is missing, flat, empty or one folder too deep, a class empty or missing, or the splits
+            differ.
     """
     found = _class_folders(data_path, split)
     if class_list is None:
         check_same_classes(data_path, split, found, _class_folders)
-        return _read_classes(data_path, split, found)
+        return _check_filled(read_classes(data_path, split, found), split)
     wanted = _read_class_list(class_list)
     missing = sorted(set(wanted) - set(found))
     if missing:
@@ -35,7 +46,7 @@ def read_folder(data_path: Path, split: str, class_list: str | None = None) -> I
             f"{data_path / split}: no folders for the classes {first_few(missing)}; "
             f"--data-path must hold all of readers/class_lists/{class_list}"
         )
-    return _read_classes(data_path, split, wanted)
+    return _check_filled(read_classes(data_path, split, wanted), split)
 
 
 def read_images(data_path: Path, split: str) -> ImageFiles:
@@ -44,35 +55,89 @@ def read_images(data_path: Path, split: str) -> ImageFiles:
     Raises:
         UserError: no image.
     """
-    names = [str(path.relative_to(data_path)) for path in list_images(data_path)]
-    return ImageFiles(data_path, names, [0] * len(names), [])
+    found, left_out = find_images(data_path)
+    if not found:
+        raise no_images(data_path, left_out)
+    names = [str(path) for path in sorted(Path(*place) for place in found)]
+    images = ImageFiles(data_path, names, [0] * len(names), [])
+    images.left_out = left_out
+    return images
 
 
-def _read_classes(data_path: Path, split: str, classes: list[str]) -> ImageFiles:
-    labels = {name: label for label, name in enumerate(classes)}
+def find_in_classes(root: Path, labels: Mapping[str, int]) -> tuple[list[str], list[int], LeftOut]:
+    """The images of some class folders, ordered by label, folder and name.
+
+    Args:
+        root: the folder that holds them.
+        labels: label of each class; a class may have no folder, or an empty one.
+
+    Returns:
+        Their paths below ``root``, their labels, and what is left out.
+    """
+    found, left_out = find_images(root, only=labels)
+    left_out.beside.extend(name for folder, name in found if not folder)
+    rows = sorted((labels[folder.partition("/")[0]], folder, name) for folder, name in found if folder)
+    return [f"{folder}/{name}" for _, folder, name in rows], [label for label, _, _ in rows], left_out
+
+
+def read_classes(data_path: Path, split: str, classes: list[str]) -> ImageFiles:
+    """All images of these classes of a split; a class may be empty.
+
+    Raises:
+        UserError: the classes lie one folder too deep.
+    """
     root = data_path / split
-    samples = make_dataset(root, labels, IMG_EXTENSIONS, allow_empty=True)
-    targets = [label for _, label in samples]
-    filled = set(targets)
-    empty = [name for label, name in enumerate(classes) if label not in filled]
-    if empty:
+    names, targets, left_out = find_in_classes(root, {name: label for label, name in enumerate(classes)})
+    if len(classes) == 1:
+        _check_depth(root, classes[0], {os.path.dirname(name) for name in names})
+    images = ImageFiles(data_path, [f"{split}/{name}" for name in names], targets, classes)
+    images.left_out = left_out.below(split)
+    return images
+
+
+def _check_depth(root: Path, name: str, folders: set[str]) -> None:
+    """Refuse a single class folder that itself holds what looks like the class folders."""
+    common = os.path.commonpath(folders) if folders else name
+    if folders and common not in folders:
+        inside = sorted({os.path.relpath(folder, common).partition("/")[0] for folder in folders})
         raise UserError(
-            f"{root}: no images in the class folders {first_few(empty)}; "
-            f"remove them or fill them with images ({' '.join(IMG_EXTENSIONS)})"
+            f"{root}: its only class folder is {name}/, whose images lie in the folders {first_few(inside)}; if these "
+            f"are the classes, move them from {root / common} to {root}. Without classes, give --data-set images"
         )
-    prefix = len(os.path.join(root, ""))
-    return ImageFiles(data_path, [f"{split}/{path[prefix:]}" for path, _ in samples], targets, classes)
+
+
+def _check_filled(images: ImageFiles, split: str) -> ImageFiles:
+    filled = set(images.targets.tolist())
+    empty = [name for label, name in enumerate(images.classes) if label not in filled]
+    if empty:
+        rest = f"; left out: {images.left_out}" if str(images.left_out) else ""
+        raise UserError(
+            f"{images.root / split}: no images in the class folders {first_few(empty)}; "
+            f"remove them or fill them with images ({KNOWN}){rest}"
+        )
+    return images
+
+
+def class_folders(root: Path) -> list[str]:
+    """The sorted names of the folders in ``root`` that are no system's, hidden, or links back into it."""
+    top = os.path.realpath(root)
+    return sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not is_hidden(entry.name) and not leads_back(entry, top)
+    )
 
 
 def _class_folders(data_path: Path, split: str) -> list[str]:
     root = data_path / split
     if not root.is_dir():
-        raise UserError(f"{data_path}: no folder {split}/; expected {FOLDER_LAYOUT}")
-    entries = list(os.scandir(root))
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
+        deeper = sorted(path.parent for path in data_path.glob(f"*/{split}") if path.is_dir())
+        mend = f"; did you mean --data-path {deeper[0]}?" if len(deeper) == 1 else ""
+        raise UserError(f"{data_path}: no folder {split}/; expected {FOLDER_LAYOUT}{mend}")
+    classes = class_folders(root)
     if classes:
         return classes
-    if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
+    if any(suffix_of(entry.name) in EXTENSIONS and not is_hidden(entry.name) for entry in os.scandir(root)):
         raise UserError(
             f"{root}: images lie directly in it; sort them into one folder per class, {split}/<class>/* "
             "(for ILSVRC-2012's validation images, extract_ILSVRC.sh of PyTorch's ImageNet example does so)"
@@ -96,7 +161,7 @@ def check_same_classes(data_path: Path, split: str, classes: list[str], classes_
     other = "val" if split == "train" else "train"
     if not (data_path / other).is_dir() and not (data_path / f"{other}.tar").is_file():
         return  # evaluation needs no training images; training reads the other split later
-    difference = {split: set(classes), other: set(classes_of(data_path, other))}
+    difference = {split: set(map(readable, classes)), other: set(map(readable, classes_of(data_path, other)))}
     only = [
         f"only in {name}/: {first_few(sorted(difference[name] - difference[against]))}"
         for name, against in ((split, other), (other, split))
@@ -107,5 +172,5 @@ def check_same_classes(data_path: Path, split: str, classes: list[str], classes_
 
 
 def _read_class_list(name: str) -> list[str]:
-    lines = (CLASS_LISTS / name).read_text().splitlines()
+    lines = (CLASS_LISTS / name).read_text(encoding="utf-8").splitlines()
     return sorted(line for line in lines if line and not line.startswith("#"))

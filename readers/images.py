@@ -4,6 +4,7 @@ The readers of the data sets return :class:`LabelledImages`; the registry is in 
 """
 
 import io
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from readers.files import LeftOut
 from readers.names import Names
-from utils import UserError
+from utils import UserError, logger, readable
 
 
 class ReadingError(UserError):
@@ -29,15 +30,25 @@ class ReadingError(UserError):
 
     A ``DataLoader`` re-raises a worker's exception with the worker's traceback as its message. This class keeps only
     the last line, which is the original message.
+
+    Attributes:
+        reason: what is wrong, without the file and the mend; empty if it came from a worker.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, reason: str = ""):
+        self.reason = reason
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
 class UnreadableImage(ReadingError):
     """An image file that cannot be decoded; the message names it."""
+
+    def or_skip(self) -> "UnreadableImage":
+        """The same error for a command that has the option and was not given it."""
+        return UnreadableImage(
+            f"{self}, or give --skip-unreadable; python -m analysis.check lists all unreadable files at once"
+        )
 
 
 # ------------------------------------------------------------------------------------ sets of images
@@ -49,16 +60,20 @@ class LabelledImages(Dataset):
     Attributes:
         names: identifies each image in the published files.
         targets: int64 ``(N,)``, label of each image, an index into ``classes``.
-        classes: names of the classes.
+        classes: names of the classes, as text that every file can hold.
+        left_out: what the reader found but does not use.
         in_memory: whether the images are decoded already.
+        labelled: whether the targets are classes; images with boxes or masks have none of their own.
     """
 
     in_memory = False
+    labelled = True
 
     def __init__(self, names: Sequence, targets: Sequence[int] | np.ndarray, classes: list[str]):
         self.names: Sequence[Any] = Names(names) if len(names) and isinstance(names[0], str) else names
         self.targets = np.asarray(targets, np.int64)
-        self.classes = classes
+        self.classes = [readable(name) for name in classes]
+        self.left_out = LeftOut()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -88,7 +103,12 @@ class EncodedImages(LabelledImages):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with self._errors(index), self._open(index) as file:
-            return decode(file.read()), int(self.targets[index])
+            return decode(file.read(), self._location(index)), int(self.targets[index])
+
+    def encoded(self, index: int) -> bytes:
+        """The content of the file."""
+        with self._errors(index), self._open(index) as file:
+            return file.read()
 
     def size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels, from the file's header alone."""
@@ -100,9 +120,11 @@ class EncodedImages(LabelledImages):
         try:
             yield
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
+            reason = "no image" if isinstance(error, UnidentifiedImageError) else one_line(error)
+            place = readable(self._location(index)).replace("\n", r"\n")
             raise UnreadableImage(
-                f"cannot read the image {self._location(index)!r} ({one_line(error)}): "
-                "repair or remove the file, or give --skip-unreadable"
+                f"cannot read the image '{place}' ({reason}): repair or remove the file",
+                reason,
             ) from error
 
     def _open(self, index: int) -> BinaryIO:
@@ -143,29 +165,7 @@ class SubsetOf(LabelledImages):
         return self._images.size(self._indices[index])
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder except hidden ones, sorted by path; symbolic links are followed.
-
-    Raises:
-        UserError: no such folder, or no image in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one with images in it")
-    found, seen = [], set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        subfolders[:] = [
-            name for name in subfolders if os.path.realpath(os.path.join(place, name)) not in seen
-        ]  # no cycles of links
-        found += [Path(place, name) for name in names]
-    found = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")]
-    if not found:
-        raise UserError(f"{folder}: no image in it or below; known are {', '.join(IMG_EXTENSIONS)}")
-    return sorted(found)
-
-
-def decode(data: bytes) -> Tensor:
+def decode(data: bytes, name: str = "") -> Tensor:
     """Decode an image file: RGB, uint8 ``(3, h, w)``.
 
     Baseline and progressive JPEGs, RGB or grey, are decoded by torchvision, which gives Pillow's pixels in less time.
@@ -173,6 +173,7 @@ def decode(data: bytes) -> Tensor:
 
     Args:
         data: content of the file.
+        name: of the file, for messages.
 
     Raises:
         Exception: a dozen types, if the file is broken.
@@ -180,8 +181,42 @@ def decode(data: bytes) -> Tensor:
     if is_plain_jpeg(data):
         with suppress(RuntimeError):
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    with Image.open(io.BytesIO(data)) as image:
-        return rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> c h w")
+    if not data:
+        raise ValueError("an empty file")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError(f"no image that Pillow knows; it begins with {data[:12]!r}") from None
+    with image:
+        return rearrange(torch.from_numpy(np.array(as_rgb(image, name))), "h w c -> c h w")
+
+
+DEEP_MODES = {"I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32, "F": 32}
+"""Pillow's modes of grey images with more than 8 bits, and their bits."""
+TOLD_OF_DEEP = mmap.mmap(-1, 1)
+"""Whether such an image was logged: a byte that is shared with forked workers."""
+
+
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An image as RGB. Grey with more than 8 bits is scaled from the file's own least and largest value to 0..255.
+
+    Pillow would clip it to 255. Values that are not finite do not count, and become 0 or 255. The first such image of a
+    run is logged.
+    """
+    if image.mode not in DEEP_MODES:
+        return image.convert("RGB")
+    values = np.asarray(image, np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    scaled = (values - low) * (255 / (high - low) if high > low else 0.0)
+    grey = np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
+    if not TOLD_OF_DEEP[0]:
+        TOLD_OF_DEEP[0] = 1
+        logger.info(
+            f"{readable(name)}: {DEEP_MODES[image.mode]} bits a pixel, values {low:g} to {high:g}; such images are "
+            "scaled from their own range to 0..255. This is said once; python -m analysis.check lists them"
+        )
+    return Image.fromarray(grey).convert("RGB")
 
 
 def is_plain_jpeg(data: bytes) -> bool:
@@ -205,11 +240,11 @@ def read_image(path: str | Path) -> Image.Image:
         UnreadableImage: missing, truncated, or not an image.
     """
     with open_image(path) as image:
-        return image.convert("RGB")
+        return as_rgb(image, str(path))
 
 
 def read_photograph(path: str | Path) -> Image.Image:
-    """Read the RGB image in a file that has no annotations, turned as its EXIF data say; 16 bits of grey become 8.
+    """Read the RGB image in a file that has no annotations, turned as its EXIF data say.
 
     Raises:
         UnreadableImage: see `read_image`.
@@ -219,9 +254,7 @@ def read_photograph(path: str | Path) -> Image.Image:
             upright = ImageOps.exif_transpose(image)
         except (TypeError, KeyError, struct.error):  # damaged EXIF data; the pixels may be intact
             upright = image
-        if upright.mode.startswith("I;16"):  # Pillow would cut them at 255
-            upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-        return upright.convert("RGB")
+        return as_rgb(upright, str(path))
 
 
 @contextmanager
@@ -235,17 +268,12 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
         raise UnreadableImage(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); replace it with an intact file"
+            f"{readable(str(path))}: cannot be read ({reason}); replace it with an intact file"
         ) from error
 
 
 def one_line(error: Exception) -> str:
     """An exception's message without line breaks, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def first_few(names: list[str], limit: int = 5) -> str:
-    """Up to ``limit`` names, and the number of the others."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

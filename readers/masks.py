@@ -18,7 +18,8 @@ from torch import Tensor
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from readers import VOC_LAYOUT
-from readers.images import list_images, open_image, read_image
+from readers.files import list_images
+from readers.images import open_image, read_image
 from utils import UserError
 
 BACKGROUND, VOID = 0, 255
@@ -122,7 +123,7 @@ def read_voc_list(root: Path, split: str, labelled: bool = True) -> MaskedImages
         there = ", ".join(sorted(path.stem for path in lists.glob("*.txt")))
         raise UserError(f"{lists / split}.txt: no such list; " + (f"--split can be {there}" if there else VOC_LAYOUT))
     try:
-        lines = (lists / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        lines = (lists / f"{split}.txt").read_text(encoding="utf-8-sig").splitlines()
     except ValueError:
         raise UserError(f"{lists / split}.txt is not text in UTF-8; it needs one name a line, without suffix") from None
     names = [line.strip() for line in lines if line.strip()]

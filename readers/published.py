@@ -10,7 +10,8 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet, StanfordCars
 
 from readers import CARS_LAYOUT, DOMAINNET_CLASSES, FLOWERS_LAYOUT, PETS_LAYOUT, domain_layout
-from readers.images import ArrayImages, ImageFiles, first_few, one_line
+from readers.files import first_few
+from readers.images import ArrayImages, ImageFiles, one_line
 from utils import UserError
 
 
@@ -126,7 +127,7 @@ def _read_list(path: Path, domain: str) -> list[tuple[str, int]]:
     if not path.is_file():
         raise UserError(f"{path}: no such list; expected {domain_layout(domain)}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no UTF-8 text ({error}); fetch the list again") from error
     if not lines:

@@ -13,7 +13,8 @@ from scipy.io import loadmat
 from torch import Tensor
 
 from readers import ADE_LAYOUT, MASKS_LAYOUT, VOC_LAYOUT
-from readers.images import ImageFiles, ReadingError, UnreadableImage, first_few, one_line, open_image
+from readers.files import first_few
+from readers.images import DEEP_MODES, ImageFiles, ReadingError, UnreadableImage, one_line, open_image
 from readers.masks import VOC_CLASSES, VOID, MaskedImages, pair_by_name, read_voc_list, voc_folder
 from readers.names import Names
 from utils import UserError
@@ -40,6 +41,8 @@ class SegmentationImages(ImageFiles):
         UnreadableImage: on access, if a file is missing, truncated, or not an image.
         WrongMask: on access, if a mask holds colours or numbers that are no class, or differs from its image in size.
     """
+
+    labelled = False
 
     def __init__(
         self, root: Path, names: Sequence[str], masks: Sequence[str], classes: list[str], first_class: int = 0
@@ -87,6 +90,13 @@ def read_mask(path: str) -> np.ndarray:
                 f"{path}: cannot be read ({one_line(error)}); replace it with an intact file"
             ) from error
     with open_image(path) as mask:
+        if mask.mode in DEEP_MODES or mask.mode == "1":  # numbers, stored with more bits or fewer
+            pixels = np.array(mask)
+            if pixels.min() >= 0 and pixels.max() <= VOID and (pixels == pixels.round()).all():
+                return pixels.astype(np.uint8)
+            raise WrongMask(
+                f"{path}: values from {pixels.min()} to {pixels.max()}; a mask's are whole, and at most {VOID}"
+            )
         if mask.mode not in ("P", "L"):
             raise WrongMask(
                 f"{path}: {mask.mode} pixels instead of class numbers; this is the palette saved as colours: take the "
@@ -147,7 +157,11 @@ def _read_sbd(data_path: Path, voc: Path, without: set[str]) -> MaskedImages:
     if root is None:
         raise UserError(f"{places[0]}: no such folder, or no cls/ in it; voc2012_aug needs SBD's images there")
     try:
-        lines = [line.strip() for part in ("train", "val") for line in (root / f"{part}.txt").read_text().splitlines()]
+        lines = [
+            line.strip()
+            for part in ("train", "val")
+            for line in (root / f"{part}.txt").read_text(encoding="utf-8-sig").splitlines()
+        ]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{root}: train.txt and val.txt cannot be read ({one_line(error)}); extract SBD again"
@@ -174,7 +188,7 @@ def read_ade20k(data_path: Path, split: str) -> SegmentationImages:
         raise UserError(f"{data_path}: no ADE20K in it; expected {ADE_LAYOUT}")
     found = pair_by_name(*(root / kind / SPLITS[split] for kind in ("images", "annotations")))
     try:
-        _, *rows = (root / "objectInfo150.txt").read_text(encoding="utf-8").splitlines()
+        _, *rows = (root / "objectInfo150.txt").read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
             f"{root / 'objectInfo150.txt'} cannot be read ({one_line(error)}); it names the classes"
@@ -191,7 +205,7 @@ def read_masks_folder(data_path: Path, split: str) -> SegmentationImages:
     """
     path = data_path / "classes.txt"
     try:
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); expected {MASKS_LAYOUT}") from error
     if not 2 <= len(classes) <= VOID:

@@ -8,7 +8,8 @@ from helpers.image_sets import photograph, picture
 
 from analysis.attention import attention_of, component_sizes, keep_mass, measure_maps
 from analysis.images import as_picture, squash
-from readers.images import UnreadableImage, list_images, read_image
+from readers.files import list_images
+from readers.images import UnreadableImage, read_image
 from utils import UserError
 
 

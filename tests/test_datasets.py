@@ -368,7 +368,7 @@ def test_an_unreadable_image_stops_the_loader_with_one_line(folder, num_workers)
     dataset = split_of("folder", folder, transform=eval_transform(48))
     message = loading_error(build_loader(dataset, EvalSampler(len(dataset)), 2, num_workers))
     assert message.startswith(f"cannot read the image '{folder / 'train' / 'bee' / '1.jpg'}'")
-    assert message.endswith("or give --skip-unreadable")
+    assert ", or give --skip-unreadable; python -m analysis.check lists all" in message
     assert "\n" not in message
 
 
@@ -402,8 +402,19 @@ def test_too_many_unreadable_images_in_a_row_stop_the_run(tmp_path):
         truncate(path)
     dataset = split_of("folder", root, skip_unreadable=True)
     assert dataset[Draw(1, 0, 0)]["replaced"] == 1
-    with pytest.raises(UnreadableImage):
+    with pytest.raises(UnreadableImage, match=r"more than --skip-unreadable replaces: is the disk there\?") as error:
         dataset[Draw(0, 0, 0)]
+    assert "or give --skip-unreadable" not in str(error.value), "it is given"
+
+
+def test_a_folder_full_of_unreadable_images_is_passed(tmp_path):
+    """More in a row than :data:`MAX_REPLACEMENTS`, as a failed download leaves them."""
+    root = write_folder(tmp_path, ["ant", "bee"], per_class=MAX_REPLACEMENTS + 20, splits=("train",))
+    for path in (root / "train" / "ant").iterdir():
+        path.write_bytes(b"")
+    dataset = split_of("folder", root, skip_unreadable=True)
+    item = dataset[Draw(0, 0, 0)]
+    assert (item["replaced"], item["targets"]) == (1, 1)
 
 
 # ----------------------------------------------------------------------- randomness without a state

@@ -292,18 +292,18 @@ def test_an_index_older_than_a_tar_is_not_used_and_can_be_renewed(folder, tmp_pa
     os.utime(tars._index_path(split), (1e9, 1e9))
     after, (message,) = names_and_messages()
     assert [name for name in after if "bee/" in name] == [name for name in after if "new" in name] != []
-    assert f"_val_tarinfos.pickle: not used, because it is older than {split}" in message
+    assert f"_val_images.npz: not used, because it is older than {split}" in message
     assert f"update it with: python -m readers.tars {split}" in message
     tars.write_tar_index(str(split))
     assert names_and_messages() == (after, [])
 
 
 def break_index(folder):
-    truncate(folder / "_val_tarinfos.pickle")
+    truncate(folder / "_val_images.npz")
 
 
 def break_index_content(folder):
-    (folder / "_val_tarinfos.pickle").write_bytes(pickle.dumps(os.system))  # not run, not even imported
+    (folder / "_val_images.npz").write_bytes(pickle.dumps(os.system))  # not run, not even imported
 
 
 def break_index_number(folder):
@@ -315,7 +315,7 @@ def test_a_wrong_index_is_one_line(folder, tmp_path, damage):
     root = write_tars(folder, tmp_path / "tars", "classes")
     tars.write_tar_index(str(root / "val"))
     damage(root / "val")
-    assert re.search(r"_val_tarinfos.pickle: damaged, or of other tars \(.+\); remove it", refusal("tar", "val", root))
+    assert re.search(r"_val_images.npz: damaged, or of other tars \(.+\); remove it", refusal("tar", "val", root))
 
 
 def test_what_is_wrong_with_tars_is_one_line(folder, tmp_path):
@@ -354,7 +354,7 @@ def test_tars_of_other_classes_are_refused_before_training(folder, tmp_path):
 def test_a_damaged_image_in_a_tar_is_named(folder, tmp_path):
     truncate(folder / "train" / "bee" / "1.jpg")
     images = read_split("tar", "train", write_tars(folder, tmp_path / "tars", "one"))
-    with pytest.raises(UnreadableImage, match=r"train.tar: bee/1.jpg'.*--skip-unreadable"):
+    with pytest.raises(UnreadableImage, match=r"train.tar: bee/1.jpg'.*repair or remove the file$"):
         images[3]
 
 
@@ -630,7 +630,7 @@ def test_a_truncated_image_is_noticed_and_named(tmp_path, suffix, keep):
     images = ImageFiles(tmp_path, [path.name], [0], ["a"])
     assert images[0][0].shape == (3, 150, 200)
     truncate(path, keep)
-    with pytest.raises(UnreadableImage, match=rf"broken\{suffix}.*--skip-unreadable") as error:
+    with pytest.raises(UnreadableImage, match=rf"broken\{suffix}.*repair or remove the file$") as error:
         images[0]
     assert "\n" not in str(error.value)
 
