@@ -22,7 +22,7 @@ from crops import random_box, resize_crops
 from utils import UserError
 
 SMALL_IMAGE = 32  # px; up to this size DeiT crops the padded image instead of a resized random crop
-THINNEST = 32  # ratio of an image's sides up to which it is resized whole; published sets have no thinner ones
+THINNEST = 32  # ratio of an image's sides up to which it is resized whole; ordinary photographs are not thinner
 ERASED_AREA = (0.02, 1 / 3)  # range of an erased area, as a fraction of the image; here and below timm's defaults
 ERASED_ASPECT = 0.3  # its sides' smallest ratio
 ERASING_ATTEMPTS = 10  # at a box inside the image

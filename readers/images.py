@@ -119,6 +119,8 @@ class EncodedImages(LabelledImages):
     def _errors(self, index: int) -> Iterator[None]:
         try:
             yield
+        except MemoryError:  # it is the machine's, not the file's
+            raise
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             reason = "no image" if isinstance(error, UnidentifiedImageError) else one_line(error)
             place = readable(self._location(index)).replace("\n", r"\n")

@@ -655,7 +655,14 @@ SMOKE = {
     "t2t_vit_t_14_sar": ["@recipes/smoke_t2t.args"],
     "pvt_small_sar": ["@recipes/smoke_pvt.args", "--drloc-weight", "0.1"],
     "cvt_13_sar": ["@recipes/smoke_cvt.args"],
-    "swin_tiny_sar": ["--input-size", "64", "--model-kwargs", "embed_dim=8", "depths=(1,1,1,2)", "num_heads=(1,1,2,2)"],
+    "swin_tiny_sar": [
+        "--input-size",
+        "128",
+        "--model-kwargs",
+        "embed_dim=8",
+        "depths=(1,1,1,2)",
+        "num_heads=(1,1,2,2)",
+    ],
 }
 
 

@@ -622,6 +622,17 @@ def test_missing_or_damaged_cifar_files_are_named(monkeypatch, tmp_path):
 # --------------------------------------------------------------------------------- unreadable images
 
 
+def test_a_lack_of_memory_is_not_the_images(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("readers.images.decode", fails)
+    with pytest.raises(MemoryError):
+        ImageFiles(tmp_path, ["a.png"], [0], ["a"])[0]
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".ppm", ".tif", ".webp"])
 @pytest.mark.parametrize("keep", [0, 0.3, 0.95])
 def test_a_truncated_image_is_noticed_and_named(tmp_path, suffix, keep):

@@ -841,7 +841,7 @@ def run_help(module: str, capsys) -> str:
 
 def given_weights(path: Path, classes: list[str] = DIGITS, seed: int = 0) -> Path:
     """Of a small model, not trained, for the toy data's images; its patches divide Table 11's size, too."""
-    return write_checkpoint(path, classes, seed, f"--input-size {toy_data.SIDE} --patch-size {toy_data.SIDE // 2}")
+    return write_checkpoint(path, classes, seed, f"--input-size {toy_data.SIDE} --patch-size {toy_data.SIDE // 4}")
 
 
 def measured_data(folder: Path) -> Path:
