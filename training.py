@@ -28,9 +28,10 @@ from weights import is_own, read_checkpoint, select_weights, write_weights
 
 PANEL_IMAGES = 4  # images in TensorBoard's panels of attention and of predictions
 EVALUATED_WITH = (
-    "task model model_kwargs input_size patch_size last_block data_set data_path crop_pct skip_unreadable".split()
+    "task model model_kwargs input_size patch_size last_block sar_similarity sar_query "
+    "data_set data_path crop_pct eval_interpolation skip_unreadable".split()
 )
-"""The arguments that an evaluation depends on, for eval.json."""
+"""The arguments that an evaluation depends on, for eval.json; some tasks lack some."""
 
 
 def train(args, processes: Processes) -> int:
@@ -236,11 +237,12 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     bad = [name for name, value in results.items() if not math.isfinite(value)]
     if evaluator.scores is not None and len(evaluator.scores) and processes.is_main and not bad:
         folder = Path(args.output_dir) if is_given("--output-dir", argv) else path.parent
-        settings = {name: getattr(args, name) for name in EVALUATED_WITH} | {"precision": str(dtype or torch.float32)}
+        settings = {name: value for name, value in vars(args).items() if name in EVALUATED_WITH}
         summary = {
             "checkpoint": str(path),
             "weights": select_weights(checkpoint, args.checkpoint_key)[1],
             "results": results,
+            "precision": str(dtype or torch.float32),
             "arguments": settings,
         }
         write_files(folder / "eval", summary, evaluator.scores, dataset)

@@ -16,6 +16,7 @@ import training
 import utils
 from analysis import evaluation
 from tasks.classify import Accuracy
+from tasks.linear import LinearAccuracy
 from tasks.scores import ImageScores, Scores
 
 CPU = torch.device("cpu")
@@ -91,6 +92,16 @@ def test_the_scores_of_one_of_several_classifiers(images):
     chosen, alone = recorder.gather(process, 1), collect(*images).gather(process)
     assert chosen.loss.tolist() == alone.loss.tolist()
     assert chosen.predicted.tolist() == alone.predicted.tolist()
+
+
+def test_of_several_linear_classifiers_the_scores_are_those_of_the_best(images):
+    logits, targets, replaced = images
+    right = torch.nn.functional.one_hot(targets, 4).float()
+    evaluator = LinearAccuracy(["bad", "good", "none"], ImageScores(3))
+    batch = {"images": torch.stack([logits, right, -right]), "targets": targets, "replaced": replaced}
+    evaluator.update(lambda images: images, batch)
+    assert evaluator.compute(utils.Processes(0, 1, CPU))["acc1"] == 100
+    assert evaluator.scores.predicted.tolist() == evaluator.scores.true.tolist()
 
 
 def test_training_records_nothing_and_eval_changes_no_result(images):
