@@ -304,7 +304,8 @@ def _add_run(parser):
         "--output-dir",
         default=None,
         metavar="DIR",
-        help="folder of the run (default: output/<model>_<data set>_seed<seed>)",
+        help="folder of the run (default: output/<model>_<data set>_seed<seed>); of a classifier, --eval writes into "
+        "its subfolder eval (default then: the folder of the checkpoint)",
     )
     add("--resume", default="", metavar="FILE", help="resume from the checkpoint of another run")
     add("--eval", action="store_true", help="only evaluate --resume, --finetune or best.pth in --output-dir")
@@ -378,6 +379,12 @@ def parse_arguments(
         check_arguments(args, planned)
         check_options(args)
     return args
+
+
+def is_given(option: str, argv: list[str] | None = None) -> bool:
+    """Whether a command line, or an argument file in it, has an option such as ``--output-dir``."""
+    words = expand_arguments(sys.argv[1:] if argv is None else argv)
+    return option in [word.partition("=")[0] for word in words]
 
 
 def _read_known(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:

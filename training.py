@@ -11,7 +11,7 @@ from timm.utils import distribute_bn
 
 from analysis.attention import similarity_maps
 from analysis.images import choose_samples
-from arguments import parse_arguments
+from arguments import is_given, parse_arguments
 from augmentation import normalise
 from batches import prepare
 from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
@@ -22,10 +22,16 @@ from owner import owned
 from records import Records, epoch_record
 from samplers import Draw
 from tasks import load_task
-from utils import Processes, StopSignal, UserError, logger, prepare_output_dir
-from weights import is_own, read_checkpoint, write_weights
+from tasks.scores import Scores
+from utils import Processes, RunError, StopSignal, UserError, logger, prepare_output_dir
+from weights import is_own, read_checkpoint, select_weights, write_weights
 
 PANEL_IMAGES = 4  # images in TensorBoard's panels of attention and of predictions
+EVALUATED_WITH = (
+    "task model model_kwargs input_size patch_size last_block sar_similarity sar_query "
+    "data_set data_path crop_pct eval_interpolation skip_unreadable".split()
+)
+"""The arguments that an evaluation depends on, for eval.json; some tasks lack some."""
 
 
 def train(args, processes: Processes) -> int:
@@ -226,8 +232,44 @@ def evaluate_only(argv, args, processes: Processes) -> int:
             logger.warning(f"{args.export}: its last block is {args.last_block!r}, which other programs' ViTs lack")
     dtype, _ = choose_amp(args.amp, processes.device)
     loader = build_eval_loader(args, processes, dataset)
-    results = evaluate(task.evaluator(), task.model, loader, processes, dtype) or {}
+    evaluator = task.evaluator()
+    results = evaluate(evaluator, task.model, loader, processes, dtype) or {}
+    bad = [name for name, value in results.items() if not math.isfinite(value)]
+    if evaluator.scores is not None and len(evaluator.scores) and processes.is_main and not bad:
+        folder = Path(args.output_dir) if is_given("--output-dir", argv) else path.parent
+        settings = {name: value for name, value in vars(args).items() if name in EVALUATED_WITH}
+        summary = {
+            "checkpoint": str(path),
+            "weights": select_weights(checkpoint, args.checkpoint_key)[1],
+            "results": results,
+            "precision": str(dtype or torch.float32),
+            "arguments": settings,
+        }
+        write_files(folder / "eval", summary, evaluator.scores, dataset)
+    processes.barrier()
     logger.info(task.describe(results))
-    if bad := [name for name, value in results.items() if not math.isfinite(value)]:
+    if bad:
         raise NonFiniteLoss(f"{path}: {', '.join(bad)} is not finite; try --amp off")
     return 0
+
+
+def write_files(folder: Path, summary: dict, scores: Scores, dataset) -> None:
+    """Write the files of `analysis.evaluation`, and log the calibration error; what cannot be written is a warning.
+
+    Args:
+        folder: of the files.
+        summary: of ``eval.json``; its ``results`` get the ``calibration_error``.
+        scores: of at least one image.
+        dataset: the evaluated images.
+    """
+    from analysis.evaluation import calibration_error, write_evaluation  # imports Matplotlib, which takes a second
+
+    error = calibration_error(scores.confidence, scores.predicted == scores.true)
+    summary = summary | {"results": summary["results"] | {"calibration_error": error}}
+    logger.info(f"expected calibration error {error:.2f} %")
+    try:
+        write_evaluation(folder, summary, scores, dataset)
+    except (UserError, RunError) as failure:
+        logger.warning(f"{folder} lacks files of this evaluation: {failure}")
+    else:
+        logger.info(f"confusions, calibration and the worst images: {folder}")

@@ -15,6 +15,7 @@ from datasets import AugmentedDataset, build_split, relabel
 from losses import spatial_entropy
 from tasks import Evaluator, Task
 from tasks.options import classify as options
+from tasks.scores import ImageScores
 from tasks.settings import build_task_model, split_settings
 from utils import Processes
 from weights import load_weights
@@ -43,6 +44,7 @@ class Classification(Task):
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
         self.ema = (ModelEmaV3(self.model, decay=args.model_ema_decay),) if args.model_ema else ()
         self.classes = () if args.keep_head else dataset.classes
+        self.records_images = args.eval
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:
@@ -87,7 +89,7 @@ class Classification(Task):
         return relabel(dataset, classes)
 
     def evaluator(self) -> "Accuracy":
-        return Accuracy()
+        return Accuracy(ImageScores() if self.records_images else None)
 
     def predict(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"probabilities": probabilities_of(self.model(item["images"])[0])}
@@ -140,16 +142,22 @@ class Accuracy(Evaluator):
     Batches hold ``images (B, 3, h, w)``, ``targets (B,)`` and ``replaced (B,)``. Images that could not be read are
     counted, and left out of all means. Results: ``acc1`` and ``acc5`` (percent), ``loss``, ``spatial_entropy`` (nats,
     Eq. 7) and ``components`` per map, as means over images and heads; ``images`` and ``unreadable`` as counts.
+
+    Args:
+        recorder: also keeps what is said of each image, for ``scores``.
     """
 
     MEANS = ("loss", "acc1", "acc5", "spatial_entropy", "components")
 
-    def __init__(self):
+    def __init__(self, recorder: ImageScores | None = None):
         self.sums: list[Tensor] = []
+        self.recorder = recorder
 
     def update(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         logits, similarity = model(batch["images"], return_similarity=True)
         self.sums.append(batch_sums(logits.float(), batch["targets"], similarity, batch["replaced"]))
+        if self.recorder is not None:
+            self.recorder.add(logits.float(), batch["targets"], batch["replaced"])
 
     def compute(self, processes: Processes) -> dict[str, Any]:
         nothing = torch.zeros(len(self.MEANS) + 2, device=processes.device)
@@ -158,6 +166,8 @@ class Accuracy(Evaluator):
         means = {name: total / count for name, total in zip(self.MEANS, totals[1:-1], strict=True)}
         for name in ("acc1", "acc5"):
             means[name] *= 100
+        if self.recorder is not None:
+            self.scores = self.recorder.gather(processes)
         return means | {"images": int(totals[0]), "unreadable": int(totals[-1])}
 
 

@@ -21,6 +21,7 @@ from tasks import Evaluator, Task
 from tasks.classify import probabilities_of
 from tasks.knn import pooled_features
 from tasks.options import linear as options
+from tasks.scores import ImageScores
 from tasks.settings import build_task_model, split_settings
 from utils import Processes, RunError, UserError
 from weights import classifier_of, load_weights, read_checkpoint, select_weights
@@ -134,6 +135,7 @@ class LinearClassification(Task):
         probe = LinearProbe(trunk, [number for _, number in heads], classes, args.avgpool_patchtokens)
         super().__init__(args, probe.to(device), device)
         self.trunk_before: dict[str, Tensor] = {}
+        self.records_images = args.eval
         self.best: dict[str, float] = {}  # of a loaded checkpoint: the accuracy of each classifier
 
     @classmethod
@@ -209,7 +211,7 @@ class LinearClassification(Task):
             raise RunError(
                 f"the trunk of the linear probe must not change, but these weights did: {', '.join(changed)}"
             )
-        return LinearAccuracy(self.names)
+        return LinearAccuracy(self.names, ImageScores(len(self.names)) if self.records_images else None)
 
     def predict(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """See `Task.predict`; of several classifiers it is the one that was best in the run's best evaluation.
@@ -255,17 +257,20 @@ class LinearAccuracy(Evaluator):
 
     Args:
         names: of the L classifiers.
+        recorder: also keeps what they say of each image; ``scores`` are those of the best.
     """
 
     MEANS = ("acc1", "acc5", "loss")
 
-    def __init__(self, names: Sequence[str]):
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str], recorder: ImageScores | None = None):
+        self.names, self.recorder = tuple(names), recorder
         self.sums: list[Tensor] = []
 
     def update(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         logits, targets, readable = model(batch["images"]), batch["targets"], batch["replaced"] == 0
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.recorder is not None:
+            self.recorder.add(logits, targets, batch["replaced"])
         right = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[:, None]
         means = torch.stack([right[..., 0], right.any(dim=-1), cross_entropies(logits, targets)])  # (3, L, B)
         counts = torch.stack([readable.sum(), (~readable).sum()])
@@ -277,5 +282,7 @@ class LinearAccuracy(Evaluator):
         scale = totals.new_tensor([100, 100, 1]) / totals[-2].clamp(min=1)
         rows = [dict(zip(self.MEANS, row.tolist(), strict=True)) for row in totals[:-2].unflatten(0, (-1, 3)) * scale]
         best = max(rows, key=lambda row: row["acc1"])
+        if self.recorder is not None:
+            self.scores = self.recorder.gather(processes, rows.index(best))
         each = {f"{mean}_{name}": row[mean] for name, row in zip(self.names, rows, strict=True) for mean in self.MEANS}
         return best | each | {"images": int(totals[-2]), "unreadable": int(totals[-1])}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from losses import Localiser
 from schedules import LearningRate, Position, drloc_weight_schedule, sar_weight_schedule
+from tasks.scores import Scores
 from utils import Processes
 from weights import load_weights
 
@@ -20,7 +21,12 @@ class Evaluator:
 
     ``update`` is called for every batch of this process, without gradients and under the run's autocast. Processes may
     have different numbers of batches. ``compute`` is called once by all processes.
+
+    Attributes:
+        scores: after ``compute``, what a classifier says of each image; None if that is not recorded.
     """
+
+    scores: Scores | None = None
 
     def update(self, model: nn.Module, batch: Any) -> None:
         """Add one batch, which is on the model's device."""
