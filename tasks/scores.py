@@ -71,5 +71,5 @@ class ImageScores:
         # 2. process r has the images r, r + world_size, ...: the padding is at the end
         rows = rearrange(processes.gather(padded), "rank image column -> (image rank) column")[: int(counts.sum())]
         index = (rows[:, 4] == 0).nonzero()[:, 0]
-        true, predicted, loss, confidence, _ = rows[index].numpy().T
+        true, predicted, loss, confidence, _ = rows[index].detach().numpy().T
         return Scores(index.numpy(), true.astype(np.int64), predicted.astype(np.int64), loss, confidence)
