@@ -183,8 +183,12 @@ def test_ctrl_c_ends_it_even_in_a_read_that_never_returns(folder):
     os.mkfifo(folder / "train/a/stuck.jpg")
     timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
     began = time.monotonic()
-    timer.start()
-    assert check.main(["--data-set", "folder", "--data-path", str(folder), "--num-workers", "2"]) == 130
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        timer.start()
+        assert check.main(["--data-set", "folder", "--data-path", str(folder), "--num-workers", "2"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert time.monotonic() - began < 8
     with open(folder / "train/a/stuck.jpg", "wb"):  # lets the thread go
         pass
