@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,9 @@ class Ending:
 
 def happen(fault: str, when: Path) -> None:
     """The fault itself, in the process that it meets."""
-    when.write_text(str(time.time()))
+    part = when.with_name(f"{when.name}.part")
+    part.write_text(str(time.time()))
+    part.rename(when)  # whoever waits for the file never finds it empty
     if fault == "exception":
         raise ValueError("a planted error")
     if fault == "memory":
@@ -72,9 +75,26 @@ def inject(run: runs.Child, output: Path, place: str, fault: str, workers: int, 
     faulty_rank = 0 if place in FIRST_RANK_ONLY else ranks - 1
     everywhere = functools.partial(plant, place=place, fault=fault, faulty_rank=faulty_rank, when=when)
     children = run.start(output, *words, everywhere=everywhere, ranks=ranks)
+    try:
+        seconds = _seconds_to_end(children, run.log, fault, when)
+    finally:
+        for process in writers(run.log):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    code, lines = children[0].exitcode, run.text().splitlines() or [""]
+    # 2. the same command again
+    again = run(output, *words, ranks=ranks)
+    identical = again == 0 and expected is not None and is_identical(runs.content(output), expected)
+    return Ending(seconds, code, lines[-1], again, identical)
+
+
+def _seconds_to_end(children: list, log: Path, fault: str, when: Path) -> float:
+    """Seconds from the fault to the end of a run's last process; a stall is ended by two Ctrl-C, from which it counts.
+
+    Infinite if a process is left after 90 s.
+    """
     wait(lambda: when.exists() or not any(child.is_alive() for child in children), 120)
     began = float(when.read_text())
-    # 2. two Ctrl-C end a stall
     if fault == "stall":
         time.sleep(1)
         for _ in range(2):
@@ -83,16 +103,8 @@ def inject(run: runs.Child, output: Path, place: str, fault: str, workers: int, 
                 if child.is_alive():
                     os.kill(child.pid, signal.SIGINT)
         began = time.time()
-    # 3. wait for the last of its processes
-    ended = wait(lambda: not (any(child.is_alive() for child in children) or writers(run.log)), 90)
-    seconds = time.time() - began if ended else float("inf")
-    for process in writers(run.log):
-        os.kill(process, signal.SIGKILL)
-    code, lines = children[0].exitcode, run.text().splitlines() or [""]
-    # 4. the same command again
-    again = run(output, *words, ranks=ranks)
-    identical = again == 0 and expected is not None and is_identical(runs.content(output), expected)
-    return Ending(seconds, code, lines[-1], again, identical)
+    ended = wait(lambda: not (any(child.is_alive() for child in children) or writers(log)), 90)
+    return time.time() - began if ended else float("inf")
 
 
 def wait(condition, seconds: float) -> bool:
