@@ -164,7 +164,13 @@ def test_after_a_second_signal_there_is_time_to_save(run, tmp_path):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "smaller --batch-size"),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 139.80 GiB. See https://"
+            ),
+            "smaller --batch-size, which keeps --total-batch, or --grad-checkpointing (CUDA out of memory. Tried to "
+            "allocate 2.00 GiB at epoch",
+        ),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "smaller --batch-size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "--grad-checkpointing"),
         (MemoryError(), "out of memory"),
