@@ -272,9 +272,8 @@ def in_one_line(error: Exception) -> Exception:
         if re.search(pattern, text):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [kind.__name__]
             cause = lines[-1 if lines[0].startswith("Caught ") else 0]  # a worker's traceback comes before its error
-            cause = re.sub(
-                r"(out of memory\. Tried to allocate [\d.]+ \w+)\. .*", r"\1", cause
-            )  # without other processes
+            # torch goes on with the memory of all processes and advice of its own
+            cause = re.sub(r"(out of memory\. Tried to allocate [\d.]+ \w+)\. .*", r"\1", cause)
             known = RunError(f"{words} ({' '.join([cause, *getattr(error, '__notes__', ())])})")
             known.__cause__ = error
             return known
