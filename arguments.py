@@ -324,7 +324,12 @@ def _add_run(parser):
         default=0,
         help="draw attention maps of a few validation images in TensorBoard every N epochs and at the end; 0: never",
     )
-    add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:0")
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:0 or mps (Apple)",
+    )
     add(
         "--amp",
         nargs="?",

@@ -20,6 +20,10 @@ from typing import NoReturn
 
 from utils import Processes, RunError, UserError, end_workers, in_process_group, processes_here, readable
 
+if sys.platform == "win32":  # before the modules that need fcntl, SIGHUP or fork are imported
+    print("error: Windows lacks the signals and file locks that runs need; run this command in WSL 2", file=sys.stderr)
+    sys.exit(2)
+
 EXPECTED = (UserError, RunError, OSError)
 """Errors that are reported by their message alone, without a traceback."""
 

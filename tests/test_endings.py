@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,33 @@ def ignore_sighup() -> None:
 def test_under_nohup_a_run_outlives_its_terminal(run, tmp_path):
     assert run(tmp_path, "--epochs", "1", "--warmup-epochs", "0", before=ignore_sighup) == 0
     assert saved(tmp_path) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "told"),
+    [
+        (
+            0,
+            signal.SIGINT,
+            "SIGINT: the run saves after this update, and ends. Ctrl-C again ends it at once, unsaved\n",
+        ),
+        (0, signal.SIGUSR2, "SIGUSR2: the run saves after this update, and ends\n"),
+        (1, signal.SIGINT, ""),
+    ],
+)
+def test_the_first_signal_is_answered_at_once_and_once(rank, number, told, capfd):
+    with utils.StopSignal(SimpleNamespace(is_main=rank == 0, world_size=1)) as stop:
+        send_all(number, number, 0.2)
+        assert stop.poll()
+        assert capfd.readouterr().err == told
+
+
+def test_a_second_signal_ends_a_run_that_nobody_reads(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "write", functools.partial(refuse, errno.EIO))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    utils._end_now(130)
+    assert codes == [130]
 
 
 def in_a_hurry(rank: int) -> None:

@@ -57,6 +57,7 @@ def last_record(output) -> dict:
         (("--opt", "adamww"), "--opt adamww"),
         (("--device", "toaster"), "--device toaster"),
         (("--device", "cuda:99"), "sees"),
+        (("--device", "mps"), "torch sees no Apple GPU here; use auto, cpu or cuda"),
         (("--resume", str(ROOT)), "is a folder"),
         (("--amp", "fp16", "--device", "cpu"), "--amp fp16 needs a GPU"),
         (("--aa", "rnd-m9"), "--aa rnd-m9"),
