@@ -127,7 +127,8 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
             for number, picture in enumerate(draw_predictions(run, val_loader.dataset), 1):
                 records.picture(f"predictions/{number}", picture)
         if plan.log_attention and (last or done % plan.log_attention == 0):
-            records.figure("attention", draw_attention(run, val_loader.dataset))
+            for number, figure in enumerate(draw_attention(run, val_loader.dataset), 1):
+                records.figure(f"attention/{number}", figure)
     return True
 
 
@@ -178,15 +179,16 @@ def update_best(run: Run, results: dict) -> bool:
     return True
 
 
-def draw_attention(run: Run, dataset):
-    """A figure of each head's attention on the same few validation images, which are of different classes."""
+def draw_attention(run: Run, dataset) -> list:
+    """Figures of each head's attention on the same few validation images, which are of different classes."""
     from analysis.panels import attention_panel  # imports Matplotlib, which takes a second
 
     dataset = getattr(dataset, "parts", [dataset])[-1]  # of a k-NN evaluation, the images after its bank
     samples = choose_samples(dataset, PANEL_IMAGES)
     images = normalise(torch.stack([image for image, _ in samples]))
     similarity = similarity_maps(run.task.model.eval(), images.to(run.processes.device))
-    return attention_panel(images, similarity, titles=[dataset.classes[label] for _, label in samples])
+    names = [dataset.classes[label] for _, label in samples]
+    return [attention_panel(*panel) for panel in zip(images, similarity, names, strict=True)]
 
 
 @torch.inference_mode()
