@@ -528,17 +528,24 @@ def format_ours(mean: float | None, deviation: float | None, seeds: int) -> str:
 def draw(table: dict, rows: dict[str, ReportRow]) -> Figure:
     """Plot accuracy against epochs (Fig. 3): per row the mean over its seeds, and a band from minimum to maximum.
 
-    The right panel enlarges the second half of the epochs. A star marks the paper's final number, for rows that follow
-    the protocol.
+    A right panel enlarges the second half of the epochs, unless it would show the same. A star marks the paper's final
+    number, for rows that follow the protocol.
     """
+    # 1. what the panels show
     drawn = [row for row in rows.values() if row.results is None and row.last_values()]
+    reached = [epoch for row in drawn for epoch in common_curve(row)[0].tolist()]
+    half = max(reached, default=0) // 2
+    firsts = {"All epochs": 0} | ({f"From epoch {half} on": half} if min(reached, default=0) < half else {})
+    # 2. draw them
     figure = Figure(figsize=(10, 4.2 + 0.08 * len(drawn)), layout="constrained")
     figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(protocol_differences, drawn)) else ""))
-    whole, end = figure.subplots(1, 2)
-    longest = max((max(run.values(), default=0) for row in drawn for run in row.runs), default=0)
-    draw_curves(whole, drawn, first=0)
-    draw_curves(end, drawn, first=longest // 2)
-    whole.set_ylabel(", ".join(distinct(name for row in drawn for name in row.other_metrics())) or table["metric"])
+    panels = figure.subplots(1, len(firsts), squeeze=False)[0]
+    value = ", ".join(distinct(name for row in drawn for name in row.other_metrics())) or table["metric"]
+    for panel, (title, first) in zip(panels, firsts.items(), strict=True):
+        draw_curves(panel, drawn, first)
+        panel.set(title=title, ylabel=value)
+    # 3. one legend for all
+    whole = panels[0]
     if any(line.get_marker() == "*" for line in whole.lines):
         whole.plot([], [], "*", color="white", ms=11, mec="black", mew=0.6, label="the paper's last epoch")
     handles, labels = whole.get_legend_handles_labels()
