@@ -32,15 +32,13 @@ from matplotlib.ticker import MaxNLocator
 
 from arguments import NOT_MATHEMATICAL, default_arguments
 from cli import Parser, exit_code
+from launch.logs import ACCURACY, Epoch, read_epoch
 from paper.tables import TABLES
 from readers import canonical_name, sets_of
 from utils import UserError, write_atomically, write_csv
 
 PAPER = {name: table for name, table in TABLES.items() if "metric" in table}
 """The tables that have numbers to report; the head of ``tables.toml`` describes them."""
-
-ACCURACY = "acc1"
-"""The metric's name in log.txt where a table does not say otherwise: top-1 accuracy (percent)."""
 
 # Arguments that may differ between a row's runs and the protocol, or among its seeds. (The table itself sets the path
 # of --finetune.)
@@ -49,17 +47,6 @@ MAY_DIFFER = NOT_MATHEMATICAL | {"seed", "finetune"}
 # Differences from the protocol are listed in this order, then all others; at most MAX_REASONS of them.
 REPORTED_FIRST = ("data_set", "sampling_ratio", "epochs", "model", "model_kwargs", "input_size", "total_batch")
 MAX_REASONS = 5
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of log.txt; ``value`` is the metric of the reported weights, None if the epoch was not evaluated."""
-
-    done: int
-    metric: str
-    value: float | None
-    test_images: int | None
-    train_images: int | None
 
 
 @dataclass(frozen=True)
@@ -236,23 +223,12 @@ def read_log(path: Path) -> list[Epoch]:
     epochs = []
     for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], start=1):
         try:
-            epochs.append(read_epoch(json.loads(line)))
+            epochs.append(read_epoch(line))
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path}, line {number}: not written by main.py; delete this run and run the row again"
             ) from None
     return epochs
-
-
-def read_epoch(record: dict) -> Epoch:
-    """Convert a record of main.py's log; raises ValueError, KeyError or TypeError for anything else."""
-    done, metric = int(record["epoch"]) + 1, record.get("metric", ACCURACY)  # older logs do not name the metric
-    averaged = f"test_{record['reported']}"  # averaged weights add their name; the model's own do not
-    weights = averaged if f"{averaged}_{metric}" in record else "test"
-    if f"{weights}_{metric}" not in record:
-        return Epoch(done, metric, None, None, None)
-    value, test_images = float(record[f"{weights}_{metric}"]), int(record[f"{weights}_images"])
-    return Epoch(done, metric, value, test_images, record.get("train_images"))
 
 
 # --------------------------------------------------------------------------------------------- comparing
