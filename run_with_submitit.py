@@ -1,4 +1,4 @@
-"""Submit main.py to a SLURM cluster: main.py's command line plus options for Slurm.
+r"""Submit main.py to a SLURM cluster: main.py's command line plus options for Slurm.
 
     python run_with_submitit.py --job-dir DIR --partition gpu --model vit_small_sar --data-path /data/imagenet
     python run_with_submitit.py --job-dir DIR --partition gpu --slurm-arg account=lab --slurm-arg constraint=v100 \
@@ -165,7 +165,7 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     # 1. a parser of the launcher's options alone
     parser = Parser(
         prog="run_with_submitit.py",
-        description="Run main.py on a SLURM cluster; interrupted jobs are requeued and resume.",
+        description=__doc__,
         usage="run_with_submitit.py --job-dir DIR [options] [@recipe.args ...] [main.py's options]",
         epilog="All other options and @recipe.args files are passed to main.py (see python main.py --help).",
         formatter_class=HelpFormatter,

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> Parser:
     parser = Parser(
         prog="python -m analysis.figures",
-        description=__doc__.splitlines()[0],
+        description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )

@@ -18,7 +18,6 @@ are results of analysis.robustness or analysis.jaccard, and trained/<run> holds 
 row. Both the measurement and the training must follow the paper's protocol for the row to be comparable.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -31,7 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from arguments import NOT_MATHEMATICAL, default_arguments
-from cli import Parser, exit_code
+from cli import HelpFormatter, Parser, exit_code
 from launch.logs import ACCURACY, Epoch, read_epoch
 from paper.tables import TABLES
 from readers import canonical_name, sets_of
@@ -563,7 +562,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m paper report",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
