@@ -52,7 +52,7 @@ class ModelMaps:
     Attributes:
         name: of the model.
         similarity: Eq. 4, float32 ``(images, heads, h, w)`` on the CPU.
-        predictions: the predicted class of each image; None if the model was not trained on the images' classes.
+        predictions: what it predicts for each image, in words; None without a classifier whose classes have names.
     """
 
     name: str
@@ -249,9 +249,9 @@ def _page(
             boxes = [Box(left + inset, top, side, height) for left in columns]
             for head_box, similarity in zip(boxes, model.similarity[index], strict=True):
                 draw(axes, head_box, picture, similarity)
-            if model.predictions:
-                free_line = "\n" if cells == 1 else ""
-                _caption(axes, boxes[0], f"{free_line}predicted {model.predictions[index]}")
+            if model.predictions:  # in the second line, below all heads: their captions have one
+                words = shorten(f"predicted {model.predictions[index]}", CHARACTERS * cells * len(boxes))
+                _write(axes, boxes[0].left, top + height + 1.6 * LINE, words, align="left")
         top += height + 2 * LINE + GAP
     return figure
 

@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cli import HelpFormatter
 from readers import TAR_LAYOUT
 from readers.files import EXTENSIONS, LeftOut, is_hidden, suffix_of
 from readers.folders import check_same_classes
@@ -311,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m readers.tars",
         description="Write an index of the images in tars, which makes later starts fast.\n\n"
         "    python -m readers.tars /data/train.tar",
-        formatter_class=HelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text = "a tar, whose index is written beside it, or a folder of tars, whose index is written into it"
     parser.add_argument("tars", nargs="+", metavar="TAR", help=text)
