@@ -66,9 +66,11 @@ def build_parser(task: str = "classify") -> argparse.ArgumentParser:
     """
     parser = Parser(
         prog="main.py",
-        description=("Train or evaluate a Vision Transformer with SAR, spatial-attention-based regularisation."),
+        description="Train or evaluate a Vision Transformer with SAR, spatial-attention-based regularisation.\n\n"
+        "    python main.py --model vit_small_sar --data-path /data/imagenet\n"
+        "    python main.py --eval --resume output/quickstart/best.pth",
         usage="main.py [@recipe.args ...] [options]",
-        epilog="An argument file, such as @recipes/deit_in1k.args, comes before all options, which override it. "
+        epilog="An argument file, such as @recipes/deit_in1k.args, comes before all options, which override it.\n"
         "DeiT's spellings with underscores work, too.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -304,8 +306,8 @@ def _add_run(parser):
         "--output-dir",
         default=None,
         metavar="DIR",
-        help="folder of the run (default: output/<model>_<data set>_seed<seed>); of a classifier, --eval writes into "
-        "its subfolder eval (default then: the folder of the checkpoint)",
+        help="folder of the run; of a classifier, --eval writes into its subfolder eval (default: "
+        "output/<model>_<data set>_seed<seed>, with --eval the folder of the checkpoint)",
     )
     add("--resume", default="", metavar="FILE", help="resume from the checkpoint of another run")
     add("--eval", action="store_true", help="only evaluate --resume, --finetune or best.pth in --output-dir")
@@ -324,7 +326,12 @@ def _add_run(parser):
         default=0,
         help="draw attention maps of a few validation images in TensorBoard every N epochs and at the end; 0: never",
     )
-    add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:0")
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:0 or mps (Apple)",
+    )
     add(
         "--amp",
         nargs="?",

@@ -37,7 +37,7 @@ def prepare(batch: Any, device: torch.device) -> Any:
     """
 
     def to_device(part: torch.Tensor) -> torch.Tensor:
-        part = part.to(device, non_blocking=True)
+        part = part.to(device, non_blocking=device.type == "cuda")
         return normalise(part) if part.dtype == torch.uint8 and part.ndim >= 4 else part
 
     return tree_map_only(torch.Tensor, to_device, batch)

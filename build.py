@@ -60,6 +60,8 @@ def choose_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, s
     if choice == "off":
         return None, "--amp off"
     if choice != "auto":
+        if device.type == "mps":
+            raise UserError(f"--amp {choice}: on an Apple GPU this program computes in float32; leave --amp out")
         if choice == "fp16" and device.type != "cuda":
             raise UserError("--amp fp16 needs a GPU; use auto, bf16 or off")
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[choice], f"--amp {choice}"

@@ -20,6 +20,10 @@ from typing import NoReturn
 
 from utils import Processes, RunError, UserError, end_workers, in_process_group, processes_here, readable
 
+if sys.platform == "win32":  # before the modules that need fcntl, SIGHUP or fork are imported
+    print("error: Windows lacks the signals and file locks that runs need; run this command in WSL 2", file=sys.stderr)
+    sys.exit(2)
+
 EXPECTED = (UserError, RunError, OSError)
 """Errors that are reported by their message alone, without a traceback."""
 
@@ -153,12 +157,16 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of every option that has one, and N for values without a metavar."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every switch and of every option that has one, and N for values without a metavar."""
 
     def _get_help_string(self, action):
-        shown = repr(action.default) not in ("None", "False", "''", "{}", repr(argparse.SUPPRESS))
-        text = action.help or ""
+        text = (action.help or "").removesuffix(" (default: %(default)s)")  # of BooleanOptionalAction in Python 3.11
+        if isinstance(action.default, bool):
+            return f"{text} (default: {'on' if action.default else 'off'})".strip()
+        if isinstance(action.default, list | tuple):
+            return f"{text} (default: {' '.join(map(str, action.default))})".strip()
+        shown = "(default" not in text and repr(action.default) not in ("None", "''", "{}", repr(argparse.SUPPRESS))
         return f"{text} (default: %(default)s)".strip() if shown else text
 
     def _get_default_metavar_for_optional(self, action):

@@ -5,8 +5,10 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ SHORT_NAMES = {
     "peak_memory": "peak GiB",
 }
 """Names of values in the terminal's lines, where they differ from TensorBoard's."""
+ABOUT_TIME = ("images_per_second", "data_share", "step_time", "peak_memory")
+"""Values of a logging step that TensorBoard shows under time/; all others are under train/."""
 LARGEST_WAIT = 10.0
 """Percent of an epoch's time spent waiting for the loader, above which the log calls it the bottleneck."""
 
@@ -77,6 +81,25 @@ def describe_bottleneck(share: float, images_per_second: float, num_workers: int
     )
 
 
+def constant_values(schedule: Callable[[Position], dict[str, float]], position: Position) -> set[str]:
+    """The names of the scheduled values that are the same in all epochs of a run; its arguments tell them.
+
+    Args:
+        schedule: of the task.
+        position: any of the run.
+    """
+    middle = position.updates_per_epoch // 2
+    places = [replace(position, epoch=epoch, step=step) for epoch in range(position.epochs) for step in (0, middle)]
+    rows = [schedule(place) for place in places]
+    return {name for name in rows[0] if len({row[name] for row in rows}) == 1}
+
+
+def as_table(arguments: Mapping[str, Any]) -> str:
+    """The arguments as a table in Markdown, which TensorBoard shows as one."""
+    rows = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in sorted(arguments.items()))
+    return "\n".join(["| argument | value |", "|---|---|", *rows])
+
+
 class EpochLog:
     """``log.txt``: one JSON object per line and exactly one line per epoch, however often the run was killed."""
 
@@ -110,6 +133,8 @@ class Records:
         write_json(output / "args.json", run.arguments)
         write_json(output / "environment.json", environment())
         self.board = SummaryWriter(str(output), purge_step=self._global_step() + 1)
+        self.board.add_text("arguments", as_table(run.arguments), self._global_step())
+        self.constants = constant_values(run.task.schedule, run.position)
 
     def _global_step(self) -> int:
         return self.run.position.update
@@ -126,7 +151,8 @@ class Records:
         if device.type == "cuda":  # the allocator's own count: no synchronisation with the device
             means = means | {"peak_memory": torch.cuda.max_memory_allocated(device) / 2**30}
         for name, value in means.items():
-            self.board.add_scalar(f"train/{name}", value, self._global_step())
+            if name not in self.constants:
+                self.board.add_scalar(f"{'time' if name in ABOUT_TIME else 'train'}/{name}", value, self._global_step())
         logger.info(step_line(self.run.position, means, self._seconds_left()))
         if warning := self.run.task.warning(means):
             logger.warning(warning)
@@ -147,9 +173,10 @@ class Records:
         """
         if not self.run.processes.is_main:
             return
-        for name, value in record.items():
-            if name.startswith("test"):
-                self.board.add_scalar(name.replace("_", "/", 1), value, self._global_step())
+        for models, measured in results.items():
+            for name, value in measured.items():
+                if not isinstance(value, int):  # a count of the data, the same after every epoch
+                    self.board.add_scalar(f"{models}/{name}", value, self._global_step())
         self.board.flush()
         self.log.write(record)
         task, epoch = self.run.task, f"epoch {record['epoch']}"

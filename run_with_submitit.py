@@ -1,10 +1,10 @@
-"""Submit main.py to a SLURM cluster: main.py's command line plus options for Slurm.
+r"""Submit main.py to a SLURM cluster: main.py's command line plus options for Slurm.
 
     python run_with_submitit.py --job-dir DIR --partition gpu --model vit_small_sar --data-path /data/imagenet
     python run_with_submitit.py --job-dir DIR --partition gpu --slurm-arg account=lab --slurm-arg constraint=v100 \
         @recipes/swin_in100_100.args --data-path /data/imagenet \
         --sweep sar_weight=0,0.001,0.005,0.01,0.05,0.1 --sweep seed=0,1,2 --max-parallel 4
-    python run_with_submitit.py --job-dir DIR --status
+    python run_with_submitit.py --job-dir DIR --status          # state and results; as a file: --status csv > runs.csv
     python run_with_submitit.py --job-dir DIR --local --model vit_small_sar        # run here, without Slurm
 
 A job that reaches its time limit or is preempted saves a checkpoint, is requeued and resumes. Every command may be
@@ -144,7 +144,13 @@ def add_launcher_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=V,V,...",
         help="start one run for each value of this option of main.py; if repeated, for each combination of values",
     )
-    add("--status", action="store_true", help="print the state of the runs in --job-dir and exit")
+    add(
+        "--status",
+        nargs="?",
+        const="table",
+        choices=("table", "csv"),
+        help="print state and results of the runs in --job-dir, as a table or as CSV, and exit",
+    )
     add("--dry-run", action="store_true", help="print what would be started and exit")
     add("--local", action="store_true", help="run on this machine, one after another, on --ngpus or all GPUs")
     add_cluster_options(parser)
@@ -159,7 +165,7 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     # 1. a parser of the launcher's options alone
     parser = Parser(
         prog="run_with_submitit.py",
-        description="Run main.py on a SLURM cluster; interrupted jobs are requeued and resume.",
+        description=__doc__,
         usage="run_with_submitit.py --job-dir DIR [options] [@recipe.args ...] [main.py's options]",
         epilog="All other options and @recipe.args files are passed to main.py (see python main.py --help).",
         formatter_class=HelpFormatter,
@@ -278,7 +284,7 @@ def run(argv: list[str]) -> int:
     options, words = parse_command_line(argv)
     job_dir = Path(options.job_dir).expanduser().absolute()
     if options.status:
-        print(format_status(job_dir))
+        print(format_status(job_dir, as_csv=options.status == "csv"))
         return 0
     if options.local and options.nodes > 1:
         raise UserError("--local runs on this machine alone; leave --nodes out")

@@ -21,7 +21,7 @@ from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from owner import owned
 from records import Records, epoch_record
 from samplers import Draw
-from tasks import load_task
+from tasks import Task, load_task
 from tasks.scores import Scores
 from utils import Processes, RunError, StopSignal, UserError, logger, prepare_output_dir
 from weights import is_own, read_checkpoint, select_weights, write_weights
@@ -127,7 +127,8 @@ def finish_epoch(run: Run, val_loader, records: Records) -> bool:
             for number, picture in enumerate(draw_predictions(run, val_loader.dataset), 1):
                 records.picture(f"predictions/{number}", picture)
         if plan.log_attention and (last or done % plan.log_attention == 0):
-            records.figure("attention", draw_attention(run, val_loader.dataset))
+            for number, figure in enumerate(draw_attention(run, val_loader.dataset), 1):
+                records.figure(f"attention/{number}", figure)
     return True
 
 
@@ -178,15 +179,16 @@ def update_best(run: Run, results: dict) -> bool:
     return True
 
 
-def draw_attention(run: Run, dataset):
-    """A figure of each head's attention on the same few validation images, which are of different classes."""
+def draw_attention(run: Run, dataset) -> list:
+    """Figures of each head's attention on the same few validation images, which are of different classes."""
     from analysis.panels import attention_panel  # imports Matplotlib, which takes a second
 
     dataset = getattr(dataset, "parts", [dataset])[-1]  # of a k-NN evaluation, the images after its bank
     samples = choose_samples(dataset, PANEL_IMAGES)
     images = normalise(torch.stack([image for image, _ in samples]))
     similarity = similarity_maps(run.task.model.eval(), images.to(run.processes.device))
-    return attention_panel(images, similarity, titles=[dataset.classes[label] for _, label in samples])
+    names = [dataset.classes[label] for _, label in samples]
+    return [attention_panel(*panel) for panel in zip(images, similarity, names, strict=True)]
 
 
 @torch.inference_mode()
@@ -196,11 +198,11 @@ def draw_predictions(run: Run, dataset) -> list:
     Nothing is drawn from the global generators, so the training is the same with and without them.
     """
     task, pictures = run.task.eval(), []
+    if type(task).truth is Task.truth:
+        return []
     for index in np.linspace(0, len(dataset) - 1, num=min(PANEL_IMAGES, len(dataset)), dtype=int).tolist():
         item = dataset[Draw(index, 0, index)]
         truth = task.truth(item)
-        if truth is None:
-            break
         from analysis.pictures import draw_panel  # imports Matplotlib, which takes a second
 
         predicted = task.predict(prepare(item, run.processes.device))
@@ -210,42 +212,32 @@ def draw_predictions(run: Run, dataset) -> list:
 
 def evaluate_only(argv, args, processes: Processes) -> int:
     """Evaluate a checkpoint; task, model and sizes that are not given are those of its run."""
+    # 1. the checkpoint, and the images to evaluate
     path = Path(args.resume or args.finetune or Path(args.output_dir, "best.pth"))
     if not path.exists():
         raise UserError(f"nothing to evaluate at {path}; name a checkpoint with --finetune FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
-    task_class = load_task(args.task)
-    dataset = task_class.data(args, "val", processes)
-    if dataset is None:
-        raise UserError(f"--eval: --data-set {args.data_set} has no classes to evaluate with; name another set")
-    with named(path):
-        classes = (checkpoint.get("data") or {}).get("classes") if is_own(checkpoint) else None
-        same_task = is_own(checkpoint) and checkpoint["args"].get("task", "classify") == args.task
-        for note in task_class.relabel(dataset, classes) if classes and same_task else []:
-            logger.info(f"{path}: {note}")
+    dataset = evaluated_images(args, checkpoint, path, processes)
+    # 2. the task with its weights
     task = load_trained(args, dataset, checkpoint, path, processes.device)
     if args.export and processes.is_main:
         write_weights(task.exported, args.export)
         logger.info(f"{args.export}: written")
         if args.last_block != "standard":
             logger.warning(f"{args.export}: its last block is {args.last_block!r}, which other programs' ViTs lack")
+    # 3. evaluate
     dtype, _ = choose_amp(args.amp, processes.device)
     loader = build_eval_loader(args, processes, dataset)
     evaluator = task.evaluator()
     results = evaluate(evaluator, task.model, loader, processes, dtype) or {}
     bad = [name for name, value in results.items() if not math.isfinite(value)]
+    # 4. report, and end all processes together
     if evaluator.scores is not None and len(evaluator.scores) and processes.is_main and not bad:
         folder = Path(args.output_dir) if is_given("--output-dir", argv) else path.parent
-        settings = {name: value for name, value in vars(args).items() if name in EVALUATED_WITH}
-        summary = {
-            "checkpoint": str(path),
-            "weights": select_weights(checkpoint, args.checkpoint_key)[1],
-            "results": results,
-            "precision": str(dtype or torch.float32),
-            "arguments": settings,
-        }
-        write_files(folder / "eval", summary, evaluator.scores, dataset)
+        weights, precision = select_weights(checkpoint, args.checkpoint_key)[1], str(dtype or torch.float32)
+        summary = {"checkpoint": str(path), "weights": weights, "precision": precision, "results": results}
+        write_files(folder / "eval", args, summary, evaluator.scores, dataset)
     processes.barrier()
     logger.info(task.describe(results))
     if bad:
@@ -253,19 +245,41 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     return 0
 
 
-def write_files(folder: Path, summary: dict, scores: Scores, dataset) -> None:
+def evaluated_images(args, checkpoint, path: Path, processes: Processes):
+    """The validation images, labelled as the classes of the checkpoint.
+
+    Raises:
+        UserError: the data set has nothing to evaluate with, or classes that the checkpoint lacks.
+    """
+    task_class = load_task(args.task)
+    dataset = task_class.data(args, "val", processes)
+    if dataset is None:
+        raise UserError(f"--eval: --data-set {args.data_set} has no classes to evaluate with; name another set")
+    if is_own(checkpoint) and checkpoint["args"].get("task", "classify") == args.task:
+        classes = (checkpoint.get("data") or {}).get("classes")
+        with named(path):
+            for note in task_class.relabel(dataset, classes) if classes else []:
+                logger.info(f"{path}: {note}")
+    return dataset
+
+
+def write_files(folder: Path, args, summary: dict, scores: Scores, dataset) -> None:
     """Write the files of `analysis.evaluation`, and log the calibration error; what cannot be written is a warning.
 
     Args:
         folder: of the files.
-        summary: of ``eval.json``; its ``results`` get the ``calibration_error``.
+        args: of the evaluation; ``eval.json`` gets those it depends on, `EVALUATED_WITH`.
+        summary: what else is in ``eval.json``; its ``results`` get the ``calibration_error``.
         scores: of at least one image.
         dataset: the evaluated images.
     """
     from analysis.evaluation import calibration_error, write_evaluation  # imports Matplotlib, which takes a second
 
     error = calibration_error(scores.confidence, scores.predicted == scores.true)
-    summary = summary | {"results": summary["results"] | {"calibration_error": error}}
+    summary = summary | {
+        "results": summary["results"] | {"calibration_error": error},
+        "arguments": {name: value for name, value in vars(args).items() if name in EVALUATED_WITH},
+    }
     logger.info(f"expected calibration error {error:.2f} %")
     try:
         write_evaluation(folder, summary, scores, dataset)

@@ -277,8 +277,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (index.isdigit() or name == kind):
-        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:0")
+    if kind not in ("cpu", "cuda", "mps") or not (index.isdigit() or name == kind):
+        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:0 or mps")
+    if kind == "mps":
+        return _apple_gpu()
     if kind == "cpu":
         return torch.device("cpu")
     # srun may let each task see its own GPU only
@@ -297,6 +299,33 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             "kernels for it; install requirements-v100.txt, or use --device cpu"
         )
     return device
+
+
+def _apple_gpu() -> torch.device:
+    """The GPU of a Mac, for a single process.
+
+    Raises:
+        UserError: there is none; several processes.
+    """
+    import torch
+
+    if not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch sees no Apple GPU here; use auto, cpu or cuda")
+    if processes_here()[1] > 1:
+        raise UserError("--device mps: processes cannot share an Apple GPU; start one alone, or use --device cpu")
+    return torch.device("mps")
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute in float64: on the device itself, but on the host for Apple's GPUs, which have no float64."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def float64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64, on its `float64_device`."""
+    return tensor.to(float64_device(tensor.device)).double()
 
 
 def gpu_count() -> int:
@@ -342,14 +371,20 @@ class StopSignal:
     output any more). Every rank calls ``poll`` once per update and gets the same answer. The ranks' signals are
     exchanged on the host during an update and read one update later, so ``poll`` never waits for a GPU.
 
-    A second signal ends the process, whatever it is waiting for: Ctrl-C at once, another one after SECONDS_TO_SAVE.
-    A thread counts them, as Python calls no handler while the main thread waits for a GPU or for another process.
+    Rank 0 tells of the first signal at once. A second one ends the process, whatever it is waiting for: Ctrl-C at
+    once, another one after SECONDS_TO_SAVE. A thread counts them, as Python calls no handler while the main thread
+    waits for a GPU or for another process.
     """
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
+    numbers = tuple(
+        getattr(signal, name)
+        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGPIPE")
+        if hasattr(signal, name)  # Windows, where `cli` ends every command, lacks some
+    )
 
     def __init__(self, processes: Processes):
         self.received = 0
+        self._tells = processes.is_main
         self._alone = processes.world_size == 1
         import torch.distributed as dist
 
@@ -395,7 +430,10 @@ class StopSignal:
                 return
             if number not in self.numbers or number == signal.SIGPIPE:  # others have handlers, too
                 continue
-            first = first or now
+            if first is None:
+                first = now
+                if self._tells:  # in a thread: a terminal that shows nothing (Ctrl-S) must not stop the counting
+                    threading.Thread(target=_tell_of, args=[number], daemon=True).start()
             if now - first > SAME_SIGNAL:
                 code = 128 + number
                 deadline = now if number == signal.SIGINT else deadline or now + SECONDS_TO_SAVE
@@ -425,9 +463,21 @@ class StopSignal:
         return bool(previous[1])
 
 
+def _tell_of(number: int) -> None:
+    """Say on standard error that a signal has come. The log is not used: the main thread may hold its lock."""
+    words = f"{signal.Signals(number).name}: the run saves after this update, and ends"
+    _write_error(f"{words}. Ctrl-C again ends it at once, unsaved" if number == signal.SIGINT else words)
+
+
+def _write_error(line: str) -> None:
+    """Write a line to standard error, in a terminal below a progress bar; nothing if nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{chr(10) * os.isatty(2)}{line}\n".encode())
+
+
 def _end_now(code: int) -> None:
     """End this process from any thread, whatever the others do; its loader workers end with it."""
-    os.write(2, b"error: ended by a second signal before it could save; the same command resumes the run\n")
+    _write_error("error: ended by a second signal before it could save; the same command resumes the run")
     os._exit(code)
 
 

@@ -46,7 +46,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that read a checkpoint of this program."""
     add = parser.add_argument
     add("--checkpoint-key", metavar="KEY", help="which weights of the file to use: ema, teacher, momentum, ...")
-    add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu or cuda")
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:0 or mps (Apple)",
+    )
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:

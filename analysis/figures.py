@@ -54,10 +54,17 @@ KINDS = {"attention": attention_page, "masks": mask_page, "components": componen
 
 @dataclass(frozen=True)
 class Sample:
-    """An image to analyse, and its caption."""
+    """An image to analyse.
+
+    Attributes:
+        title: its caption.
+        image: RGB.
+        label: the name of its class or, in a folder of images, of its folder, which may be no class; None without one.
+    """
 
     title: str
     image: Image.Image
+    label: str | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> Parser:
     parser = Parser(
         prog="python -m analysis.figures",
-        description=__doc__.splitlines()[0],
+        description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -99,10 +106,10 @@ def run(args: Namespace) -> int:
     if args.images and args.data_path:
         raise UserError("give either --images or --data-path (the folder of the validation images)")
     trained = load_models(args, pick_device(args.device))
-    samples, classes = folder_samples(args) if args.images else validation_samples(args)
+    samples = folder_samples(args) if args.images else validation_samples(args)
     prepare_output_dir(args.out, "--out")
     # 2. compute the maps
-    models = [compute_maps(model.name, model, samples, classes) for model in trained]
+    models = [compute_maps(model.name, model, samples) for model in trained]
     # 3. draw pages and gallery
     count = write_pages(samples, models, args.mass, args.out)
     page = gallery_html(
@@ -114,19 +121,22 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def folder_samples(args: Namespace) -> tuple[list[Sample], None]:
-    """``--count`` evenly spaced images of the folder; their classes are unknown (None).
+def folder_samples(args: Namespace) -> list[Sample]:
+    """``--count`` evenly spaced images of the folder.
 
     Raises:
         UserError: no such folder, no image in it, or an unreadable one.
     """
     paths = list_images(args.images)
     chosen = np.linspace(0, len(paths) - 1, num=min(args.count, len(paths)), dtype=int)
-    return [Sample(readable(str(paths[i].relative_to(args.images))), read_image(paths[i])) for i in chosen], None
+    names = [paths[i].relative_to(args.images) for i in chosen]
+    return [
+        Sample(readable(str(name)), read_image(Path(args.images) / name), name.parent.name or None) for name in names
+    ]
 
 
-def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:
-    """``--count`` validation images of different classes of the first checkpoint's data set, and the set's classes.
+def validation_samples(args: Namespace) -> list[Sample]:
+    """``--count`` validation images of different classes of the first checkpoint's data set.
 
     Raises:
         UserError: a checkpoint of another program, which does not name its data; or the data set is missing.
@@ -139,21 +149,34 @@ def validation_samples(args: Namespace) -> tuple[list[Sample], list[str]]:
     run_args = parse_arguments(["--eval", *given], saved=dict(saved))
     dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path))
     chosen = choose_samples(dataset, args.count)
-    return [Sample(dataset.classes[label], as_pillow(image)) for image, label in chosen], dataset.classes
+    names = dataset.classes
+    return [Sample(names[label], as_pillow(image), names[label]) for image, label in chosen]
 
 
 @torch.inference_mode()
-def compute_maps(name: str, trained: TrainedModel, samples: list[Sample], classes: list[str] | None) -> ModelMaps:
-    """A model's similarity maps of the samples, and its predictions if it was trained on their ``classes``."""
+def compute_maps(name: str, trained: TrainedModel, samples: list[Sample]) -> ModelMaps:
+    """A model's similarity maps of the samples, and its predictions if it has a classifier whose classes have names."""
     transform, similarity, logits = squash(trained.input_size), [], []
     for start in progress(range(0, len(samples), BATCH), name):
         images = torch.stack([transform(sample.image) for sample in samples[start : start + BATCH]])
         images = images.to(next(trained.model.parameters()).device)
         similarity.append(similarity_maps(trained.model, images).cpu())
         logits.append(trained.model(images).cpu())
-    known = classes is not None and trained.classes == classes
-    predictions = [classes[number] for number in torch.cat(logits).argmax(dim=-1)] if known else None
+    classes, scores = trained.classes, torch.cat(logits)
+    if classes is None or trained.model.num_classes != len(classes):  # such as a self-supervised model
+        return ModelMaps(name, torch.cat(similarity))
+    best = zip(*(column.tolist() for column in scores.softmax(dim=-1).max(dim=-1)), samples, strict=True)
+    predictions = [describe_prediction(classes[number], p, each.label, classes) for p, number, each in best]
     return ModelMaps(name, torch.cat(similarity), predictions)
+
+
+def describe_prediction(predicted: str, probability: float, label: str | None, classes: list[str]) -> str:
+    """The predicted class with its probability, and whether it is true, as far as that is known."""
+    if label not in classes:
+        truth = ""
+    else:
+        truth = " ✓" if predicted == label else f" ✗ true: {label}"
+    return f"{predicted} {probability:.0%}{truth}"
 
 
 def resize_pictures(samples: list[Sample], side: int) -> list[np.ndarray]:

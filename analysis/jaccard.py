@@ -44,10 +44,10 @@ from analysis.commands import (
 )
 from analysis.images import squash
 from analysis.models import TrainedModel
-from cli import Parser, at_least, exit_code
+from cli import HelpFormatter, Parser, at_least, exit_code
 from randomness import seed_sequence
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
-from utils import UserError, pick_device, progress, start_logging
+from utils import UserError, float64_device, pick_device, progress, start_logging
 
 
 @dataclass(frozen=True)
@@ -183,16 +183,17 @@ def measure_model(
         UserError: no image has a class.
     """
     scores: dict[str, Scores] = {"model": [], "random_maps": [], "whole_image": []}
+    counting = float64_device(device)
     for images, labels, numbers in progress(loader, trained.name):
-        attention = attention_of(similarity_maps(trained.model, images.to(device, non_blocking=True)))
+        attention = attention_of(similarity_maps(trained.model, images.to(device))).to(counting)
         heads, h, w = attention.shape[1:]
         shape = (heads, h, w)
         masks = {
             "model": keep_mass(attention, mass),
-            "random_maps": keep_mass(random_maps(numbers.tolist(), shape), mass).to(device),
+            "random_maps": keep_mass(random_maps(numbers.tolist(), shape), mass).to(counting),
             "whole_image": torch.ones_like(attention[:, :1], dtype=torch.bool),
         }
-        present, counts = count_labels(labels.to(device, non_blocking=True), *shape[1:])
+        present, counts = count_labels(labels.to(counting), *shape[1:])
         for name, kept in masks.items():
             scores[name] += best_heads(kept, present, counts, void_counts)
     if not any(scores["model"]):
@@ -282,7 +283,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m analysis.jaccard",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

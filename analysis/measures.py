@@ -36,7 +36,7 @@ from analysis.commands import (
 from analysis.models import TrainedModel
 from augmentation import as_tensor, eval_transform
 from batches import device_batches
-from cli import Parser, at_least, exit_code
+from cli import HelpFormatter, Parser, at_least, exit_code
 from readers.files import list_images
 from readers.images import read_image
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
@@ -230,7 +230,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m analysis.measures",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)

@@ -9,6 +9,7 @@ Three kinds of page, drawn from plain tensors without pyplot's global state:
 Colours are scaled from each map's minimum (dark) to its maximum (bright). Lengths are in inches.
 """
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ COLOUR_MAP = "viridis"  # perceptually uniform
 
 CELL, GAP, MODEL_GAP, LINE, MARGIN = 1.4, 0.08, 0.25, 0.15, 0.12
 CHARACTERS = 24  # number of caption characters that fit into a cell's width
+PANEL_LINE, PANEL_SIZE, PANEL_CHARACTERS = 0.3, 15, 11  # the same for `attention_panel`: large letters, in points
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ModelMaps:
     Attributes:
         name: of the model.
         similarity: Eq. 4, float32 ``(images, heads, h, w)`` on the CPU.
-        predictions: the predicted class of each image; None if the model was not trained on the images' classes.
+        predictions: what it predicts for each image, in words; None without a classifier whose classes have names.
     """
 
     name: str
@@ -83,20 +85,29 @@ DrawHead = Callable[[Axes, Box, np.ndarray, Tensor], None]
 # ------------------------------------------------------------------------------------------------- the pages
 
 
-def attention_panel(
-    images: Tensor, similarity: Tensor, mass: float = MASS, titles: Sequence[str] | None = None
-) -> Figure:
-    """An `attention_page` of one model from its input images, for ``SummaryWriter.add_figure``.
+def attention_panel(image: Tensor, similarity: Tensor, title: str = "") -> Figure:
+    """One image and each head's attention with its spatial entropy, for TensorBoard, whose thumbnails have 300 px.
 
     Args:
-        images: normalised, ``(B, 3, height, width)``, on any device.
-        similarity: S of Eq. 4, ``(B, H, h, w)``, on any device.
-        mass: fraction of the attention to outline.
-        titles: one or two lines per image.
+        image: normalised, ``(3, height, width)``, on any device.
+        similarity: S of Eq. 4, ``(H, h, w)``, on any device.
+        title: below the image; a long one is shortened.
     """
-    pictures = [as_picture(image) for image in images]
-    maps = ModelMaps("", similarity.detach().float().cpu())
-    return attention_page(pictures, titles or [""] * len(pictures), [maps], mass)
+    # 1. a grid, about as wide as high
+    similarity = similarity.detach().float().cpu()
+    count = 1 + len(similarity)
+    columns = math.ceil(math.sqrt(count))
+    step = CELL + GAP, CELL + GAP + PANEL_LINE
+    figure, axes = _blank(columns * step[0] + GAP, math.ceil(count / columns) * step[1] + GAP)
+    boxes = [Box(GAP + at % columns * step[0], GAP + at // columns * step[1], CELL, CELL) for at in range(count)]
+    # 2. the image, and the heads after it
+    entropy = measure_maps(similarity[None])["entropy"][0].abs().tolist()
+    pictures = [as_picture(image), *attention_of(similarity[None])[0].numpy()]
+    captions = [shorten(title, PANEL_CHARACTERS), *(f"H {value:.2f}" for value in entropy)]
+    for box, picture, caption in zip(boxes, pictures, captions, strict=True):
+        _paint(axes, box, picture)
+        _write(axes, box.left + CELL / 2, box.top + CELL + PANEL_LINE / 2, caption, size=PANEL_SIZE)
+    return figure
 
 
 def attention_page(
@@ -238,9 +249,9 @@ def _page(
             boxes = [Box(left + inset, top, side, height) for left in columns]
             for head_box, similarity in zip(boxes, model.similarity[index], strict=True):
                 draw(axes, head_box, picture, similarity)
-            if model.predictions:
-                free_line = "\n" if cells == 1 else ""
-                _caption(axes, boxes[0], f"{free_line}predicted {model.predictions[index]}")
+            if model.predictions:  # in the second line, below all heads: their captions have one
+                words = shorten(f"predicted {model.predictions[index]}", CHARACTERS * cells * len(boxes))
+                _write(axes, boxes[0].left, top + height + 1.6 * LINE, words, align="left")
         top += height + 2 * LINE + GAP
     return figure
 

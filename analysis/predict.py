@@ -32,7 +32,7 @@ from arguments import parse_arguments
 from augmentation import as_tensor
 from batches import prepare
 from checkpoints import load_trained
-from cli import Parser, at_least, exit_code
+from cli import HelpFormatter, Parser, at_least, exit_code
 from readers.files import list_images
 from readers.images import UnreadableImage, read_photograph
 from tasks import Task, load_task
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m analysis.predict",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -16,6 +16,7 @@ import time
 import torch
 
 from arguments import parse_arguments
+from cli import HelpFormatter
 from datasets import build_loader, cache_splits
 from samplers import TrainSampler
 from tasks import load_task
@@ -42,19 +43,15 @@ def make_epoch(options, kind: str):
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data-set", default="folder", help="default: folder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--data-set", default="folder", help="name of the data set")
     parser.add_argument("--data-path", required=True)
-    parser.add_argument("--input-size", type=int, default=224, help="default: 224")
-    parser.add_argument(
-        "--aa", default="rand-m9-mstd0.5-inc1", help="default: RandAugment as in training; none without"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
-    parser.add_argument("--num-workers", type=int, default=2, help="default: 2")
-    parser.add_argument("--repeats", type=int, default=5, help="timed epochs of each kind (default: 5)")
-    parser.add_argument("--warmup", type=int, default=1, help="epochs before them (default: 1)")
+    parser.add_argument("--input-size", type=int, default=224, help="px")
+    parser.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment as in training, or none")
+    parser.add_argument("--batch-size", type=int, default=64, help="images")
+    parser.add_argument("--num-workers", type=int, default=2, help="loader workers")
+    parser.add_argument("--repeats", type=int, default=5, help="timed epochs of each kind")
+    parser.add_argument("--warmup", type=int, default=1, help="epochs before them")
     options = parser.parse_args(argv)
     start_logging(0)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {options.num_workers} workers")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss import milliseconds
+from cli import HelpFormatter
 from tasks.dino import STUDENT_TEMPERATURE, CrossEntropyOfCrops
 
 
@@ -86,14 +87,12 @@ def measure_times(options: argparse.Namespace) -> dict[str, float]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the loss")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
-    parser.add_argument("--local-crops", type=int, default=8, help="beside the two global ones (default: 8)")
-    parser.add_argument("--out-dim", type=int, default=65536, help="prototypes K (default: 65536)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images")
+    parser.add_argument("--local-crops", type=int, default=8, help="beside the two global ones")
+    parser.add_argument("--out-dim", type=int, default=65536, help="prototypes K")
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7), after one more")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

@@ -47,7 +47,7 @@ def time_architecture(name: str, dtype, args) -> dict[str, float]:
 def add_models(parser: argparse.ArgumentParser) -> None:
     plain = [name for name in MODELS if not name.endswith("_sar")]
     parser.add_argument("--models", nargs="+", default=ARCHITECTURES, choices=plain, metavar="NAME")
-    parser.add_argument("--type", default="float32", choices=list(TYPES), help="default: float32")
+    parser.add_argument("--type", default="float32", choices=list(TYPES), help="data type of the forward pass")
 
 
 def main(argv=None) -> None:

@@ -33,6 +33,7 @@ from analysis.jaccard import (
     measure_model,
 )
 from analysis.models import load_model
+from cli import HelpFormatter
 from readers.masks import BACKGROUND, VOID, count_labels, read_masked_images
 from utils import pick_device
 
@@ -112,15 +113,13 @@ def differing(one: Scores, other: Scores) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument("--data-path", required=True, metavar="DIR", help="as of analysis.jaccard")
-    parser.add_argument("--split", metavar="NAME", help="of VOC's lists (default: val)")
-    parser.add_argument("--input-size", type=int, default=480, metavar="PX", help="default: 480")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
+    parser.add_argument("--split", metavar="NAME", help="of VOC's lists")
+    parser.add_argument("--input-size", type=int, default=480, metavar="PX", help="input size of the model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
     add_model_options(parser)
     add_loading_options(parser)
     return parser.parse_args(argv)

@@ -26,7 +26,7 @@ from torchvision.datasets.folder import pil_loader
 
 import randomness
 from augmentation import TrainTransform, as_pillow, as_tensor, eval_transform
-from cli import at_least
+from cli import HelpFormatter, at_least
 from crops import random_box, resize_crops
 from datasets import AugmentedDataset, collate
 from randomness import isolated_rng
@@ -168,7 +168,7 @@ def time_ways(ways: dict[str, tuple[Way, Way]], count: int, repeats: int) -> dic
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a table: milliseconds and images a second of a core."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--images", type=Path, required=True, help="folder of image files")
     parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="rounds over all images")
     args = parser.parse_args(arguments)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cli import HelpFormatter
 from losses import SpatialEntropyLoss, label_components
 
 
@@ -109,15 +110,13 @@ def print_row(kind: str, grid: int, batch: int, ms: dict[str, float]) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the maps are (default: cpu)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the maps are")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 128, 512], metavar="N", help="images")
     parser.add_argument("--grids", type=int, nargs="+", default=[14, 30], metavar="K", help="K x K patches a map")
-    parser.add_argument("--heads", type=int, default=6, help="maps an image (default: 6, as in ViT-S)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each case (default: 7)")
+    parser.add_argument("--heads", type=int, default=6, help="maps an image, as in ViT-S")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each case")
     return parser.parse_args(argv)
 
 

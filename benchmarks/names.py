@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cli import at_least
+from cli import HelpFormatter, at_least
 from readers.names import Names
 
 
@@ -47,7 +47,7 @@ def memory_after(dataset: ListedNames, order: range) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a table: own memory of a worker before and after an epoch."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--names", type=at_least(int, 2), default=1_281_167, help="number of names")
     args = parser.parse_args(arguments)
     print("| names and labels | at the start, MB | after an epoch, MB |\n|---|---|---|")

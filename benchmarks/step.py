@@ -22,6 +22,7 @@ from torch import nn
 
 import models_sar
 from benchmarks.loss import map_by_map_loss, milliseconds
+from cli import HelpFormatter
 from losses import SpatialEntropyLoss, spatial_entropy
 
 TYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -142,15 +143,13 @@ def in_turn(steps: dict, args) -> dict[str, float]:
 
 def start(description: str, argv, add_cases) -> argparse.Namespace:
     """Read the command line, ``add_cases(parser)`` being its own part, and say what is timed where."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     add_cases(parser)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the network")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each case (default: 7)")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each case")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     on = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
@@ -160,7 +159,7 @@ def start(description: str, argv, add_cases) -> argparse.Namespace:
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="default: all three")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="what is timed")
     parser.add_argument("--compile", action="store_true", help="torch.compile each network")
     parser.add_argument("--evaluate", action="store_true", help="time evaluation, not training")
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=list(models_sar.SIZES))

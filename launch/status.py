@@ -1,5 +1,7 @@
 """The state of submitted runs, read from their job.json files, Slurm's queue and their logs."""
 
+import csv
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 
 from arguments import differences
 from launch.job import failure_reason, run_slurm_client
+from launch.logs import last_and_best
 from launch.runs import RunSpec, is_locked
 from utils import UserError
 
@@ -148,8 +151,14 @@ def last_errors(log: Path) -> tuple[str, str]:
     return run_errors[-1], step_errors[-1] or srun_errors[-1]  # slurmstepd names the cause; srun only the exit
 
 
-def format_status(job_dir: Path) -> str:
-    """A table of the state of every run below the folder, submitted or not; symbolic links are not followed."""
+def format_status(job_dir: Path, as_csv: bool = False) -> str:
+    """The state of every run below the folder, submitted or not; symbolic links are not followed.
+
+    Args:
+        job_dir: the folder.
+        as_csv: as CSV with a header; else as a table for the terminal, in which a column without values is left out.
+    """
+    # 1. find the runs, and ask the queue
     folders = sorted(Path(folder) for folder, _, files in os.walk(job_dir) if {"job.json", "args.json"} & {*files})
     if not folders:
         return f"nothing was submitted in {job_dir}"
@@ -159,12 +168,26 @@ def format_status(job_dir: Path) -> str:
         queue, note = jobs_in_queue() if any("log" in job for job in jobs.values()) else {}, ""
     except UserError as error:
         queue, note = None, f"\nunknown: the run may be pending, running or stopped, as the queue is unknown: {error}"
+    # 2. a row of each
     rows = []
     for folder, job in jobs.items():
         name = str(folder.relative_to(job_dir))
-        rows.append([job_dir.name if name == "." else name, job["job_id"], *describe_state(folder, queue)])
+        state, details = describe_state(folder, queue)
+        metric, last, best = last_and_best(folder) or ("", None, None)
+        numbers = ["" if value is None else f"{value:.3f}" for value in (last, best)]
+        rows.append([job_dir.name if name == "." else name, job["job_id"], state, metric, *numbers, details])
+    if as_csv:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [["run", "job", "state", "metric", "last", "best", "details"], *rows]
+        )
+        return text.getvalue().rstrip("\n")
+    # 3. the table, and a summary
+    head = ["run", "job", "state", "metric", "last", "best", ""]
+    if not any(row[3] for row in rows):
+        head, *rows = ([*row[:3], row[-1]] for row in [head, *rows])
     counts = [f"{sum(row[2] == state for row in rows)} {state}" for state in dict.fromkeys(row[2] for row in rows)]
-    return f"{format_table(['run', 'job', 'state', ''], rows)}\n{len(rows)} runs: {', '.join(counts)}{note}"
+    return f"{format_table(head, rows)}\n{len(rows)} runs: {', '.join(counts)}{note}"
 
 
 def format_table(head: list[str], rows: list[list[str]]) -> str:

@@ -25,6 +25,7 @@ from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from models.vitdet import SimpleFeaturePyramid, ViTDet
+from utils import float64_device
 
 RATIOS = (0.5, 1.0, 2.0)
 """Height / width of the anchors."""
@@ -52,9 +53,9 @@ class ExactAnchors(AnchorGenerator):
 
     def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> Tensor:
         """``(anchors, 4)`` around 0."""
-        roots = torch.tensor(aspect_ratios, dtype=torch.float64, device=device).sqrt()
+        roots = torch.tensor(aspect_ratios, dtype=torch.float64, device=float64_device(torch.device(device))).sqrt()
         sides = torch.stack([1 / roots, roots], dim=1) * scales[0] / 2
-        return torch.cat([-sides, sides], dim=1).to(dtype)
+        return torch.cat([-sides, sides], dim=1).to(device, dtype)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """The anchors of all levels for each image, ``(A, 4)``."""

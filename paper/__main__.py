@@ -7,11 +7,10 @@
 Both commands have their own --help.
 """
 
-import argparse
 import importlib
 import sys
 
-from cli import Parser, exit_code
+from cli import HelpFormatter, Parser, exit_code
 
 COMMANDS = ("run", "report")
 """The modules beside this one that have a ``main``; each is imported when it is asked for."""
@@ -25,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m paper",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=COMMANDS)

@@ -72,19 +72,15 @@ class Settings:
 # ------------------------------------------------------------------------------------------------- the parser
 
 
-class _Help(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, and keep the line breaks of description and epilog."""
-
-
 def build_parser(table: str) -> Parser:
     """The parser of a table's options; options of other tables are parsed too, but not shown in --help."""
     title, source = TABLES[table]["title"], TABLES[table]["source"]
     parser = Parser(
         prog=f"python -m paper run {table}",
         usage="%(prog)s [options]",
-        description=f"{title}; {source}.",
+        description=f"{title}; {source}.\n\n    python -m paper run {table} --data /data --seeds 0 1 2",
         epilog=_format_rows(table),
-        formatter_class=_Help,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     _add_options(parser.add_argument)
@@ -231,7 +227,7 @@ def parse_table_name(words: list[str]) -> str:
         description="Run the rows of a table: plan, check, execute what is not finished, print the report. "
         "TABLE --help lists its options and rows.",
         epilog="tables:\n" + "\n".join(f"  {name:<10}  {TABLES[name]['title']}" for name in RUNNABLE),
-        formatter_class=_Help,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("table", type=table_name, metavar="TABLE", help="one of the tables below; it comes first")

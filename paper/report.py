@@ -18,7 +18,6 @@ are results of analysis.robustness or analysis.jaccard, and trained/<run> holds 
 row. Both the measurement and the training must follow the paper's protocol for the row to be comparable.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -31,16 +30,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from arguments import NOT_MATHEMATICAL, default_arguments
-from cli import Parser, exit_code
+from cli import HelpFormatter, Parser, exit_code
+from launch.logs import ACCURACY, Epoch, read_epoch
 from paper.tables import TABLES
 from readers import canonical_name, sets_of
 from utils import UserError, write_atomically, write_csv
 
 PAPER = {name: table for name, table in TABLES.items() if "metric" in table}
 """The tables that have numbers to report; the head of ``tables.toml`` describes them."""
-
-ACCURACY = "acc1"
-"""The metric's name in log.txt where a table does not say otherwise: top-1 accuracy (percent)."""
 
 # Arguments that may differ between a row's runs and the protocol, or among its seeds. (The table itself sets the path
 # of --finetune.)
@@ -49,17 +46,6 @@ MAY_DIFFER = NOT_MATHEMATICAL | {"seed", "finetune"}
 # Differences from the protocol are listed in this order, then all others; at most MAX_REASONS of them.
 REPORTED_FIRST = ("data_set", "sampling_ratio", "epochs", "model", "model_kwargs", "input_size", "total_batch")
 MAX_REASONS = 5
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of log.txt; ``value`` is the metric of the reported weights, None if the epoch was not evaluated."""
-
-    done: int
-    metric: str
-    value: float | None
-    test_images: int | None
-    train_images: int | None
 
 
 @dataclass(frozen=True)
@@ -236,23 +222,12 @@ def read_log(path: Path) -> list[Epoch]:
     epochs = []
     for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], start=1):
         try:
-            epochs.append(read_epoch(json.loads(line)))
+            epochs.append(read_epoch(line))
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path}, line {number}: not written by main.py; delete this run and run the row again"
             ) from None
     return epochs
-
-
-def read_epoch(record: dict) -> Epoch:
-    """Convert a record of main.py's log; raises ValueError, KeyError or TypeError for anything else."""
-    done, metric = int(record["epoch"]) + 1, record.get("metric", ACCURACY)  # older logs do not name the metric
-    averaged = f"test_{record['reported']}"  # averaged weights add their name; the model's own do not
-    weights = averaged if f"{averaged}_{metric}" in record else "test"
-    if f"{weights}_{metric}" not in record:
-        return Epoch(done, metric, None, None, None)
-    value, test_images = float(record[f"{weights}_{metric}"]), int(record[f"{weights}_images"])
-    return Epoch(done, metric, value, test_images, record.get("train_images"))
 
 
 # --------------------------------------------------------------------------------------------- comparing
@@ -528,17 +503,24 @@ def format_ours(mean: float | None, deviation: float | None, seeds: int) -> str:
 def draw(table: dict, rows: dict[str, ReportRow]) -> Figure:
     """Plot accuracy against epochs (Fig. 3): per row the mean over its seeds, and a band from minimum to maximum.
 
-    The right panel enlarges the second half of the epochs. A star marks the paper's final number, for rows that follow
-    the protocol.
+    A right panel enlarges the second half of the epochs, unless it would show the same. A star marks the paper's final
+    number, for rows that follow the protocol.
     """
+    # 1. what the panels show
     drawn = [row for row in rows.values() if row.results is None and row.last_values()]
+    reached = [epoch for row in drawn for epoch in common_curve(row)[0].tolist()]
+    half = max(reached, default=0) // 2
+    firsts = {"All epochs": 0} | ({f"From epoch {half} on": half} if min(reached, default=0) < half else {})
+    # 2. draw them
     figure = Figure(figsize=(10, 4.2 + 0.08 * len(drawn)), layout="constrained")
     figure.suptitle(table["title"] + ("\nnot the paper's protocol" if any(map(protocol_differences, drawn)) else ""))
-    whole, end = figure.subplots(1, 2)
-    longest = max((max(run.values(), default=0) for row in drawn for run in row.runs), default=0)
-    draw_curves(whole, drawn, first=0)
-    draw_curves(end, drawn, first=longest // 2)
-    whole.set_ylabel(", ".join(distinct(name for row in drawn for name in row.other_metrics())) or table["metric"])
+    panels = figure.subplots(1, len(firsts), squeeze=False)[0]
+    value = ", ".join(distinct(name for row in drawn for name in row.other_metrics())) or table["metric"]
+    for panel, (title, first) in zip(panels, firsts.items(), strict=True):
+        draw_curves(panel, drawn, first)
+        panel.set(title=title, ylabel=value)
+    # 3. one legend for all
+    whole = panels[0]
     if any(line.get_marker() == "*" for line in whole.lines):
         whole.plot([], [], "*", color="white", ms=11, mec="black", mew=0.6, label="the paper's last epoch")
     handles, labels = whole.get_legend_handles_labels()
@@ -580,7 +562,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m paper report",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -308,7 +308,9 @@ def main(argv: list[str] | None = None) -> None:
     """Write the indices that the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="python -m readers.tars",
-        description="Write an index of the images in tars, which makes later starts fast.",
+        description="Write an index of the images in tars, which makes later starts fast.\n\n"
+        "    python -m readers.tars /data/train.tar",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text = "a tar, whose index is written beside it, or a folder of tars, whose index is written into it"
     parser.add_argument("tars", nargs="+", metavar="TAR", help=text)

@@ -5,7 +5,7 @@
 #   REQUIREMENTS=requirements-v100.txt bash scripts/quickstart.sh     # V100 GPUs
 #   OUT=elsewhere bash scripts/quickstart.sh --epochs 64             # further arguments go to main.py
 #
-# Hardware: anything with Python 3.11 or 3.12; a GPU is used if there is one.
+# Hardware: anything with Python 3.11 to 3.14; a GPU is used if there is one.
 # Time: the installation once (a few minutes), then under four minutes on two cores.
 # Expected: at least 95 % of 360 test digits, and pictures of attention maps in output/quickstart/figures.
 set -euo pipefail

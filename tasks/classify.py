@@ -17,7 +17,7 @@ from tasks import Evaluator, Task
 from tasks.options import classify as options
 from tasks.scores import ImageScores
 from tasks.settings import build_task_model, split_settings
-from utils import Processes
+from utils import Processes, float64
 from weights import load_weights
 
 
@@ -105,7 +105,7 @@ class Classification(Task):
 
 def probabilities_of(logits: Tensor) -> np.ndarray:
     """The softmax of one image's logits ``(K,)``, on the host, float64."""
-    return logits.double().softmax(dim=0).cpu().numpy()
+    return float64(logits).softmax(dim=0).cpu().numpy()
 
 
 def train_transform(args: argparse.Namespace) -> TrainTransform:
@@ -161,7 +161,7 @@ class Accuracy(Evaluator):
 
     def compute(self, processes: Processes) -> dict[str, Any]:
         nothing = torch.zeros(len(self.MEANS) + 2, device=processes.device)
-        totals = processes.gather(torch.stack([nothing, *self.sums]).double().sum(dim=0)).sum(dim=0).tolist()
+        totals = processes.gather(float64(torch.stack([nothing, *self.sums])).sum(dim=0)).sum(dim=0).tolist()
         count = max(totals[0], 1.0)
         means = {name: total / count for name, total in zip(self.MEANS, totals[1:-1], strict=True)}
         for name in ("acc1", "acc5"):

@@ -24,7 +24,7 @@ from samplers import Draw
 from tasks import Evaluator, Task
 from tasks.options import knn as options
 from tasks.settings import build_task_model, split_settings
-from utils import Processes
+from utils import Processes, float64, float64_device
 from weights import load_weights
 
 TEMPERATURE = 0.07
@@ -136,11 +136,12 @@ class KNearestNeighbours(Evaluator):
 
     def compute(self, processes: Processes) -> dict[str, Any]:
         # 1. this process's share of the bank and of the validation images
-        device = processes.device
-        targets, bank, replaced = torch.cat([torch.empty(0, 3, dtype=torch.int64, device=device), *self.rows]).T
+        device = float64_device(processes.device)
+        rows = [row.to(device) for row in self.rows]
+        targets, bank, replaced = torch.cat([torch.empty(0, 3, dtype=torch.int64, device=device), *rows]).T
         widths = torch.tensor(self.features[0].shape[1] if self.features else 0, device=device)
         width = int(processes.gather(widths).max())  # a process without images does not know it
-        features = torch.cat([torch.empty(0, width, device=device), *self.features])
+        features = torch.cat([torch.empty(0, width, device=device), *(each.to(device) for each in self.features)])
         position = processes.rank + processes.world_size * torch.arange(len(targets), device=device)
         of_bank, of_test = (replaced == 0) & (bank == 1), (replaced == 0) & (bank == 0)
         own = features[of_bank], torch.stack([position[of_bank], targets[of_bank]], dim=1)
@@ -148,11 +149,11 @@ class KNearestNeighbours(Evaluator):
         most = max(self.neighbours)
         chunks = [NearestNeighbours(chunk, most) for chunk in features[of_test].split(TEST_ROWS)]
         for piece, places in bank_pieces(*own, processes):
-            piece = F.normalize(piece.double(), dim=1)
+            piece = F.normalize(float64(piece), dim=1)
             for chunk in chunks:
                 chunk.add(piece, places)
         # 3. votes, and sums over all processes
-        sums = torch.zeros(2 * len(self.neighbours) + 2, device=device, dtype=torch.float64)
+        sums = float64(torch.zeros(2 * len(self.neighbours) + 2, device=device))
         sums[-2:] = torch.stack([of_test.sum(), replaced.sum()])
         for chunk, labels in zip(chunks, targets[of_test].split(TEST_ROWS), strict=True):
             ranks = [chunk_rank for k in self.neighbours for chunk_rank in hits(chunk.votes(k), labels)]
@@ -176,7 +177,7 @@ class NearestNeighbours:
     """
 
     def __init__(self, features: Tensor, most: int):
-        self.features, self.most = F.normalize(features.double(), dim=1), most
+        self.features, self.most = F.normalize(float64(features), dim=1), most
         self.similarity = self.features.new_empty(len(features), 0)
         self.places = torch.empty(len(features), 0, 2, dtype=torch.int64, device=features.device)
 

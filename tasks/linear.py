@@ -23,7 +23,7 @@ from tasks.knn import pooled_features
 from tasks.options import linear as options
 from tasks.scores import ImageScores
 from tasks.settings import build_task_model, split_settings
-from utils import Processes, RunError, UserError
+from utils import Processes, RunError, UserError, float64
 from weights import classifier_of, load_weights, read_checkpoint, select_weights
 
 
@@ -274,10 +274,11 @@ class LinearAccuracy(Evaluator):
         right = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[:, None]
         means = torch.stack([right[..., 0], right.any(dim=-1), cross_entropies(logits, targets)])  # (3, L, B)
         counts = torch.stack([readable.sum(), (~readable).sum()])
-        self.sums.append(torch.cat([means.where(readable, 0).double().sum(dim=-1).T.flatten(), counts]))
+        sums = float64(means.where(readable, 0)).sum(dim=-1)
+        self.sums.append(torch.cat([sums.T.flatten(), float64(counts)]))
 
     def compute(self, processes: Processes) -> dict[str, Any]:
-        nothing = torch.zeros(3 * len(self.names) + 2, dtype=torch.float64, device=processes.device)
+        nothing = float64(torch.zeros(3 * len(self.names) + 2, device=processes.device))
         totals = processes.gather(torch.stack([nothing, *self.sums]).sum(dim=0)).sum(dim=0)
         scale = totals.new_tensor([100, 100, 1]) / totals[-2].clamp(min=1)
         rows = [dict(zip(self.MEANS, row.tolist(), strict=True)) for row in totals[:-2].unflatten(0, (-1, 3)) * scale]

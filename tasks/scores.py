@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from utils import Processes
+from utils import Processes, float64
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,18 @@ class ImageScores:
             targets, replaced: ``(B,)``; images with ``replaced`` other than 0 are left out.
         """
         logits = logits.reshape(self.classifiers, *logits.shape[-2:])
-        logs = logits.double().log_softmax(dim=-1)
+        logs = float64(logits).log_softmax(dim=-1)
         # the same call as in the accuracies, which decides between equal logits
-        predicted = logits.topk(min(5, logits.shape[-1]), dim=-1).indices[..., :1]
-        labels = targets.expand(self.classifiers, -1)[..., None]
+        predicted = logits.topk(min(5, logits.shape[-1]), dim=-1).indices[..., :1].to(logs.device)
+        labels = targets.expand(self.classifiers, -1)[..., None].to(logs.device)
         columns = [labels, predicted, -logs.gather(-1, labels), logs.gather(-1, predicted).exp()]
         columns.append(replaced.expand(self.classifiers, -1)[..., None])
-        self.rows.append(torch.cat([column.double() for column in columns], dim=-1))
+        self.rows.append(torch.cat([float64(column) for column in columns], dim=-1))
 
     def gather(self, processes: Processes, classifier: int = 0) -> Scores:
         """The scores of one classifier over all processes; called once by all of them."""
         # 1. all processes' rows, as many as of the one with the most images
-        nothing = torch.zeros(0, 5, dtype=torch.float64, device=processes.device)
+        nothing = float64(torch.zeros(0, 5, device=processes.device))
         own = torch.cat([nothing, *(rows[classifier] for rows in self.rows)])
         counts = processes.gather(torch.tensor(len(own), device=processes.device))
         padded = own.new_zeros(int(counts.max()), 5)

@@ -309,12 +309,12 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
-    def truth(self, item: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+    def truth(self, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """What is true for an item of the evaluation, as `predict` returns it but for ``scores``.
 
-        TensorBoard then gets pictures of truth and prediction. None: it gets none.
+        TensorBoard gets pictures of truth and prediction of the tasks that define it.
         """
-        return None
+        raise NotImplementedError
 
     @classmethod
     def describe(cls, results: Mapping[str, float]) -> str:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,33 @@ def ignore_sighup() -> None:
 def test_under_nohup_a_run_outlives_its_terminal(run, tmp_path):
     assert run(tmp_path, "--epochs", "1", "--warmup-epochs", "0", before=ignore_sighup) == 0
     assert saved(tmp_path) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "told"),
+    [
+        (
+            0,
+            signal.SIGINT,
+            "SIGINT: the run saves after this update, and ends. Ctrl-C again ends it at once, unsaved\n",
+        ),
+        (0, signal.SIGUSR2, "SIGUSR2: the run saves after this update, and ends\n"),
+        (1, signal.SIGINT, ""),
+    ],
+)
+def test_the_first_signal_is_answered_at_once_and_once(rank, number, told, capfd):
+    with utils.StopSignal(SimpleNamespace(is_main=rank == 0, world_size=1)) as stop:
+        send_all(number, number, 0.2)
+        assert stop.poll()
+        assert capfd.readouterr().err == told
+
+
+def test_a_second_signal_ends_a_run_that_nobody_reads(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "write", functools.partial(refuse, errno.EIO))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    utils._end_now(130)
+    assert codes == [130]
 
 
 def in_a_hurry(rank: int) -> None:
@@ -425,12 +453,27 @@ def test_a_run_can_be_made_longer_in_another_folder(run, tmp_path):
 
 def test_the_status_knows_runs_that_were_never_submitted(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
+    line = '{{"epoch": {}, "metric": "knn20", "reported": "ema", "test_ema_knn20": {}, "test_ema_images": 9}}\n'
     for name, epoch in (("a", 2), ("b", 1)):
         (tmp_path / name).mkdir()
         utils.write_json(tmp_path / name / "args.json", {"epochs": 1, "cooldown_epochs": 1})
         torch.save({"epoch": epoch}, tmp_path / name / "checkpoint.pth")
-    assert format_status(tmp_path).splitlines()[1:] == [
+    assert format_status(tmp_path).splitlines() == [
+        "run  job  state",
         "a    -    finished  2 of 2 epochs",
         "b    -    stopped   1 of 2 epochs (without Slurm)",
         "2 runs: 1 finished, 1 stopped",
+    ]
+    # 2. with results beside the states
+    (tmp_path / "a/log.txt").write_text(line.format(0, 55.5) + '{"epoch": 1, "reported": "ema"}\n' + line.format(2, 50))
+    (tmp_path / "b/log.txt").write_text("no log")
+    assert format_status(tmp_path).splitlines()[:3] == [
+        "run  job  state     metric  last    best",
+        "a    -    finished  knn20   50.000  55.500  2 of 2 epochs",
+        "b    -    stopped                           1 of 2 epochs (without Slurm)",
+    ]
+    assert format_status(tmp_path, as_csv=True).splitlines() == [
+        "run,job,state,metric,last,best,details",
+        "a,-,finished,knn20,50.000,55.500,2 of 2 epochs",
+        "b,-,stopped,,,,1 of 2 epochs (without Slurm)",
     ]

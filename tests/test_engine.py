@@ -1,12 +1,16 @@
-"""The training step itself: nothing waits for the device."""
+"""Step and evaluation on a device: nothing waits for it, and nothing needs float64, which Apple's GPUs lack."""
 
 import pytest
 import torch
 from helpers import runs
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import engine
 import losses
+import utils
+from build import choose_amp
+from tasks import classify, knn, linear, scores
 
 STEP = (
     "--data-set digits --model vit_tiny_sar --input-size 8 --patch-size 2 --num-workers 0 --print-every 1000 "
@@ -35,6 +39,77 @@ class Waits(TorchDispatchMode):
         if any(name in str(function) for name in self.NAMES):
             self.found.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+class Doubles(TorchDispatchMode):
+    """Counts the operations that make float64 of something else, but for `utils.float64`, which goes to the host."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found, self.on_host = [], False
+        for module in (classify, knn, linear, scores):
+            monkeypatch.setattr(module, "float64", self._float64)
+
+    def _float64(self, tensor):
+        self.on_host = True
+        made = utils.float64(tensor)
+        self.on_host = False
+        return made
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        into = any(part.dtype == torch.float64 for part in tensors_in(made))
+        if into and not self.on_host and all(part.dtype != torch.float64 for part in tensors_in((args, kwargs))):
+            self.found.append(str(function))
+        return made
+
+
+def tensors_in(values) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("words", [STEP, DINO], ids=["classify", "dino"])
+def test_a_step_needs_no_float64(words, monkeypatch):
+    run = runs.build(words.replace("--num-workers 0", "--num-workers 1"))
+    doubles, found = Doubles(monkeypatch), []
+    monkeypatch.setattr(engine.Window, "close", lambda window: found.extend(doubles.found) or {})
+    with doubles:
+        engine.train_one_epoch(run)
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "logits"),
+    [
+        (classify.Accuracy(scores.ImageScores()), (12, 3)),
+        (linear.LinearAccuracy(["a", "b"], scores.ImageScores(2)), (2, 12, 3)),
+        (knn.KNearestNeighbours((1, 2)), (12, 3)),
+    ],
+    ids=["classify", "linear", "knn"],
+)
+def test_an_evaluation_counts_in_float64_on_the_host(evaluator, logits, monkeypatch):
+    monkeypatch.setattr(knn, "pooled_features", lambda model, images: images)
+    batch = {"images": torch.randn(logits), "targets": torch.arange(12) % 3, "replaced": torch.arange(12) // 11}
+    batch |= {"bank": torch.arange(12) % 2}
+    maps = torch.randn(12, 2, 3, 3)
+    with Doubles(monkeypatch) as doubles:
+        evaluator.update(lambda images, return_similarity=False: (images, maps) if return_similarity else images, batch)
+        assert evaluator.compute(utils.Processes(0, 1, torch.device("cpu")))["unreadable"] == 1
+    assert doubles.found == []
+
+
+def test_an_apple_gpu_is_for_one_process_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = utils.pick_device("mps")
+    assert device == torch.device("mps")
+    assert utils.float64_device(device) == torch.device("cpu")
+    assert choose_amp("auto", device)[0] is None
+    with pytest.raises(utils.UserError, match="float32; leave --amp out"):
+        choose_amp("bf16", device)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(utils.UserError, match="cannot share an Apple GPU; start one alone"):
+        utils.pick_device("mps")
 
 
 @pytest.mark.parametrize("words", [STEP, DINO], ids=["classify", "dino"])

@@ -1,5 +1,6 @@
 """The files that ``main.py --eval`` of a classifier leaves: tables, pictures, calibration."""
 
+import argparse
 import csv
 import json
 from pathlib import Path
@@ -260,6 +261,7 @@ def test_a_full_disk_is_a_warning(tmp_path, caplog, monkeypatch):
 
     monkeypatch.setattr(evaluation, "write_csv", full)
     monkeypatch.setattr(utils.logger, "handlers", [caplog.handler])
-    training.write_files(tmp_path, {"results": {}}, scores_of([0], [0], [1.0]), dataset_of(["a", "b"], 1))
+    scores, dataset = scores_of([0], [0], [1.0]), dataset_of(["a", "b"], 1)
+    training.write_files(tmp_path, argparse.Namespace(), {"results": {}}, scores, dataset)
     assert "No space left on device" in caplog.records[-1].getMessage()
     assert caplog.records[-1].levelname == "WARNING"

@@ -1,6 +1,7 @@
 """The pages show what was measured: every picture, map, mask, component and word is where it belongs."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -46,27 +47,23 @@ def drawn(figure) -> np.ndarray:
     return matplotlib.image.imread(io.BytesIO(file.getvalue()))[..., :3]
 
 
-def test_the_panel_for_tensorboard_has_a_row_an_image_and_a_map_a_head(similarity):
-    images = torch.randn(4, 3, 16, 16)
-    figure = panels.attention_panel(images, similarity, titles=["one", "two\npredicted three", "four", "five"])
+def test_the_panel_for_tensorboard_has_the_image_and_a_map_a_head(similarity):
+    figure = panels.attention_panel(torch.randn(3, 16, 16), similarity[2], title="a rather long name")
     arrays = [image.get_array() for image in figure.axes[0].images]
-    assert len(arrays) == 4 * (1 + 2)
+    assert len(arrays) == 1 + 2
     assert arrays[0].shape == (16, 16, 3)
-    for index, head in ((0, 0), (3, 1)):
-        np.testing.assert_allclose(arrays[3 * index + 1 + head], attention_of(similarity)[index, head].numpy())
-    said = words(figure)
-    assert {"one", "predicted three", "five", "head 1", "head 2"} <= set(said)
-    entropy, components = spatial_entropy(similarity)
-    noun = "component" if components[2, 1] == 1 else "components"
-    assert f"H {entropy[2, 1]:.2f} · {components[2, 1]} {noun}" in said
+    for head in (0, 1):
+        np.testing.assert_allclose(arrays[1 + head], attention_of(similarity)[2, head].numpy())
+    entropy, _ = spatial_entropy(similarity)
+    assert words(figure) == ["a rat… name", *(f"H {value:.2f}" for value in entropy[2].abs())]
+    assert all(text.get_fontsize() * 300 / (72 * figure.get_figwidth()) > 10 for text in figure.axes[0].texts), "px"
 
 
 def test_the_panel_takes_what_training_has(similarity):
     """A bfloat16 model on any device; and TensorBoard can show it."""
     from torch.utils.tensorboard._utils import figure_to_image
 
-    figure = panels.attention_panel(torch.zeros(4, 3, 8, 8), similarity.bfloat16().requires_grad_(), mass=0.4)
-    assert any("40%" in word for word in words(figure))
+    figure = panels.attention_panel(torch.zeros(3, 8, 8), similarity[0].bfloat16().requires_grad_())
     shown = figure_to_image(figure)
     assert shown.shape[0] == 3
     assert shown.std() > 10
@@ -216,7 +213,8 @@ def test_two_models_side_by_side(small, large, photos, tmp_path, capsys, monkeyp
         ("with", 3, [8, 8]),
     ]
     assert [image["width"] > image["height"] for image in data["images"]] == [False, True, False]
-    assert all(image["prediction"] is None for image in data["models"][0]["images"]), "photographs are no digits"
+    for image in data["models"][0]["images"]:
+        assert re.fullmatch(r"\d \d+%", image["prediction"]), "their folders are no digits"
 
     assert draw(*command, "--count", "2") == 0
     assert sorted(path.name for path in out.glob("*.png")) == ["attention-1.png", "components-1.png", "masks-1.png"]
@@ -246,19 +244,35 @@ def test_validation_images_have_their_classes_and_predictions(small, large, tmp_
     for model, size, path in zip(data["models"], (16, 8), (large, small), strict=True):
         trained = load_model(path)
         assert (trained.input_size, model["grid"]) == (size, [size // 2] * 2)
-        assert all(image["prediction"] in trained.classes for image in model["images"])
+        for image, title in zip(model["images"], titles, strict=True):
+            name, _, mark = image["prediction"].split(" ", 2)
+            assert name in trained.classes
+            assert mark == ("✓" if name == title else f"✗ true: {title}")
 
 
 def test_predictions_are_the_models(large, digits):
     """Of images as small as these the whole is evaluated, so the pictures' models agree with the evaluation."""
     args = figures.build_parser().parse_args(["--checkpoint", str(large), "--out", "unused", "--count", "10"])
-    samples, classes = figures.validation_samples(args)
+    samples = figures.validation_samples(args)
     trained = load_model(large)
-    maps = figures.compute_maps("model", trained, samples, classes)
+    maps = figures.compute_maps("model", trained, samples)
     with torch.inference_mode():
         logits = trained.model(torch.stack([squash(16)(sample.image) for sample in samples]))
-    assert maps.predictions == [classes[number] for number in logits.argmax(dim=-1)]
-    assert figures.compute_maps("model", trained, samples, [*classes, "another"]).predictions is None
+    for said, row, sample in zip(maps.predictions, logits.softmax(dim=-1), samples, strict=True):
+        name = trained.classes[int(row.argmax())]
+        assert said == figures.describe_prediction(name, float(row.max()), sample.label, trained.classes)
+        assert said.startswith(f"{name} {100 * float(row.max()):.0f}%")
+    assert figures.compute_maps("model", dataclasses.replace(trained, classes=None), samples).predictions is None
+    trained.model.reset_classifier(0)
+    assert figures.compute_maps("model", trained, samples).predictions is None, "a self-supervised model"
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [("cat", "cat 87% ✓"), ("dog", "cat 87% ✗ true: dog"), ("holidays", "cat 87%"), (None, "cat 87%")],
+)
+def test_a_prediction_is_compared_with_the_folder_if_that_is_a_class(label, said):
+    assert figures.describe_prediction("cat", 0.871, label, ["cat", "dog"]) == said
 
 
 @pytest.mark.parametrize(

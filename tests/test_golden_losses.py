@@ -32,3 +32,13 @@ def test_one_bit_is_seen_on_the_same_versions_and_rounding_is_not_on_others():
     assert len(golden_losses.differences(one, other)) == 1
     other["log"][3]["test_ema_loss"] *= 1 + 2 * TOLERANCE
     assert golden_losses.differences(one, other)[-1].startswith("epoch 3: test_ema_loss ")
+
+
+def test_a_constant_that_tensorboard_does_not_show_is_no_difference():
+    one, other = (json.loads((FOLDER / "sar_vit.json").read_text()) for _ in range(2))
+    for step in other["steps"]:
+        del step["sar_weight"]
+    assert golden_losses.differences(one, other) == []
+    for step in other["steps"]:
+        del step["lr"]
+    assert golden_losses.differences(one, other)[0].startswith("update 0: lr None instead of ")

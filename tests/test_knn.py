@@ -214,7 +214,7 @@ def test_attention_of_the_validation_images_can_be_drawn(folder, tmp_path):
     path = files.write_checkpoint(tmp_path / "vit.pth", ["one", "two"])
     images = knn_split(parse_arguments([*files.OWN, "--data-path", str(folder)]), ALONE)
     run = SimpleNamespace(task=SimpleNamespace(model=load_model(path).model), processes=ALONE)
-    assert draw_attention(run, images).axes
+    assert draw_attention(run, images)[0].axes
 
 
 # -------------------------------------------------------------------------------------------------- the task

@@ -57,6 +57,7 @@ def last_record(output) -> dict:
         (("--opt", "adamww"), "--opt adamww"),
         (("--device", "toaster"), "--device toaster"),
         (("--device", "cuda:99"), "sees"),
+        (("--device", "mps"), "torch sees no Apple GPU here; use auto, cpu or cuda"),
         (("--resume", str(ROOT)), "is a folder"),
         (("--amp", "fp16", "--device", "cpu"), "--amp fp16 needs a GPU"),
         (("--aa", "rnd-m9"), "--aa rnd-m9"),
@@ -424,6 +425,10 @@ def test_tensorboard_shows_every_point_once_after_a_resume(data, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("test/acc1")] == [5, 10, 15]
     assert [event.step for event in events.Scalars("train/loss")] == [3, 5, 8, 10, 13, 15]
+    scalars = events.Tags()["scalars"]
+    assert {tag.partition("/")[0] for tag in scalars} == {"train", "test", "test_ema", "time"}
+    assert not {"train/sar_weight", "test/images", "test_ema/unreadable"} & {*scalars}
+    assert events.Tensors("arguments/text_summary")[0].step == 0
 
 
 def test_attention_is_drawn_every_few_epochs_and_changes_no_weight(data, tmp_path):
@@ -434,7 +439,8 @@ def test_attention_is_drawn_every_few_epochs_and_changes_no_weight(data, tmp_pat
         assert train(data, tmp_path / name, *same, *options) == 0
     events = EventAccumulator(str(tmp_path / "drawn"), size_guidance={"images": 0})
     events.Reload()
-    drawn = events.Images("attention")
+    assert list(events.Tags()["images"]) == [f"attention/{number}" for number in (1, 2, 3, 4)]
+    drawn = events.Images("attention/1")
     assert [image.step for image in drawn] == [10, 15], "after two epochs of five updates, and at the end"
     pictures = [np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) for image in drawn]
     assert pictures[0].shape == pictures[1].shape

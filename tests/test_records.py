@@ -35,6 +35,11 @@ def test_durations_are_rounded_up(seconds, text):
     assert records.format_duration(seconds) == text
 
 
+def schedule(position: Position) -> dict[str, float]:
+    """One value that changes over the epochs, one within an epoch, and one that stays."""
+    return {"lr": 1.0 - position.exact_epoch, "momentum": position.step + 0.5, "sar_weight": 0.01}
+
+
 @pytest.fixture
 def start_records(tmp_path, monkeypatch):
     """Records of a run of 4 epochs of 5 updates that was resumed after 7, on a device; its clock is at 100 s."""
@@ -42,7 +47,7 @@ def start_records(tmp_path, monkeypatch):
     def start(device: str) -> records.Records:
         monkeypatch.setattr(records.time, "monotonic", lambda: 100.0)
         processes = SimpleNamespace(is_main=True, device=torch.device(device))
-        plan, task = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(warning=lambda means: "")
+        plan, task = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(warning=lambda means: "", schedule=schedule)
         position = Position(epoch=1, step=2, updates_per_epoch=5, epochs=4)
         return records.Records(
             SimpleNamespace(processes=processes, plan=plan, task=task, epoch=1, arguments={}, position=position)
@@ -67,9 +72,20 @@ def test_peak_memory_is_recorded_on_a_gpu(start_records, monkeypatch, capsys):
         scalars = {}
         monkeypatch.setattr(kept.board, "add_scalar", lambda name, value, step: scalars.update({name: value}))
         kept.run.position = Position(epoch=1, step=3, updates_per_epoch=5, epochs=4)
-        kept.step({"loss": 1.0})
-    assert scalars == {"train/loss": 1.0, "train/peak_memory": 1.5}
+        kept.step({"loss": 1.0, "lr": 0.5, "sar_weight": 0.01, "step_time": 2.0})
+    assert scalars == {"train/loss": 1.0, "train/lr": 0.5, "time/step_time": 2.0, "time/peak_memory": 1.5}
     assert "  peak GiB 1.5  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_what_never_changes_has_no_curve(epochs):
+    assert records.constant_values(schedule, Position(0, 0, 5, epochs)) == {"sar_weight"}
+    assert "lr" not in records.constant_values(schedule, Position(0, 0, 1, 2)), "one update an epoch"
+
+
+def test_arguments_are_a_table():
+    text = records.as_table({"lr": 0.5, "aa": "a|b"})
+    assert text == "| argument | value |\n|---|---|\n| aa | a\\|b |\n| lr | 0.5 |"
 
 
 def test_the_log_says_that_the_loader_is_the_bottleneck():
@@ -81,7 +97,7 @@ def test_the_log_says_that_the_loader_is_the_bottleneck():
 
 @pytest.mark.parametrize(("share", "said"), [(9.0, 0), (11.0, 1)])
 def test_a_starved_run_is_told_once_without_its_first_window(tmp_path, share, said):
-    task = SimpleNamespace(describe=lambda results: "", warning=lambda means: "")
+    task = SimpleNamespace(describe=lambda results: "", warning=lambda means: "", schedule=schedule)
     plan = SimpleNamespace(output_dir=tmp_path)
     position = Position(epoch=0, step=1, updates_per_epoch=4, epochs=2)
     processes = SimpleNamespace(is_main=True, device=torch.device("cpu"))

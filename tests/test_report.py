@@ -459,7 +459,7 @@ def test_how_the_measured_weights_were_trained_counts_too(tmp_path):
 def test_measured_rows_have_no_curve(tmp_path):
     measure_row(tmp_path / "table8", "in_c_vit_small", {"mce": 50.0})
     figure = report.draw(*report.read_table(tmp_path / "table8"))
-    assert [axis.lines[:] for axis in figure.axes] == [[], []]
+    assert [axis.lines[:] for axis in figure.axes] == [[]]
 
 
 # ------------------------------------------------------------------------------------------------- errors
@@ -566,7 +566,7 @@ def test_fig3_is_drawn_with_bands_and_the_papers_stars(tmp_path):
     assert matplotlib.image.imread(table / "fig3.png").std() > 0.05
     figure = report.draw(*report.read_table(table))
     assert figure.get_suptitle().endswith("not the paper's protocol")
-    axis, second_half = figure.axes
+    (axis,) = figure.axes  # two of three epochs would be the same once more
     lines = {line.get_label(): line.get_ydata().tolist() for line in axis.lines if len(line.get_xdata()) > 1}
     assert lines == {"ViT-S/16 (2 seeds)": [1.5, 3.0, 5.0], "ViT-S/16 + SAR (1 seed)": [5.0, 6.0, 8.0]}
     (band,) = axis.collections  # one row has one seed
@@ -576,19 +576,21 @@ def test_fig3_is_drawn_with_bands_and_the_papers_stars(tmp_path):
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("epochs", "top-1 accuracy (%)")
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.texts] == [*lines, "the paper's last epoch"]
-    assert second_half.lines[0].get_xdata().tolist() == [1, 2, 3]
 
 
 def test_the_second_half_is_drawn_larger(tmp_path):
     write_row(tmp_path / "fig3", "vit_small", list(range(10)))
     figure = report.draw(*report.read_table(tmp_path / "fig3"))
     assert [axis.lines[0].get_xdata()[0] for axis in figure.axes] == [1, 5]
+    assert [axis.get_title() for axis in figure.axes] == ["All epochs", "From epoch 5 on"]
+    assert {axis.get_ylabel() for axis in figure.axes} == {"top-1 accuracy (%)"}
+    assert {axis.get_xlabel() for axis in figure.axes} == {"epochs"}
 
 
 def test_nothing_evaluated_draws_no_line(tmp_path):
     write_row(tmp_path / "fig3", "vit_small", [])
     report.write_report(tmp_path / "fig3")
-    assert [axis.lines[:] for axis in report.draw(*report.read_table(tmp_path / "fig3")).axes] == [[], []]
+    assert [axis.lines[:] for axis in report.draw(*report.read_table(tmp_path / "fig3")).axes] == [[]]
 
 
 def test_any_table_is_drawn_on_request(tmp_path, capsys):

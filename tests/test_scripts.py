@@ -27,6 +27,47 @@ def test_the_requirement_files_differ_in_torch_only():
         assert "\ntorch===" in "\n" + (ROOT / name).read_text()
 
 
+def test_the_requirements_for_cpus_are_the_same_versions():
+    cpu = requirements("requirements-cpu.txt")
+    linked = {name: version.removesuffix("+cpu") for name, version in cpu.items()}
+    assert linked == requirements("requirements.txt")
+    assert {name for name, version in cpu.items() if version.endswith("+cpu")} == {"torch", "torchvision"}
+
+
+def install(folder: Path, version: tuple[int, int], *files: str) -> subprocess.CompletedProcess:
+    """install.sh with an interpreter that says it is this version, and whose pip finds nothing."""
+    python = folder / "python"
+    python.write_text(
+        f"""#!/bin/sh
+        case "$1 $2" in
+            "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+            "-m pip") echo "ERROR: No matching distribution found" >&2; exit 1 ;;
+            *) exec {sys.executable} -c "import sys; sys.version_info = {version}; exec(sys.argv[1])" "$2" ;;
+        esac"""
+    )
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(folder / "venv"), "PYTHON": str(python)}
+    command = ["bash", "scripts/install.sh", *files]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_install_takes_the_versions_of_pyproject(tmp_path):
+    low, high = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', (ROOT / "pyproject.toml").read_text()).groups()
+    for minor in range(int(low) - 1, int(high) + 1):
+        done = install(tmp_path, (3, minor))
+        refused = done.returncode == 2 and "is needed; name one: PYTHON=" in done.stderr
+        assert refused == (minor not in range(int(low), int(high))), minor
+    assert "Python 3.11 to 3.14" in (ROOT / "README.md").read_text()
+    assert (low, high) == ("11", "15")
+
+
+def test_install_names_the_index_of_the_cpu_builds(tmp_path):
+    done = install(tmp_path, (3, 12), "requirements-cpu.txt")
+    assert "without CUDA libraries" in done.stdout
+    assert done.stderr.endswith("PIP_EXTRA_INDEX_URL=<its address> bash scripts/install.sh requirements-cpu.txt\n")
+    assert "index" not in install(tmp_path, (3, 12)).stderr
+
+
 def test_quickstart(tmp_path):
     """The whole script, with an environment that is there already and a much smaller model."""
     (tmp_path / "venv/bin").mkdir(parents=True)

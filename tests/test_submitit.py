@@ -511,6 +511,8 @@ def test_the_status_without_slurm_and_without_runs(slurm, tmp_path, capsys, monk
     )
     assert run_with_submitit.main(["--job-dir", "nowhere", "--status"]) == 0
     assert capsys.readouterr().out == f"nothing was submitted in {tmp_path}/nowhere\n"
+    assert run_with_submitit.main(["--job-dir", "dir", "--status", "csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "seed=0,70_0,finished,,,,2 of 2 epochs"
 
 
 # ----------------------------------------------------------------------------------------------- a job at work
