@@ -387,7 +387,7 @@ def load_weights(
     model: nn.Module,
     source: str | Path | Mapping,
     key: str | None = None,
-    keep_head: bool = False,
+    strict_head: bool = False,
     classes: Sequence[str] = (),
 ) -> list[str]:
     """Load a checkpoint of any known program into ``model``.
@@ -400,7 +400,7 @@ def load_weights(
         model: a model of this program, or a ViT of timm; changed in place.
         source: a file, or a checkpoint already read.
         key: see `select_weights`.
-        keep_head: for evaluation: a head that does not fit is an error.
+        strict_head: for evaluation: a head that does not fit is an error, and is not replaced.
         classes: names of the model's classes, to compare with those in a checkpoint of this program.
 
     Returns:
@@ -424,7 +424,7 @@ def load_weights(
     state, layout_notes = _fit_layout(state, model)
     state, grid_notes = _fit_grid(state, model)
     head_notes = []
-    if not keep_head:
+    if not strict_head:
         known = (checkpoint.get("data") or {}).get("classes") if is_own(checkpoint) else None
         state, head_notes = _fit_head(state, model, bool(known and classes) and list(known or ()) != list(classes))
     # 3. all else is the same
@@ -509,11 +509,12 @@ def load_trunk(
     own = backbone.state_dict()
     notes = _compare_heads(num_heads_of(checkpoint, key), backbone if hasattr(backbone, "blocks") else None)
     notes += layout_notes
-    # 1. the backbone of a dense task; the last block
+    # 1. the backbone of a dense task
     within = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
     if within:
         others = dict.fromkeys(name.partition(".")[0] for name in state if not name.startswith("backbone."))
         state, notes = within, [*notes, f"left out: {', '.join(others)}, which are new here"]
+    # 2. the last block
     kind = last_block_of(checkpoint, key)
     if kind not in (None, backbone.last_block):
         if not other_last_block:
@@ -524,13 +525,13 @@ def load_trunk(
         notes.append(f"last block: {kind} in the file, {backbone.last_block} here, as --last-block says")
         state, norm_notes = _fit_last_norm(state, own)
         notes += norm_notes
-    # 2. what only one of them has
+    # 3. what only one of them has
     left = [name for name in state if CLASSIFIERS_OWN.fullmatch(name)]
     new = {name: value for name, value in own.items() if BACKBONES_OWN.fullmatch(name) and name not in state}
     state = {name: value for name, value in state.items() if name not in left} | new
     notes += [f"left out: {', '.join(left)}"] * bool(left)
     notes += [f"relative positions start at 0 ({len(new)} tables)"] * bool(new)
-    # 3. all else is the same
+    # 4. all else is the same
     for name in own.keys() & state.keys() & {"pos_embed", "pos_embed1"}:
         _check_pretrain_size(state[name], own[name])
     _check_fit(state, backbone, "checkpoint")

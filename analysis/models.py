@@ -77,7 +77,7 @@ def load_model(
         state, _ = select_weights(checkpoint, key)
         if positions == "released":
             state = _with_released_positions(state, model)
-        load_weights(model, state, keep_head=True)
+        load_weights(model, state, strict_head=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     # 2. metadata of this program's checkpoints

@@ -177,7 +177,7 @@ def test_dinos_teacher_and_student(tmp_path, heads, backbone):
     write_dino(tmp_path / "dino.pth", student, teacher, heads, backbone)
     for key, expected in ((None, teacher), ("teacher", teacher), ("student", student)):
         model = make(num_classes=0)
-        assert load_weights(model, tmp_path / "dino.pth", key, keep_head=True) == []
+        assert load_weights(model, tmp_path / "dino.pth", key, strict_head=True) == []
         assert same_weights(model, expected)
 
 
@@ -186,7 +186,7 @@ def test_moco_v3s_base_and_momentum_encoder(tmp_path):
     write_moco(tmp_path / "moco.pth.tar", base, momentum)
     for key, expected in ((None, base), ("base", base), ("momentum", momentum)):
         model = make(num_classes=0)
-        (note,) = load_weights(model, tmp_path / "moco.pth.tar", key, keep_head=True)
+        (note,) = load_weights(model, tmp_path / "moco.pth.tar", key, strict_head=True)
         assert note.startswith("apparently trained with 12 heads, but the model has 3: use --model-kwargs num_heads=12")
         assert same_weights(model, expected)
 
@@ -208,7 +208,7 @@ def test_a_key_that_a_self_supervised_program_does_not_have(tmp_path):
 def test_weights_beside_the_known_networks_are_an_error(odd):
     state = with_prefix("backbone.", headless()) | dino_head() | {odd: torch.zeros(1)}
     with pytest.raises(UserError, match=rf"(unexpected|weights of unknown networks): {odd.removeprefix('backbone.')}"):
-        load_weights(make(num_classes=0), {"teacher": state}, keep_head=True)
+        load_weights(make(num_classes=0), {"teacher": state}, strict_head=True)
 
 
 def test_a_missing_weight_of_an_encoder_is_an_error(tmp_path):
@@ -216,7 +216,7 @@ def test_a_missing_weight_of_an_encoder_is_an_error(tmp_path):
     del base["blocks.1.attn.proj.bias"]
     write_moco(tmp_path / "moco.pth", base, headless())
     with pytest.raises(UserError, match=r"missing: blocks.1.attn.proj.bias$"):
-        load_weights(make(num_classes=0), tmp_path / "moco.pth", keep_head=True)
+        load_weights(make(num_classes=0), tmp_path / "moco.pth", strict_head=True)
 
 
 def renamed(head: dict, old: bool, new_norm: bool) -> dict:
@@ -238,7 +238,7 @@ def test_dinos_head_of_any_age_is_found_and_is_no_part_of_the_model(old, new_nor
     for prefix in ("", "module."):
         checkpoint = {"teacher": with_prefix(prefix, state), "student": {}}
         model = make(num_classes=0)
-        assert load_weights(model, checkpoint, keep_head=True) == []
+        assert load_weights(model, checkpoint, strict_head=True) == []
         assert same_weights(model, teacher)
         found = dino_head_of(checkpoint, "teacher")
         assert found.keys() == {name.removeprefix("head.") for name in head}
@@ -452,14 +452,14 @@ def test_another_number_of_classes_drops_the_head(state):
 
 
 def test_evaluation_never_drops_the_head(state):
-    assert load_weights(make(), state, keep_head=True) == []
+    assert load_weights(make(), state, strict_head=True) == []
     with pytest.raises(
         UserError, match=r"shape: head.weight 5x24 for 3x24, head.bias 5 for 3\. Its classes are others"
     ):
-        load_weights(make(num_classes=3), state, keep_head=True)
+        load_weights(make(num_classes=3), state, strict_head=True)
     headless = {k: v for k, v in state.items() if not k.startswith("head.")}
     with pytest.raises(UserError, match=r"missing: head.weight, head.bias$"):
-        load_weights(make(), headless, keep_head=True)
+        load_weights(make(), headless, strict_head=True)
 
 
 def test_a_head_on_one_side_only(state):
@@ -573,7 +573,7 @@ def test_written_weights_are_loaded_by_timm_and_by_this_program(tmp_path):
     for name in ("vit.safetensors", "vit.pth", "vit.pth.tar"):
         write_weights(model, tmp_path / name)
         again = make(num_classes=0).eval()
-        load_weights(again, tmp_path / name, keep_head=True)
+        load_weights(again, tmp_path / name, strict_head=True)
         assert torch.equal(again(images), model(images))
     theirs = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 0}).eval()
     for name in ("vit.safetensors", "vit.pth"):
