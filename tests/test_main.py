@@ -21,6 +21,7 @@ import main
 import utils
 from arguments import parse_arguments
 from tasks.classify import Classification
+from weights import BLOCK
 
 ROOT = Path(__file__).parents[1]
 ONE_EPOCH = ("--epochs", "1", "--warmup-epochs", "0")
@@ -151,6 +152,7 @@ def test_unreadable_images_are_replaced_and_counted_on_request(data, tmp_path):
         "--sar-loss total-variation --sar-weight 0.001 --drloc-weight 0.1",
         "--model vit_tiny --drloc-weight 0.1 --grad-checkpointing --no-model-ema",
         "--sampling-ratio 0.5 --sampling-seed 3 --cache-images",
+        "--layer-decay 0.65 --drloc-weight 0.1",
     ],
 )
 def test_options_train(options, data, tmp_path):
@@ -516,6 +518,46 @@ def test_schedules_at_their_corners(per_update):
         assert at(*place) == (pytest.approx(lr), pytest.approx(weight))
     for place in reversed(expected):  # nothing depends on what was asked before
         assert at(*place)[0] == pytest.approx(expected[place][0])
+
+
+SIZES = {
+    "vit_tiny_sar": "--input-size 32 --patch-size 8 --model-kwargs embed_dim=24 depth=2 num_heads=3",
+    "t2t_vit_14": "--input-size 32 --model-kwargs embed_dim=24 depth=2 num_heads=3 token_dim=8",
+    "pvt_small": "--input-size 64 --model-kwargs embed_dims=8,8,8,8 depths=1,1,1,1 num_heads=1,1,1,1",
+    "cvt_13": "--input-size 64 --model-kwargs embed_dims=8,8,12 depths=1,1,1 num_heads=1,1,2",
+    "swin_tiny": "--input-size 64 --model-kwargs embed_dim=8 depths=1,1,1,1 num_heads=1,1,1,1",
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_layer_decay_lowers_the_rate_from_layer_to_layer_and_decays_the_same_weights(model):
+    words = f"--data-set digits --model {model} {SIZES[model]} --drloc-weight 0.1 --weight-decay 0.03 --layer-decay "
+    found = []
+    for layer_decay in ("1", "0.5"):
+        run = runs.build(words + layer_decay)
+        run.epoch = 2
+        peak = engine.set_schedule(run)["lr"]
+        names = {id(parameter): name for name, parameter in run.task.named_parameters()}
+        groups = [(names[id(p)], group) for group in run.optimizer.param_groups for p in group["params"]]
+        assert len(groups) == len(names) == len(dict(groups))
+        found.append({name: (group["lr"] / peak, group["weight_decay"]) for name, group in groups})
+    plain, by_layer = found
+    assert {name: decay for name, (_, decay) in plain.items()} == {name: decay for name, (_, decay) in by_layer.items()}
+    assert {rate for rate, _ in plain.values()} == {1.0}
+    blocks = {match[0] for name in by_layer if (match := BLOCK.match(name.removeprefix("model.")))}
+    assert {rate for rate, _ in by_layer.values()} == {0.5**power for power in range(len(blocks) + 2)}
+    assert {by_layer[name][0] for name in by_layer if name.startswith(("model.head.", "localiser."))} == {1.0}
+
+
+def test_a_run_with_layer_decay_goes_on_bit_for_bit(data, tmp_path):
+    words = ("--layer-decay", "0.65", "--epochs", "2")
+    for folder, stops in (("whole", False), ("stopped", True)):
+        if stops:
+            with pytest.MonkeyPatch.context() as patches:
+                patches.setattr(utils.StopSignal, "poll", lambda stop: True)
+                assert train(data, tmp_path / folder, *words) == 0
+        assert train(data, tmp_path / folder, *words) == 0
+    runs.assert_identical(*(runs.content(tmp_path / folder) for folder in ("whole", "stopped")))
 
 
 def test_accumulation_is_the_same_mathematics(tmp_path):
