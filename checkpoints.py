@@ -22,7 +22,7 @@ from torch import nn
 from arguments import differences
 from engine import NonFiniteLoss, Run
 from tasks import Task, load_task
-from utils import UserError, logger, write_atomically
+from utils import UserError, free_folder, logger, write_atomically
 from weights import read_checkpoint
 
 LENGTH = ("epochs", "cooldown_epochs")
@@ -121,7 +121,8 @@ def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
         if module is not None and checkpoint[name] and checkpoint[name].keys() != own[name].keys():
             different.append(f"weights of {name} have other names, as an older version wrote them")
     if different:
-        mend = f"to start a new run from its weights, --finetune {source}" if elsewhere else "another --output-dir"
+        free = f"--output-dir {free_folder(run.plan.output_dir)}"
+        mend = f"to start a new run from its weights, --finetune {source}" if elsewhere else free
         if not elsewhere and all(line.startswith(("--epochs:", "--cooldown-epochs:")) for line in different):
             mend += f" and --resume {source}, to change the number of epochs"
         raise UserError(

@@ -385,6 +385,15 @@ def test_resume_of_another_model_is_refused(trained, data, tmp_path, capsys):
     assert "--model: vit_tiny_sar in the checkpoint, vit_tiny now" in capsys.readouterr().err
 
 
+def test_other_arguments_in_the_same_folder_are_refused_with_a_folder_that_is_free(data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(data, folder, *ONE_EPOCH) == 0
+    (tmp_path / "run_2").mkdir()
+    assert train(data, folder, *ONE_EPOCH, "--smoothing", "0.2") == 2
+    error = capsys.readouterr().err
+    assert f"give the same, or --output-dir {folder}_3 (--smoothing: 0.1 in the checkpoint, 0.2 now)" in error
+
+
 def test_a_changed_data_set_is_refused(trained, tmp_path, capsys):
     fewer = runs.write_digits(tmp_path / "fewer", train=23)
     assert train(fewer, tmp_path / "a", "--resume", str(trained / "best.pth")) == 2
