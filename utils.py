@@ -57,6 +57,12 @@ def readable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def first_few(names: list[str], limit: int = 5) -> str:
+    """Up to ``limit`` names, and the number of the others."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
 # --------------------------------------------------------------------------------------------- processes
 
 

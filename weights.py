@@ -44,7 +44,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models_sar import SIZES
-from utils import UserError, write_atomically
+from utils import UserError, first_few, write_atomically
+
+
+class Misfit(UserError):
+    """Weights that are missing, unexpected or of another shape."""
+
 
 # Keys of this program, DeiT, the released SAR code and timm; averaged weights come last.
 WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
@@ -86,7 +91,9 @@ class SelfSupervised:
             return {name: value for name, value in state.items() if not re.match(self.head, name)}, key
         odd = [name for name in state if not name.startswith((prefix, *self.others))]
         if odd:
-            raise UserError(f"{entry!r} of the {self.name} checkpoint has weights of unknown networks: {_shorten(odd)}")
+            raise UserError(
+                f"{entry!r} of the {self.name} checkpoint has weights of unknown networks: {first_few(odd)}"
+            )
         encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         return {name: value for name, value in encoder.items() if not re.match(self.head, name)}, key
 
@@ -218,7 +225,7 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
         return _without_prefix(clean_state_dict(dict(checkpoint))), None
     raise UserError(
         f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; give another key. "
-        f"Keys with weights: {there}; all keys: {_shorten(checkpoint)}"
+        f"Keys with weights: {there}; all keys: {first_few(list(map(str, checkpoint)))}"
     )
 
 
@@ -611,7 +618,7 @@ def _fit_head(
 
 
 def _check_fit(state: dict[str, Tensor], model: nn.Module, file: str) -> None:
-    """Raise a `UserError` that lists missing and unexpected weights and other shapes; ``file`` says whose they are."""
+    """Raise a `Misfit` that lists missing and unexpected weights and other shapes; ``file`` says whose they are."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
@@ -619,9 +626,9 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module, file: str) -> None:
         f"{k} {_shape(state[k])} for {_shape(v)}" for k, v in own.items() if k in state and state[k].shape != v.shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    listed = "; ".join(f"{what}: {_shorten(keys)}" for what, keys in problems.items() if keys)
+    listed = "; ".join(f"{what}: {first_few(keys, 3)}" for what, keys in problems.items() if keys)
     if listed:
-        raise UserError(
+        raise Misfit(
             f"the {file}'s weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model)}"
         )
 
@@ -639,6 +646,11 @@ def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model:
     for names, program in LAYOUTS.items():
         if any(re.match(names, name) for name in unexpected):
             return f". The names are those of {program}, which are not read: convert them to timm's"
+    for width in (re.match(r"cls_token 1x1x(\d+) for 1x1x(\d+)", key) for key in reshaped):
+        if width:
+            same = [f"vit_{name}" for name, sizes in SIZES.items() if sizes["embed_dim"] == int(width[1])]
+            use = f"use --model {same[0]}" if same else f"give --model-kwargs embed_dim={width[1]}"
+            return f". They are of width {width[1]}, and the model is of width {width[2]}: {use}"
     if [k.partition(" ")[0] for k in reshaped] == ["pos_embed"]:
         return ". Only square grids with a position of [CLS] are resampled: use the checkpoint's image and patch size"
     if reshaped and all(re.match(r"head\.", name) for name in reshaped):
@@ -658,12 +670,6 @@ LAYOUTS = {
 def _shape(tensor: Tensor | None) -> str:
     """The shape in words, such as 1x197x384."""
     return "none" if tensor is None else "x".join(map(str, tensor.shape))
-
-
-def _shorten(names, limit: int = 12) -> str:
-    """A list of names in words, cut after ``limit`` of them."""
-    names = list(map(str, names))
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # ---------------------------------------------------------------------------------------------- writing weights

@@ -342,6 +342,41 @@ def test_a_finetuned_checkpoint_needs_its_pretraining_no_more(trained, data, tmp
     assert capsys.readouterr().out.splitlines()[-1] == described(last_record(tmp_path / "out"), "test_")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--model vit_small --input-size 8 --patch-size 2 --finetune",
+            "--model vit_small does not fit the weights, which are of --model vit_tiny; leave it out",
+        ),
+        (
+            "--model-kwargs depth=1 mlp_ratio=2 --finetune",
+            "--model-kwargs depth=1 --model-kwargs mlp_ratio=2 does not fit the weights, which are of "
+            "--model-kwargs depth=2; leave it out",
+        ),
+        ("--model-kwargs embed_dim=48 --eval --resume", "embed_dim=48 does not fit the weights, which are of"),
+    ],
+)
+def test_sizes_that_contradict_those_of_the_weights_are_one_short_line(
+    options, message, trained, data, tmp_path, capsys
+):
+    words = [*options.split(), str(trained / "best.pth"), "--data-set", "folder", "--data-path", str(data)]
+    assert main.main([*words, "--output-dir", str(tmp_path), "--total-batch", "48", "--batch-size", "48"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {trained / 'best.pth'}: " in error
+    assert message in error
+    assert len(error) < len(str(trained)) + 220
+
+
+def test_fine_tuning_needs_no_sizes(trained, data, tmp_path, capsys):
+    words = ["--finetune", str(trained / "best.pth"), "--data-set", "folder", "--data-path", str(data), *ONE_EPOCH]
+    more = ["--batch-size", "48", "--total-batch", "48", "--num-workers", "0", "--output-dir", str(tmp_path)]
+    assert main.main([*words, *more]) == 0
+    assert "vit_tiny_sar, " in capsys.readouterr().out
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert saved["model"].keys() == torch.load(trained / "best.pth", weights_only=True)["model"].keys()
+
+
 def test_the_average_of_a_fine_tuned_model_begins_at_its_weights(trained):
     run = runs.build(" ".join(runs.SMALL).replace("folder", "digits"))
     checkpoints.start_or_resume(run, finetune=str(trained / "best.pth"))
