@@ -92,7 +92,7 @@ class SelfSupervised:
         odd = [name for name in state if not name.startswith((prefix, *self.others))]
         if odd:
             raise UserError(
-                f"{entry!r} of the {self.name} checkpoint has weights of unknown networks: {first_few(odd)}"
+                f"{entry!r} of the {self.name} checkpoint has weights of other networks: {first_few(odd)}"
             )
         encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         return {name: value for name, value in encoder.items() if not re.match(self.head, name)}, key
