@@ -91,9 +91,7 @@ class SelfSupervised:
             return {name: value for name, value in state.items() if not re.match(self.head, name)}, key
         odd = [name for name in state if not name.startswith((prefix, *self.others))]
         if odd:
-            raise UserError(
-                f"{entry!r} of the {self.name} checkpoint has weights of other networks: {first_few(odd)}"
-            )
+            raise UserError(f"{entry!r} of the {self.name} checkpoint has weights of other networks: {first_few(odd)}")
         encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         return {name: value for name, value in encoder.items() if not re.match(self.head, name)}, key
 
@@ -217,12 +215,12 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     if key is not None:
         if key not in holders:
             raise UserError(f"the checkpoint has no weights under {key!r}; keys with weights: {there}")
-        return _without_prefix(clean_state_dict(checkpoint[key])), key
+        return _timms_names(clean_state_dict(checkpoint[key])), key
     for name in WEIGHT_KEYS:
         if name in holders:
-            return _without_prefix(clean_state_dict(checkpoint[name])), name
+            return _timms_names(clean_state_dict(checkpoint[name])), name
     if _is_state_dict(checkpoint):
-        return _without_prefix(clean_state_dict(dict(checkpoint))), None
+        return _timms_names(clean_state_dict(dict(checkpoint))), None
     raise UserError(
         f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; give another key. "
         f"Keys with weights: {there}; all keys: {first_few(list(map(str, checkpoint)))}"
@@ -235,6 +233,20 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if len(first) > 1 or not any(re.match(r"\w+\.(cls_token|pos_embed|patch_embed\.)", name) for name in state):
         return state
     return {name.partition(".")[2]: value for name, value in state.items()}
+
+
+def _timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without a prefix that all of its weights share, and with timm's names and forms.
+
+    LayerScale of DeiT III (``gamma_1``) is ``ls1.gamma``. Register tokens of DINOv2 have no positions in timm's form,
+    and that of [CLS] is added to the token (timm's ``no_embed_class``).
+    """
+    state = {re.sub(r"^(blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma", k): v for k, v in _without_prefix(state).items()}
+    if "register_tokens" in state and {"cls_token", "pos_embed"} <= state.keys():
+        positions = state["pos_embed"]
+        state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+        state["reg_token"] = state.pop("register_tokens")
+    return state
 
 
 # Names in the head of DINO's early files, and of torch's newer weight normalisation -> those in DINO's files of today.
@@ -374,6 +386,7 @@ def num_heads_of(checkpoint: Mapping, key: str | None = None) -> int | None:
         or isinstance(args, Mapping)
         or width != 384
         or (key in ("model", "model_ema") and "head.weight" in state)
+        or "blocks.0.ls1.gamma" in state  # DeiT III, DINOv2
     )
     return HEADS.get(width) if known else None
 
@@ -460,19 +473,23 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
             raise UserError(f"{name} is not finite: its training had diverged; take an earlier checkpoint")
 
 
-MAE_DECODER = re.compile(r"mask_token|decoder_")
+PRE_TRAININGS_OWN = re.compile(r"mask_token|decoder_")
+"""Weights beside the ViT in files of MAE, and of DINOv2, which has a mask token alone."""
 
 
 def _fit_layout(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in the layout of this program's ViTs: without MAE's decoder, and with a position of [CLS].
+    """The state dict in the layout of this program's ViTs: the encoder alone, and with a position of [CLS].
 
     Positions without one for [CLS] are recognised by their number on the model's own grid alone: of another grid they
     could as well be those of an oblong grid with [CLS].
     """
     notes = []
     if "mask_token" in state:
-        state = {name: value for name, value in state.items() if not MAE_DECODER.match(name)}
-        notes.append("of MAE's pre-training: the encoder, without decoder and mask token")
+        decoder = any(name.startswith("decoder_") for name in state)
+        state = {name: value for name, value in state.items() if not PRE_TRAININGS_OWN.match(name)}
+        notes.append(
+            "of MAE's pre-training: the encoder, without decoder and mask token" if decoder else "no mask token"
+        )
     theirs, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
     if theirs is not None and own is not None and theirs.ndim == own.ndim == 3:
         patches = theirs.shape[1]
@@ -629,11 +646,44 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module, file: str) -> None:
     listed = "; ".join(f"{what}: {first_few(keys, 3)}" for what, keys in problems.items() if keys)
     if listed:
         raise Misfit(
-            f"the {file}'s weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model)}"
+            f"the {file}'s weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model, state)}"
         )
 
 
-def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model: nn.Module) -> str:
+# What timm's ViTs have on demand: in words, the names of its weights, and the --model-kwargs.
+PARTS_ON_DEMAND = (
+    ("LayerScale", r"blocks\.\d+\.ls[12]\.gamma", "init_values=1e-5"),
+    ("register tokens", r"reg_token", "reg_tokens={registers} no_embed_class=True"),
+    ("norms of queries and keys", r"blocks\.\d+\.attn\.[qk]_norm\.", "qk_norm=True"),
+    ("a norm before the blocks", r"norm_pre\.", "pre_norm=True"),
+    ("a norm after the mean of the patches", r"fc_norm\.", "global_pool=avg"),
+)
+
+
+def _hint_at_parts(missing: list[str], unexpected: list[str], model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Which of `PARTS_ON_DEMAND` only the file or only the model has, with the mend; empty if there are none."""
+
+    def parts(names: list[str]) -> tuple[list[str], str]:
+        """In words, and as --model-kwargs, those parts that have some of these weights."""
+        found = [part for part in PARTS_ON_DEMAND if any(re.match(part[1], name) for name in names)]
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        return [what for what, *_ in found], " ".join(kwargs.format(registers=registers) for *_, kwargs in found)
+
+    theirs, kwargs = parts(unexpected)
+    if theirs and not isinstance(model, VisionTransformer):
+        return f". They have {' and '.join(theirs)}, which this model cannot have"
+    if theirs:
+        return f". They have {' and '.join(theirs)}: give --model-kwargs {kwargs}"
+    own, kwargs = parts(missing)
+    if own:
+        names = ", ".join(re.findall(r"(\w+)=", kwargs))
+        return f". They have no {' and no '.join(own)}: leave {names} out of --model-kwargs"
+    return ""
+
+
+def _hint(
+    missing: list[str], unexpected: list[str], reshaped: list[str], model: nn.Module, state: Mapping[str, Tensor]
+) -> str:
     """What to change for likely causes: another last block (Eq. 1-2, 10-11), a distilled DeiT, an oblong grid."""
     for keys, kind in ((unexpected, "standard"), (missing, "sar")):
         last_norms = {k.rpartition(".")[0] for k in keys if ".norm2." in k}
@@ -641,8 +691,10 @@ def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model:
             return f". The checkpoint has the last block {kind!r}: use --last-block {kind}"
     if "dist_token" in unexpected:
         return ". They are a distilled DeiT's, which is not supported: use the model without distillation"
-    if "reg_token" in unexpected or "register_tokens" in unexpected:
-        return ". They are a ViT's with register tokens, which this program's models do not have"
+    if parts := _hint_at_parts(missing, unexpected, model, state):
+        return parts
+    if "reg_token" in state and not getattr(model, "no_embed_class", True):
+        return ". Register tokens have no positions: give --model-kwargs no_embed_class=True, too"
     for names, program in LAYOUTS.items():
         if any(re.match(names, name) for name in unexpected):
             return f". The names are those of {program}, which are not read: convert them to timm's"
@@ -652,7 +704,10 @@ def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model:
             use = f"use --model {same[0]}" if same else f"give --model-kwargs embed_dim={width[1]}"
             return f". They are of width {width[1]}, and the model is of width {width[2]}: {use}"
     if [k.partition(" ")[0] for k in reshaped] == ["pos_embed"]:
-        return ". Only square grids with a position of [CLS] are resampled: use the checkpoint's image and patch size"
+        return (
+            ". Only square grids with a position of [CLS] are resampled: use the checkpoint's image and patch size, or "
+            "--model-kwargs no_embed_class=True if [CLS] has none"
+        )
     if reshaped and all(re.match(r"head\.", name) for name in reshaped):
         return ". Its classes are others: fine-tune it (--finetune without --eval), or name the data set of its classes"
     return ""

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -399,6 +400,65 @@ def test_maes_pre_training_gives_its_encoder(state):
     assert torch.equal(model.state_dict()["blocks.1.attn.qkv.weight"], state["blocks.1.attn.qkv.weight"])
 
 
+DEIT3 = ("deit3_small_patch16_224", {"init_values": 0.5})
+DINOV2 = ("vit_small_patch14_dinov2", {"init_values": 0.5})
+REGISTERS = ("vit_small_patch14_reg4_dinov2", {"init_values": 0.5, "reg_tokens": 2, "no_embed_class": True})
+
+
+def official(name: str, kwargs: dict):
+    """timm's model, and its weights with the names of the program that trained it."""
+    theirs = timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    state = {key: torch.randn_like(value) / 8 for key, value in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    if name.startswith("deit3"):
+        return theirs, {"model": {re.sub(r"ls(\d)\.gamma", r"gamma_\1", key): value for key, value in state.items()}}
+    state["mask_token"] = torch.zeros(1, 24)
+    if "reg_token" in state:
+        state["register_tokens"], own = state.pop("reg_token"), torch.randn(1, 1, 24)
+        state |= {"cls_token": state["cls_token"] - own, "pos_embed": torch.cat([own, state["pos_embed"]], dim=1)}
+    return theirs, state
+
+
+@pytest.mark.parametrize("which", [DEIT3, DINOV2, REGISTERS], ids=["DeiT III", "DINOv2", "DINOv2 with registers"])
+def test_layer_scale_and_registers_of_official_files_are_read(which, tmp_path):
+    theirs, content = official(*which)
+    torch.save(content, tmp_path / "official.pth")
+    ours = make(**which[1]).eval()
+    load_weights(ours, tmp_path / "official.pth")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images))
+    assert ours(images, return_similarity=True)[1].shape == (2, 3, 4, 4)
+    timms = make(**which[1]).eval()
+    load_weights(timms, theirs.state_dict())
+    torch.testing.assert_close(timms(images), theirs(images))
+
+
+@pytest.mark.parametrize(
+    ("which", "kwargs", "mend"),
+    [
+        (DEIT3, {}, "They have LayerScale: give --model-kwargs init_values=1e-5"),
+        (
+            REGISTERS,
+            {},
+            "They have LayerScale and register tokens: give --model-kwargs init_values=1e-5 reg_tokens=2 "
+            "no_embed_class=True",
+        ),
+        (REGISTERS, {"init_values": 1, "reg_tokens": 2}, "Register tokens have no positions: give .* no_embed_class"),
+        (DEIT3, {"init_values": 1, "img_size": 48}, r"with a position of \[CLS\] .* no_embed_class=True if"),
+        (DINOV2, {"init_values": 1, "qk_norm": True}, "no norms of queries and keys: leave qk_norm out"),
+    ],
+)
+def test_parts_that_only_the_file_or_the_model_has_are_named_with_the_mend(which, kwargs, mend):
+    with pytest.raises(UserError, match=mend) as error:
+        load_weights(make(**kwargs), official(*which)[1])
+    assert len(str(error.value)) < 400
+
+
+def test_layer_scale_is_no_part_of_a_pyramid():
+    with pytest.raises(UserError, match=r"They have LayerScale, which this model cannot have$"):
+        load_weights(timm.create_model("resnet18"), official(*DEIT3)[1])
+
+
 def test_positions_without_one_for_cls_are_the_same_model():
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}
     theirs = timm.create_model("vit_tiny_patch16_224", no_embed_class=True, **sizes).eval()
@@ -411,7 +471,6 @@ def test_positions_without_one_for_cls_are_the_same_model():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["reg_token"], "register tokens"),
         (["vit.embeddings.cls_token", "vit.encoder.layer.0.output.dense.bias"], "those of Hugging Face's transformers"),
         (["layers.0.ln1.weight", "cls_token"], "those of mmpretrain"),
         (["conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"], "those of torchvision's ViT"),
