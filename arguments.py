@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
+from fetch import is_name
 from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
@@ -141,7 +142,13 @@ def _add_model(parser):
         default=0.1,
         help="drop rate of stochastic depth at the last block, increasing linearly from 0",
     )
-    add("--finetune", default="", metavar="FILE", help="initialise the model with the weights of this file")
+    add(
+        "--finetune",
+        default="",
+        metavar="FILE",
+        help="initialise the model with the weights of this file, or by name: hf-hub:OWNER/NAME, "
+        "timm:deit_small_patch16_224.fb_in1k, https://...",
+    )
     add("--checkpoint-key", default=None, metavar="KEY", help="entry of the weights in the file, such as model or ema")
 
 
@@ -434,7 +441,7 @@ def _context_defaults(
     """
     # 1. fine-tuning keeps the architecture of the pre-training (Appendix E.4)
     last_block, trained = None, vars(planned[args.finetune]) if args.finetune in planned else {}
-    if not trained and Path(args.finetune).is_file():
+    if not trained and (is_name(args.finetune) or Path(args.finetune).is_file()):
         from weights import is_own, last_block_of, read_checkpoint  # imports torch
 
         checkpoint = read_checkpoint(args.finetune, lazily=True)
@@ -505,7 +512,8 @@ def check_arguments(args: argparse.Namespace, planned: Mapping[str, argparse.Nam
         raise UserError("--export needs --eval, which loads the weights that are written")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
-        if path and not args.eval and path not in planned and not Path(path).exists():
+        there = path in planned or Path(path).exists() or (option == "finetune" and is_name(path))
+        if path and not args.eval and not there:
             raise UserError(f"--{option} {path}: no such file")
 
 

@@ -18,6 +18,7 @@ from build import build_eval_loader, build_plan, build_run, choose_amp, log_bann
 from checkpoints import load_trained, named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
+from fetch import is_name
 from owner import owned
 from records import Records, epoch_record
 from samplers import Draw
@@ -213,8 +214,8 @@ def draw_predictions(run: Run, dataset) -> list:
 def evaluate_only(argv, args, processes: Processes) -> int:
     """Evaluate a checkpoint; task, model and sizes that are not given are those of its run."""
     # 1. the checkpoint, and the images to evaluate
-    path = Path(args.resume or args.finetune or Path(args.output_dir, "best.pth"))
-    if not path.exists():
+    path = args.resume or args.finetune or str(Path(args.output_dir, "best.pth"))
+    if not (is_name(path) or Path(path).exists()):
         raise UserError(f"nothing to evaluate at {path}; name a checkpoint with --finetune FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
@@ -234,9 +235,10 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     bad = [name for name, value in results.items() if not math.isfinite(value)]
     # 4. report, and end all processes together
     if evaluator.scores is not None and len(evaluator.scores) and processes.is_main and not bad:
-        folder = Path(args.output_dir) if is_given("--output-dir", argv) else path.parent
+        elsewhere = is_name(path) or is_given("--output-dir", argv)
+        folder = Path(args.output_dir) if elsewhere else Path(path).parent
         weights, precision = select_weights(checkpoint, args.checkpoint_key)[1], str(dtype or torch.float32)
-        summary = {"checkpoint": str(path), "weights": weights, "precision": precision, "results": results}
+        summary = {"checkpoint": path, "weights": weights, "precision": precision, "results": results}
         write_files(folder / "eval", args, summary, evaluator.scores, dataset)
     processes.barrier()
     logger.info(task.describe(results))

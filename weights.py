@@ -43,6 +43,7 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from fetch import local_file
 from models_sar import SIZES
 from utils import UserError, first_few, write_atomically
 
@@ -136,14 +137,23 @@ def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
     allowed.
 
     Args:
-        path: the file.
+        path: the file, or a name of `fetch.local_file`, which is fetched.
         lazily: map the weights from disk where the format allows it, to read only names and arguments. The weights
             must not be used when the file is gone.
 
     Raises:
-        UserError: the file is missing, a folder, truncated, not a checkpoint, or would run code.
+        UserError: the file is missing, a folder, truncated, not a checkpoint, or would run code; or see `fetch`.
     """
-    path = Path(path)
+    return _read_file(weights_file(path), lazily)
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file of a path or of a name; see `fetch.local_file`, also for errors. What is fetched is a checkpoint."""
+    return local_file(source, check=_read_file)
+
+
+def _read_file(path: Path, lazily: bool = False) -> dict:
+    """`read_checkpoint` of a file of this machine."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the checkpoint in it, for example {path / 'best.pth'}")
     try:
