@@ -324,7 +324,8 @@ def _add_run(parser):
         "--export",
         default="",
         metavar="FILE",
-        help="with --eval: write the evaluated weights as *.safetensors (timm), *.pth (DINO) or *.pth.tar (MoCo-v3)",
+        help="write the weights of --resume, --finetune or best.pth as *.safetensors (timm), *.pth (DINO), *.pth.tar "
+        "(MoCo-v3), or a folder of the Hugging Face Hub; evaluate them with --eval alone",
     )
     add("--eval-every", type=_count, default=1, help="evaluate every N epochs and at the end")
     add("--save-every", type=_count, default=1, help="save every N epochs and at the end")
@@ -376,6 +377,8 @@ def parse_arguments(
     """
     # 1. the options that exist depend on the task
     words = expand_arguments(sys.argv[1:] if argv is None else argv)
+    if is_option("--export", words):
+        words = [*words, "--eval"]  # it takes the weights and the arguments of a checkpoint, too
     saved_defaults = _saved_defaults(saved)
     parser = build_parser(task_of([f"--task={saved_defaults.get('task', 'classify')}", *words]))
     # without the checkpoint of --eval its task is unknown, and so are some options
@@ -508,8 +511,6 @@ def check_arguments(args: argparse.Namespace, planned: Mapping[str, argparse.Nam
         )
     if readable(args.output_dir) != args.output_dir:
         raise UserError(f"--output-dir {args.output_dir}: the name is no UTF-8, which TensorBoard needs; name another")
-    if args.export and not args.eval:
-        raise UserError("--export needs --eval, which loads the weights that are written")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
         there = path in planned or Path(path).exists() or (option == "finetune" and is_name(path))

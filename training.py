@@ -1,9 +1,10 @@
 """The main loop: train, evaluate and save, epoch by epoch; or evaluate a single checkpoint."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,21 +12,23 @@ from timm.utils import distribute_bn
 
 from analysis.attention import similarity_maps
 from analysis.images import choose_samples
-from arguments import is_given, parse_arguments
+from arguments import default_arguments, is_given, parse_arguments
 from augmentation import normalise
 from batches import prepare
 from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
 from checkpoints import load_trained, named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
+from export import write_weights
 from fetch import is_name
+from models import MODELS
 from owner import owned
 from records import Records, epoch_record
 from samplers import Draw
 from tasks import Task, load_task
 from tasks.scores import Scores
 from utils import Processes, RunError, StopSignal, UserError, logger, prepare_output_dir
-from weights import is_own, read_checkpoint, select_weights, write_weights
+from weights import is_own, read_checkpoint, select_weights
 
 PANEL_IMAGES = 4  # images in TensorBoard's panels of attention and of predictions
 EVALUATED_WITH = (
@@ -212,21 +215,24 @@ def draw_predictions(run: Run, dataset) -> list:
 
 
 def evaluate_only(argv, args, processes: Processes) -> int:
-    """Evaluate a checkpoint; task, model and sizes that are not given are those of its run."""
-    # 1. the checkpoint, and the images to evaluate
+    """Evaluate or export a checkpoint; task, model and sizes that are not given are those of its run."""
+    # 1. the checkpoint, and the images unless it is exported alone and names its classes
     path = args.resume or args.finetune or str(Path(args.output_dir, "best.pth"))
     if not (is_name(path) or Path(path).exists()):
         raise UserError(f"nothing to evaluate at {path}; name a checkpoint with --finetune FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
-    dataset = evaluated_images(args, checkpoint, path, processes)
+    alone = args.export and not is_given("--eval", argv) and not default_arguments(args.task)["eval"]
+    without = alone and is_own(checkpoint)
+    dataset = without_images(checkpoint) if without else evaluated_images(args, checkpoint, path, processes)
     # 2. the task with its weights
     task = load_trained(args, dataset, checkpoint, path, processes.device)
+    # 2. export it
     if args.export and processes.is_main:
-        write_weights(task.exported, args.export)
-        logger.info(f"{args.export}: written")
-        if args.last_block != "standard":
-            logger.warning(f"{args.export}: its last block is {args.last_block!r}, which other programs' ViTs lack")
+        export(task.exported, args, dataset.classes)
+    if alone:
+        processes.barrier()
+        return 0
     # 3. evaluate
     dtype, _ = choose_amp(args.amp, processes.device)
     loader = build_eval_loader(args, processes, dataset)
@@ -247,7 +253,12 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     return 0
 
 
-def evaluated_images(args, checkpoint, path: Path, processes: Processes):
+def without_images(checkpoint) -> SimpleNamespace:
+    """In the place of the images, for an export alone: the classes of the checkpoint."""
+    return SimpleNamespace(classes=checkpoint["data"]["classes"])
+
+
+def evaluated_images(args, checkpoint, path: str, processes: Processes):
     """The validation images, labelled as the classes of the checkpoint.
 
     Raises:
@@ -263,6 +274,17 @@ def evaluated_images(args, checkpoint, path: Path, processes: Processes):
             for note in task_class.relabel(dataset, classes) if classes else []:
                 logger.info(f"{path}: {note}")
     return dataset
+
+
+def export(model: torch.nn.Module, args, classes: Sequence[str]) -> None:
+    """Write ``--export``, and log who can read it."""
+    how = write_weights(model, args.export, args, classes)
+    logger.info(f"{args.export}: written; {how}")
+    if args.last_block != "standard":
+        logger.warning(
+            f"{args.export}: its last block is {args.last_block!r}, which other programs' ViTs lack; "
+            f"import {MODELS[args.model].module} before timm builds it"
+        )
 
 
 def write_files(folder: Path, args, summary: dict, scores: Scores, dataset) -> None:

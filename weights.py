@@ -18,8 +18,7 @@ Self-supervised training by this program has the keys of the last two networks, 
 
 The prefixes of DistributedDataParallel and ``torch.compile`` are removed, and any that all names share, such as
 Lightning's ``model.``. The projection and prediction heads of DINO and MoCo-v3 and the decoder of MAE are not part of
-the ViT and are left out. Any other name that does not fit is an error. `write_weights` writes weights for other
-programs.
+the ViT and are left out. Any other name that does not fit is an error. `export` writes weights for other programs.
 """
 
 import argparse
@@ -45,7 +44,7 @@ from torch import Tensor, nn
 
 from fetch import local_file
 from models_sar import SIZES
-from utils import UserError, first_few, write_atomically
+from utils import UserError, first_few
 
 
 class Misfit(UserError):
@@ -735,32 +734,3 @@ LAYOUTS = {
 def _shape(tensor: Tensor | None) -> str:
     """The shape in words, such as 1x197x384."""
     return "none" if tensor is None else "x".join(map(str, tensor.shape))
-
-
-# ---------------------------------------------------------------------------------------------- writing weights
-
-MOCO_PREFIX = "module.base_encoder."
-
-
-def write_weights(model: nn.Module, path: str | Path) -> None:
-    """Write a model's weights for other programs, which the suffix of the file names.
-
-    ``.safetensors``: the state dict, whose names are timm's, for timm and others. ``.pth``: the same as a file of
-    torch, for DINO's scripts (``--pretrained_weights``). ``.tar``: with the names of a MoCo-v3 checkpoint, for its
-    scripts (``--pretrained``). `read_checkpoint` reads all three.
-
-    Raises:
-        UserError: another suffix, or no such folder.
-        RunError: see `utils.write_atomically`.
-    """
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".tar"):
-        raise UserError(f"--export {path}: name a file *.safetensors (timm), *.pth (DINO) or *.pth.tar (MoCo-v3)")
-    if not path.parent.is_dir():
-        raise UserError(f"--export {path}: there is no folder {path.parent}; make it first")
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if path.suffix == ".safetensors":
-        write_atomically(path, lambda file: file.write(safetensors.torch.save(state)))
-        return
-    content = state if path.suffix == ".pth" else {"state_dict": {MOCO_PREFIX + k: v for k, v in state.items()}}
-    write_atomically(path, lambda file: torch.save(content, file))

@@ -25,7 +25,6 @@ from weights import (
     num_heads_of,
     read_checkpoint,
     select_weights,
-    write_weights,
 )
 
 
@@ -629,43 +628,3 @@ def test_half_precision_weights_are_cast(state):
     model = make(img_size=64)
     load_weights(model, {k: v.half() for k, v in state.items()})
     assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-# ------------------------------------------------------------------------------------------- for other programs
-
-
-def test_written_weights_are_loaded_by_timm_and_by_this_program(tmp_path):
-    model, images = make(num_classes=0).eval(), torch.randn(2, 3, 32, 32)
-    for name in ("vit.safetensors", "vit.pth", "vit.pth.tar"):
-        write_weights(model, tmp_path / name)
-        again = make(num_classes=0).eval()
-        load_weights(again, tmp_path / name, strict_head=True)
-        assert torch.equal(again(images), model(images))
-    theirs = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 0}).eval()
-    for name in ("vit.safetensors", "vit.pth"):
-        theirs.load_state_dict(read_checkpoint(tmp_path / name), strict=True)
-        torch.testing.assert_close(theirs(images), model(images))
-    by_path = timm.create_model(
-        "vit_tiny_patch16_224", checkpoint_path=tmp_path / "vit.safetensors", **{**SMALL, "num_classes": 0}
-    )
-    assert torch.equal(by_path.eval()(images), theirs(images))
-
-
-def test_written_weights_have_the_names_that_dinos_and_mocos_scripts_read(tmp_path):
-    model = make(num_classes=0)
-    write_weights(model, tmp_path / "dino.pth")
-    content = torch.load(tmp_path / "dino.pth", weights_only=True)
-    stripped = {name.replace("module.", "").replace("backbone.", ""): value for name, value in content.items()}
-    assert same_weights(model, stripped)
-    assert stripped.keys() == model.state_dict().keys()
-    write_weights(make(), tmp_path / "moco.pth.tar")
-    names = torch.load(tmp_path / "moco.pth.tar", weights_only=True)["state_dict"]
-    prefix = "module.base_encoder"
-    kept = [name.removeprefix(f"{prefix}.") for name in names if not name.startswith(f"{prefix}.head")]
-    assert kept == list(model.state_dict())
-
-
-@pytest.mark.parametrize("name", ["vit.onnx", "none/vit.pth"])
-def test_weights_that_cannot_be_written_are_one_line(tmp_path, name):
-    with pytest.raises(UserError, match=r"--export .*(name a file \*\.safetensors|make it first)"):
-        write_weights(make(), tmp_path / name)
