@@ -22,6 +22,7 @@ from torch import nn
 
 from arguments import differences
 from engine import NonFiniteLoss, Run
+from fetch import input_notes
 from tasks import Task, load_task
 from utils import UserError, free_folder, logger, write_atomically
 from weights import Misfit, is_own, read_checkpoint
@@ -150,7 +151,7 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
         logger.info(f"resuming from {source}: epoch {run.epoch}, update {run.step}")
     elif finetune:
         with named(finetune, run.arguments):
-            notes = run.task.start_from(finetune, key)
+            notes = [*input_notes(finetune), *run.task.start_from(finetune, key)]
         for note in notes:
             logger.info(f"{finetune}: {note}")
     positions = run.processes.gather(torch.tensor([run.epoch, run.step], device=run.processes.device))
@@ -206,7 +207,7 @@ def load_trained(args, dataset: Any, checkpoint: Mapping, path: str | Path, devi
     """
     with named(path, vars(args)):
         task = load_task(args.task)(args, dataset, device)
-        for note in task.load(checkpoint, args.checkpoint_key):
+        for note in [*input_notes(path), *task.load(checkpoint, args.checkpoint_key)]:
             logger.info(f"{path}: {note}")
     return task
 

@@ -48,6 +48,20 @@ def local_file(source: str | Path, check: Callable[[Path], object] | None = None
     return _from_url(name, name, check) if is_name(name) else Path(source)
 
 
+def input_notes(source: str | Path) -> list[str]:
+    """A line to log where timm's weights were trained with images that were normalised otherwise than here."""
+    if not str(source).startswith("timm:"):
+        return []
+    import timm
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    cfg = timm.get_pretrained_cfg(str(source).removeprefix("timm:"))
+    if cfg is None or (tuple(cfg.mean), tuple(cfg.std)) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        return []
+    here = "this program's have ImageNet's: an evaluation is worse than timm's, and fine-tuning adapts the weights"
+    return [f"its images had mean {cfg.mean} and deviation {cfg.std}, and {here}"]
+
+
 def _from_timm(name: str, check: Callable[[Path], object] | None) -> Path:
     """The file of timm's pretrained weights ``timm:NAME``."""
     import timm

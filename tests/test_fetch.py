@@ -19,7 +19,8 @@ from timm.models import _hub
 import main
 from analysis.commands import add_checkpoint_options
 from cli import Parser
-from fetch import is_name
+from fetch import input_notes, is_name
+from paper.options import read_settings
 from utils import UserError
 from weights import read_checkpoint, weights_file
 
@@ -196,6 +197,12 @@ def test_names_that_do_not_exist(name, message):
         read_checkpoint(name)
 
 
+def test_another_normalisation_of_timms_weights_is_told():
+    assert input_notes(DEIT) == input_notes("vit.pth") == input_notes("hf-hub:someone/vit") == []
+    (note,) = input_notes("timm:vit_small_patch16_224.augreg_in1k")
+    assert note.startswith("its images had mean (0.5, 0.5, 0.5) and deviation (0.5, 0.5, 0.5), and")
+
+
 # -------------------------------------------------------------------------------------------------- as an option
 
 
@@ -214,4 +221,6 @@ def test_fine_tuning_evaluation_and_analysis_take_names(server, tmp_path, capsys
     add_checkpoint_options(parser, required=True)
     (path,) = parser.parse_args(["--checkpoint", url]).checkpoint
     assert list(read_checkpoint(path)) == ["model"]
+    table = read_settings(["table7", "--data", str(data), "--ckpt-base", url, "--ckpt-sar", url, "--dry-run"])
+    assert table.weights["base"] == [path]
     assert server.requests == ["/vit.pth"]
