@@ -11,7 +11,7 @@ A checkpoint holds tensors and plain values (no random state, see ``randomness.p
     args, data, precision       what must be the same in a run that resumes from it
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,17 @@ from fetch import input_notes
 from tasks import Task, load_task
 from utils import UserError, free_folder, logger, write_atomically
 from weights import Misfit, is_own, read_checkpoint
+
+
+class NoImages:
+    """In the place of a data set, for a task that only builds its model."""
+
+    def __init__(self, classes: Sequence[str]):
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return 0
+
 
 LENGTH = ("epochs", "cooldown_epochs")
 """The options that make up the length of a run; ``--resume`` from another folder may change them."""
@@ -199,7 +210,7 @@ def load_trained(args, dataset: Any, checkpoint: Mapping, path: str | Path, devi
 
     Args:
         args: with the task, and ``checkpoint_key``.
-        dataset: the images that are evaluated, or anything else with ``classes``.
+        dataset: the images that are evaluated, or `NoImages`.
         checkpoint: the content of the file ``path``.
 
     Raises:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from arguments import default_arguments, is_given, parse_arguments
 from augmentation import normalise
 from batches import prepare
 from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
-from checkpoints import load_trained, named, save, start_or_resume
+from checkpoints import NoImages, load_trained, named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from export import write_weights
@@ -223,9 +222,9 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
     alone = args.export and not is_given("--eval", argv) and not default_arguments(args.task)["eval"]
-    without = alone and is_own(checkpoint)
-    dataset = without_images(checkpoint) if without else evaluated_images(args, checkpoint, path, processes)
-    # 2. the task with its weights
+    own = alone and is_own(checkpoint)
+    classes = checkpoint["data"]["classes"] if own else ()
+    dataset = NoImages(classes) if own else evaluated_images(args, checkpoint, path, processes)
     task = load_trained(args, dataset, checkpoint, path, processes.device)
     # 2. export it
     if args.export and processes.is_main:
@@ -251,11 +250,6 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     if bad:
         raise NonFiniteLoss(f"{path}: {', '.join(bad)} is not finite; try --amp off")
     return 0
-
-
-def without_images(checkpoint) -> SimpleNamespace:
-    """In the place of the images, for an export alone: the classes of the checkpoint."""
-    return SimpleNamespace(classes=checkpoint["data"]["classes"])
 
 
 def evaluated_images(args, checkpoint, path: str, processes: Processes):

@@ -154,7 +154,10 @@ def weights_file(source: str | Path) -> Path:
 def _read_file(path: Path, lazily: bool = False) -> dict:
     """`read_checkpoint` of a file of this machine."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name the checkpoint in it, for example {path / 'best.pth'}")
+        there = [name for name in ("best.pth", "model.safetensors") if (path / name).exists()]
+        raise UserError(
+            f"{path} is a folder; name the checkpoint in it, for example {path / (there or ['best.pth'])[0]}"
+        )
     try:
         if _is_safetensors(path):
             return safetensors.torch.load_file(path, device="cpu")

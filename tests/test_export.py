@@ -6,9 +6,11 @@ import pytest
 import timm
 import torch
 from helpers import checkpoints as files
+from helpers import runs
 from helpers.checkpoints import SMALL, make
 from timm.data import resolve_data_config
 
+import checkpoints
 import main
 from arguments import parse_arguments
 from export import write_weights
@@ -132,5 +134,26 @@ def test_a_folder_is_read_again_and_replaced(tmp_path):
     exported(tmp_path / "best.pth", tmp_path / "hub")
     exported(tmp_path / "best.pth", tmp_path / "hub", "--checkpoint-key", "ema")
     assert same_weights(model, read_checkpoint(tmp_path / "hub/model.safetensors")) is False
+    with pytest.raises(UserError, match=r"hub is a folder; name the checkpoint in it, .*hub/model\.safetensors$"):
+        read_checkpoint(tmp_path / "hub")
     load_weights(model, tmp_path / "hub/model.safetensors", strict_head=True)
     assert same_weights(model, content["ema"])
+
+
+ENCODERS = {
+    "dino": "--out-dim 16 --local-crops-number 0",
+    "moco": "--moco-dim 8 --moco-mlp-dim 16 --batch-size 128 --total-batch 128",
+}
+
+
+@pytest.mark.parametrize("task", ENCODERS)
+def test_an_encoder_goes_into_a_folder_without_heads_and_without_images(tmp_path, task):
+    words = f"--task {task} {' '.join(files.OWN[4:])} --data-set digits --output-dir {tmp_path}"
+    run = runs.build(f"{words} --num-workers 0 {ENCODERS[task]}")
+    checkpoints.save(run, "checkpoint.pth")
+    config = exported(tmp_path / "checkpoint.pth", tmp_path / "hub")
+    assert config["num_classes"] == 0
+    again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 8, 8)
+    encoder = run.task.evaluated()["test" if run.task.reported == run.task.weight_names[0] else "test_teacher"]
+    torch.testing.assert_close(again(images), encoder.eval()(images))
