@@ -513,8 +513,10 @@ def check_arguments(args: argparse.Namespace, planned: Mapping[str, argparse.Nam
         raise UserError(f"--output-dir {args.output_dir}: the name is no UTF-8, which TensorBoard needs; name another")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
-        there = path in planned or Path(path).exists() or (option == "finetune" and is_name(path))
-        if path and not args.eval and not there:
+        named = is_name(path)
+        if named and option == "resume" and not args.eval:
+            raise UserError(f"--resume {path}: a run resumes from a file; --finetune starts one from weights by name")
+        if path and not (args.eval or named or path in planned or Path(path).exists()):
             raise UserError(f"--{option} {path}: no such file")
 
 

@@ -194,7 +194,7 @@ def other_sizes(arguments: Mapping[str, Any], checkpoint: Mapping) -> str:
     if own != model:
         return f"--model {own} does not fit the weights, which are of --model {model}; leave it out"
     ours, theirs = (
-        {f"--model-kwargs {name}=": value for name, value in args["model_kwargs"].items()}
+        {f"--model-kwargs {name}=": value for name, value in args["model_kwargs"].items() if name != "pretrain_size"}
         for args in (arguments, checkpoint["args"])
     )
     given = [f"{option}{value}" for option, value in ours.items() if theirs.get(option) != value]

@@ -91,7 +91,7 @@ ELSEWHERE = {
     "--data-dir": "--data-path",
     "--dataset": "--data-set",
     "--output": "--output-dir",
-    "--pretrained": "--finetune FILE",
+    "--pretrained": "--finetune timm:NAME",
     "--initial-checkpoint": "--finetune FILE",
     "--num-train-epochs": "--epochs",
     "--warmup-iters": "--warmup-epochs",

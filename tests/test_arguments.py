@@ -126,6 +126,10 @@ def test_model_kwargs_are_python_values():
         ("--data-path x --batch-size 127", "--batch-size 127 is odd"),
         ("--report ema --no-model-ema", "--report ema needs --model-ema"),
         ("--resume nothing.pth", "--resume nothing.pth: no such file"),
+        (
+            "--resume timm:vit",
+            "--resume timm:vit: a run resumes from a file; --finetune starts one",
+        ),
         ("--finetune nothing.pth", "--finetune nothing.pth: no such file"),
         ("@nothing.args", "argument file nothing.args: No such file"),
         ("--lr 1e-3 @recipes/deit_in1k.args", "must come before all options"),
