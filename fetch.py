@@ -127,7 +127,7 @@ def _from_hub(name: str, place: str) -> Path:
 def _from_url(name: str, url: str, check: Callable[[Path], object] | None) -> Path:
     """The file of a URL; ``name`` is for messages. Its folder has a number of its own, as many files have one name."""
     import torch
-    from filelock import FileLock
+    from huggingface_hub.utils import WeakFileLock  # also where a file system has no locks of its own
     from torch.hub import HASH_REGEX
 
     # 1. is it here?
@@ -144,7 +144,7 @@ def _from_url(name: str, url: str, check: Callable[[Path], object] | None) -> Pa
     # 2. one process fetches and checks it
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"), _patience():
+        with WeakFileLock(f"{kept}.lock"), _patience():
             if not kept.exists():
                 arrived = kept.with_name(f"{kept.name}.arrived")
                 torch.hub.download_url_to_file(url, str(arrived), digits and digits[1])
