@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
+from fetch import is_name
 from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
@@ -50,7 +51,9 @@ MODEL_OPTIONS = {
 }
 
 TRUNK = ("model", "input_size", "patch_size", "model_kwargs", "last_block")
-"""Options whose defaults in a linear probe are those of its checkpoint."""
+"""Options whose defaults are those of the run that wrote the weights of ``--finetune``."""
+DENSE = ("detect", "segment")
+"""Tasks whose images have another size than those that their backbone was trained with before."""
 
 
 _count, _index = at_least(int, 1), at_least(int, 0)
@@ -139,7 +142,13 @@ def _add_model(parser):
         default=0.1,
         help="drop rate of stochastic depth at the last block, increasing linearly from 0",
     )
-    add("--finetune", default="", metavar="FILE", help="initialise the model with the weights of this file")
+    add(
+        "--finetune",
+        default="",
+        metavar="FILE",
+        help="initialise the model with the weights of this file, or by name: hf-hub:OWNER/NAME, "
+        "timm:deit_small_patch16_224.fb_in1k, https://...",
+    )
     add("--checkpoint-key", default=None, metavar="KEY", help="entry of the weights in the file, such as model or ema")
 
 
@@ -315,7 +324,8 @@ def _add_run(parser):
         "--export",
         default="",
         metavar="FILE",
-        help="with --eval: write the evaluated weights as *.safetensors (timm), *.pth (DINO) or *.pth.tar (MoCo-v3)",
+        help="write the weights of --resume, --finetune or best.pth as *.safetensors (timm), *.pth (DINO), *.pth.tar "
+        "(MoCo-v3), or a folder of the Hugging Face Hub; evaluate them with --eval alone",
     )
     add("--eval-every", type=_count, default=1, help="evaluate every N epochs and at the end")
     add("--save-every", type=_count, default=1, help="save every N epochs and at the end")
@@ -367,13 +377,16 @@ def parse_arguments(
     """
     # 1. the options that exist depend on the task
     words = expand_arguments(sys.argv[1:] if argv is None else argv)
+    if is_option("--export", words):
+        words = [*words, "--eval"]  # it takes the weights and the arguments of a checkpoint, too
     saved_defaults = _saved_defaults(saved)
     parser = build_parser(task_of([f"--task={saved_defaults.get('task', 'classify')}", *words]))
     # without the checkpoint of --eval its task is unknown, and so are some options
     read = _read_known if saved is None and "--eval" in words else argparse.ArgumentParser.parse_args
     # 2. defaults that depend on other options: parse, set them, parse again
     first = read(parser, words)
-    defaults = saved_defaults or _context_defaults(first, parser, planned)
+    model = first.model if is_option("--model", words) else None
+    defaults = saved_defaults or _context_defaults(first, model, parser, planned)
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
     args = read(parser, words)
     # 3. values that follow from others, and checks
@@ -390,7 +403,11 @@ def parse_arguments(
 
 def is_given(option: str, argv: list[str] | None = None) -> bool:
     """Whether a command line, or an argument file in it, has an option such as ``--output-dir``."""
-    words = expand_arguments(sys.argv[1:] if argv is None else argv)
+    return is_option(option, expand_arguments(sys.argv[1:] if argv is None else argv))
+
+
+def is_option(option: str, words: list[str]) -> bool:
+    """Whether an option is among the expanded words of a command line."""
     return option in [word.partition("=")[0] for word in words]
 
 
@@ -412,38 +429,62 @@ def _sets_for(args: argparse.Namespace) -> Mapping[str, DataSet]:
 
 
 def _context_defaults(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, planned: Mapping[str, argparse.Namespace]
+    args: argparse.Namespace,
+    model: str | None,
+    parser: argparse.ArgumentParser,
+    planned: Mapping[str, argparse.Namespace],
 ) -> dict:
-    """Defaults that depend on the data set, the model and the weights of ``--finetune``; see `parse_arguments`."""
-    sets, data_set = _sets_for(args), args.data_set or ("imagenet" if args.data_path else "digits")
-    regularised = args.model.endswith("_sar")
-    last_block, trunk = "sar" if regularised else "standard", {}
-    # fine-tuning keeps the architecture of the pre-training (Appendix E.4)
-    trained = vars(planned[args.finetune]) if args.finetune in planned else None
-    if trained:
-        last_block = trained["last_block"]
-    elif Path(args.finetune).is_file():
+    """Defaults that depend on the data set, the model and the weights of ``--finetune``.
+
+    Args:
+        args: parsed with the defaults of the task.
+        model: that the command line names; None if it names none.
+        parser: of the task.
+        planned: see `parse_arguments`.
+    """
+    # 1. fine-tuning keeps the architecture of the pre-training (Appendix E.4)
+    last_block, trained = None, vars(planned[args.finetune]) if args.finetune in planned else {}
+    if not trained and (is_name(args.finetune) or Path(args.finetune).is_file()):
         from weights import is_own, last_block_of, read_checkpoint  # imports torch
 
         checkpoint = read_checkpoint(args.finetune, lazily=True)
-        last_block = last_block_of(checkpoint, args.checkpoint_key) or last_block
-        trained = checkpoint["args"] if is_own(checkpoint) else None
-    if args.task == "linear" and trained:  # a frozen trunk has no other architecture
-        trunk = {name: trained[name] for name in TRUNK}
+        last_block = last_block_of(checkpoint, args.checkpoint_key)
+        trained = checkpoint["args"] if is_own(checkpoint) else {}
+    trunk = _trunk_of(trained, args.task, model)
+    # 2. the model, and what depends on it and on the data set
+    sets, data_set = _sets_for(args), args.data_set or ("imagenet" if args.data_path else "digits")
+    model = model or trunk.get("model", args.model)
+    regularised = model.endswith("_sar")
     defaults = {
         "data_set": data_set,
         "sar_weight": 0.01 if regularised else 0.0,
-        "sar_query": MODELS[args.model].query if args.model in MODELS else "cls",
-        "last_block": last_block,
+        "sar_query": MODELS[model].query if model in MODELS else "cls",
+        "last_block": last_block or ("sar" if regularised else "standard"),
         **sets[canonical_name(data_set, sets)].defaults,
-        **trunk,
     }
-    shared = shared_defaults()  # a default that the task has changed is part of its protocol, and is kept
-    return {
-        name: value
-        for name, value in defaults.items()
-        if name not in shared or shared[name] == parser.get_default(name)
-    }
+    # 3. a default that the task has changed is part of its protocol, and is kept; the weights' sizes are not in one
+    shared = shared_defaults()
+    kept = {name for name, value in shared.items() if value != parser.get_default(name)}
+    return {name: value for name, value in defaults.items() if name not in kept} | trunk
+
+
+def _trunk_of(trained: Mapping[str, Any], task: str, model: str | None) -> dict[str, Any]:
+    """The options of `TRUNK` that a run takes from the one that wrote its weights.
+
+    Args:
+        trained: that run's arguments; empty if another program wrote the weights.
+        task: of the new run.
+        model: that the command line names; nothing is taken with another one than that run's, but for ``_sar``.
+    """
+    before = trained.get("model", "")
+    if before not in MODELS or (model or before).removesuffix("_sar") != before.removesuffix("_sar"):
+        return {}
+    trunk = {name: trained[name] for name in TRUNK if name in trained}
+    if task in DENSE and trained.get("task", "classify") not in DENSE:
+        size = trunk.pop("input_size")
+        if size != shared_defaults()["input_size"]:
+            trunk["model_kwargs"] = {"pretrain_size": size} | trunk["model_kwargs"]
+    return trunk
 
 
 def _own_patch_size(args) -> int:
@@ -470,11 +511,12 @@ def check_arguments(args: argparse.Namespace, planned: Mapping[str, argparse.Nam
         )
     if readable(args.output_dir) != args.output_dir:
         raise UserError(f"--output-dir {args.output_dir}: the name is no UTF-8, which TensorBoard needs; name another")
-    if args.export and not args.eval:
-        raise UserError("--export needs --eval, which loads the weights that are written")
     for option in ("resume", "finetune"):
         path = getattr(args, option)
-        if path and not args.eval and path not in planned and not Path(path).exists():
+        named = is_name(path)
+        if named and option == "resume" and not args.eval:
+            raise UserError(f"--resume {path}: a run resumes from a file; --finetune starts one from weights by name")
+        if path and not (args.eval or named or path in planned or Path(path).exists()):
             raise UserError(f"--{option} {path}: no such file")
 
 

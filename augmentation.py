@@ -41,13 +41,18 @@ def eval_transform(
 
     Args:
         size: side of the result, px.
-        crop_pct: None: DeiT's, which is 0.875, or 1 up to :data:`SMALL_IMAGE` px.
+        crop_pct: see :func:`crop_pct_of`.
         interpolation: of the resize, "bicubic" or "bilinear".
     """
-    if crop_pct is None:
-        crop_pct = 1.0 if size <= SMALL_IMAGE else 0.875
-    resize = v2.Resize(math.floor(size / crop_pct), v2.InterpolationMode(interpolation), antialias=True)
+    resize = v2.Resize(
+        math.floor(size / crop_pct_of(size, crop_pct)), v2.InterpolationMode(interpolation), antialias=True
+    )
     return v2.Compose([cut_thin, resize, v2.CenterCrop(size)])
+
+
+def crop_pct_of(size: int, given: float | None) -> float:
+    """The share of the resized image that evaluation crops: as given, else DeiT's, 0.875, or 1 for small images."""
+    return given or (1.0 if size <= SMALL_IMAGE else 0.875)
 
 
 def cut_thin(image: Tensor) -> Tensor:

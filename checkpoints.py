@@ -11,9 +11,10 @@ A checkpoint holds tensors and plain values (no random state, see ``randomness.p
     args, data, precision       what must be the same in a run that resumes from it
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,9 +22,21 @@ from torch import nn
 
 from arguments import differences
 from engine import NonFiniteLoss, Run
+from fetch import input_notes
 from tasks import Task, load_task
-from utils import UserError, logger, write_atomically
-from weights import read_checkpoint
+from utils import UserError, free_folder, logger, write_atomically
+from weights import Misfit, is_own, read_checkpoint
+
+
+class NoImages:
+    """In the place of a data set, for a task that only builds its model."""
+
+    def __init__(self, classes: Sequence[str]):
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return 0
+
 
 LENGTH = ("epochs", "cooldown_epochs")
 """The options that make up the length of a run; ``--resume`` from another folder may change them."""
@@ -121,7 +134,8 @@ def _check_same_run(run: Run, checkpoint: dict[str, Any], source: Path) -> None:
         if module is not None and checkpoint[name] and checkpoint[name].keys() != own[name].keys():
             different.append(f"weights of {name} have other names, as an older version wrote them")
     if different:
-        mend = f"to start a new run from its weights, --finetune {source}" if elsewhere else "another --output-dir"
+        free = f"--output-dir {free_folder(run.plan.output_dir)}"
+        mend = f"to start a new run from its weights, --finetune {source}" if elsewhere else free
         if not elsewhere and all(line.startswith(("--epochs:", "--cooldown-epochs:")) for line in different):
             mend += f" and --resume {source}, to change the number of epochs"
         raise UserError(
@@ -147,8 +161,8 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
             run.best = {}  # its best.pth is in the other folder
         logger.info(f"resuming from {source}: epoch {run.epoch}, update {run.step}")
     elif finetune:
-        with named(finetune):
-            notes = run.task.start_from(finetune, key)
+        with named(finetune, run.arguments):
+            notes = [*input_notes(finetune), *run.task.start_from(finetune, key)]
         for note in notes:
             logger.info(f"{finetune}: {note}")
     positions = run.processes.gather(torch.tensor([run.epoch, run.step], device=run.processes.device))
@@ -157,13 +171,38 @@ def start_or_resume(run: Run, resume: str = "", finetune: str = "", key: str | N
 
 
 @contextmanager
-def named(path: str | Path) -> Iterator[None]:
-    """Begin the message of a UserError with the file that it is about."""
+def named(path: str | Path, arguments: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+    """Begin the message of a UserError with the file that it is about.
+
+    Weights that do not fit, because ``arguments`` describe another model than that of the file's run, are told so.
+    """
     try:
         yield
     except UserError as error:
-        text = str(error)
+        text = (isinstance(error, Misfit) and other_sizes(arguments, read_checkpoint(path, lazily=True))) or str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def other_sizes(arguments: Mapping[str, Any], checkpoint: Mapping) -> str:
+    """In which options a model differs from that of a checkpoint's run, in words; empty if it does not.
+
+    Sizes of images and patches are left out, as weights are resampled to them.
+    """
+    if not (is_own(checkpoint) and arguments):
+        return ""
+    model, own = (args["model"].removesuffix("_sar") for args in (checkpoint["args"], arguments))
+    if own != model:
+        return f"--model {own} does not fit the weights, which are of --model {model}; leave it out"
+    ours, theirs = (
+        {f"--model-kwargs {name}=": value for name, value in args["model_kwargs"].items() if name != "pretrain_size"}
+        for args in (arguments, checkpoint["args"])
+    )
+    given = [f"{option}{value}" for option, value in ours.items() if theirs.get(option) != value]
+    before = [f"{option}{value}" for option, value in theirs.items() if ours.get(option) != value]
+    if not given:
+        return ""
+    of = f"are of {' '.join(before)}" if before else "are of a run without it"
+    return f"{' '.join(given)} does not fit the weights, which {of}; leave it out"
 
 
 def load_trained(args, dataset: Any, checkpoint: Mapping, path: str | Path, device: torch.device) -> Task:
@@ -171,15 +210,15 @@ def load_trained(args, dataset: Any, checkpoint: Mapping, path: str | Path, devi
 
     Args:
         args: with the task, and ``checkpoint_key``.
-        dataset: the images that are evaluated, or anything else with ``classes``.
+        dataset: the images that are evaluated, or `NoImages`.
         checkpoint: the content of the file ``path``.
 
     Raises:
         UserError: see `Task.load`; the message names the file.
     """
-    with named(path):
+    with named(path, vars(args)):
         task = load_task(args.task)(args, dataset, device)
-        for note in task.load(checkpoint, args.checkpoint_key):
+        for note in [*input_notes(path), *task.load(checkpoint, args.checkpoint_key)]:
             logger.info(f"{path}: {note}")
     return task
 

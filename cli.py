@@ -91,7 +91,7 @@ ELSEWHERE = {
     "--data-dir": "--data-path",
     "--dataset": "--data-set",
     "--output": "--output-dir",
-    "--pretrained": "--finetune FILE",
+    "--pretrained": "--finetune timm:NAME",
     "--initial-checkpoint": "--finetune FILE",
     "--num-train-epochs": "--epochs",
     "--warmup-iters": "--warmup-epochs",
@@ -142,10 +142,10 @@ def _from_home(value):
 
 
 class KeyValues(argparse.Action):
-    """Words KEY=VALUE as a dict; a value that is not a Python literal is a string, as in timm."""
+    """Words KEY=VALUE as a dict, added to the default; a value that is not a Python literal is a string, as in timm."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        pairs = {}
+        pairs = dict(parser.get_default(self.dest) or {})
         for word in values:
             key, equals, value = word.partition("=")
             if not equals:

@@ -29,10 +29,9 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from randomness import isolated_rng, seed_sequence
 from readers import DATASETS, DataSet, canonical_name, sets_of
 from readers.cache import cache_images
-from readers.files import first_few
 from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage
 from samplers import Draw, class_subset
-from utils import Processes, StopSignal, UserError, end_workers, logger, write_json
+from utils import Processes, StopSignal, UserError, end_workers, first_few, logger, write_json
 
 LONGEST_TMPDIR = 70  # characters: workers make sockets there, whose paths may have 107
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils import RunError, UserError, logger, write_json
+from utils import RunError, UserError, free_folder, logger, write_json
 
 NOTE = "owner.json"
 HEARTBEAT = 10.0
@@ -60,7 +60,8 @@ class Owner:
 
     def mend(self) -> str:
         """What to do about another owner."""
-        return f"wait until it has ended, or give another --output-dir (if it runs no more, remove {self.path})"
+        free = free_folder(self.path.parent)
+        return f"wait until it has ended, or give --output-dir {free} (if it runs no more, remove {self.path})"
 
     def check(self) -> None:
         """Refuse to write into the folder once another run has taken it, as after this host was suspended.

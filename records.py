@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine import Run
 from schedules import Position
-from utils import UserError, environment, logger, write_atomically, write_json
+from utils import UserError, environment, free_folder, logger, write_atomically, write_json
 
 SHORT_NAMES = {
     "images_per_second": "images/s",
@@ -110,7 +110,8 @@ class EpochLog:
         try:
             self.lines = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a log of this program; name another --output-dir") from None
+            free = free_folder(self.path.parent)
+            raise UserError(f"{path} is not a log of this program; give --output-dir {free}") from None
 
     def write(self, record: dict) -> None:
         """Add the record of one epoch."""

@@ -1,7 +1,7 @@
 """The main loop: train, evaluate and save, epoch by epoch; or evaluate a single checkpoint."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -11,20 +11,23 @@ from timm.utils import distribute_bn
 
 from analysis.attention import similarity_maps
 from analysis.images import choose_samples
-from arguments import is_given, parse_arguments
+from arguments import default_arguments, is_given, parse_arguments
 from augmentation import normalise
 from batches import prepare
 from build import build_eval_loader, build_plan, build_run, choose_amp, log_banner
-from checkpoints import load_trained, named, save, start_or_resume
+from checkpoints import NoImages, load_trained, named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
+from export import write_weights
+from fetch import is_name
+from models import MODELS
 from owner import owned
 from records import Records, epoch_record
 from samplers import Draw
 from tasks import Task, load_task
 from tasks.scores import Scores
 from utils import Processes, RunError, StopSignal, UserError, logger, prepare_output_dir
-from weights import is_own, read_checkpoint, select_weights, write_weights
+from weights import is_own, read_checkpoint, select_weights
 
 PANEL_IMAGES = 4  # images in TensorBoard's panels of attention and of predictions
 EVALUATED_WITH = (
@@ -211,21 +214,24 @@ def draw_predictions(run: Run, dataset) -> list:
 
 
 def evaluate_only(argv, args, processes: Processes) -> int:
-    """Evaluate a checkpoint; task, model and sizes that are not given are those of its run."""
-    # 1. the checkpoint, and the images to evaluate
-    path = Path(args.resume or args.finetune or Path(args.output_dir, "best.pth"))
-    if not path.exists():
+    """Evaluate or export a checkpoint; task, model and sizes that are not given are those of its run."""
+    # 1. the checkpoint, and the images unless it is exported alone and names its classes
+    path = args.resume or args.finetune or str(Path(args.output_dir, "best.pth"))
+    if not (is_name(path) or Path(path).exists()):
         raise UserError(f"nothing to evaluate at {path}; name a checkpoint with --finetune FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
-    dataset = evaluated_images(args, checkpoint, path, processes)
-    # 2. the task with its weights
+    alone = args.export and not is_given("--eval", argv) and not default_arguments(args.task)["eval"]
+    own = alone and is_own(checkpoint)
+    classes = checkpoint["data"]["classes"] if own else ()
+    dataset = NoImages(classes) if own else evaluated_images(args, checkpoint, path, processes)
     task = load_trained(args, dataset, checkpoint, path, processes.device)
+    # 2. export it
     if args.export and processes.is_main:
-        write_weights(task.exported, args.export)
-        logger.info(f"{args.export}: written")
-        if args.last_block != "standard":
-            logger.warning(f"{args.export}: its last block is {args.last_block!r}, which other programs' ViTs lack")
+        export(task.exported, args, dataset.classes)
+    if alone:
+        processes.barrier()
+        return 0
     # 3. evaluate
     dtype, _ = choose_amp(args.amp, processes.device)
     loader = build_eval_loader(args, processes, dataset)
@@ -234,9 +240,10 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     bad = [name for name, value in results.items() if not math.isfinite(value)]
     # 4. report, and end all processes together
     if evaluator.scores is not None and len(evaluator.scores) and processes.is_main and not bad:
-        folder = Path(args.output_dir) if is_given("--output-dir", argv) else path.parent
+        elsewhere = is_name(path) or is_given("--output-dir", argv)
+        folder = Path(args.output_dir) if elsewhere else Path(path).parent
         weights, precision = select_weights(checkpoint, args.checkpoint_key)[1], str(dtype or torch.float32)
-        summary = {"checkpoint": str(path), "weights": weights, "precision": precision, "results": results}
+        summary = {"checkpoint": path, "weights": weights, "precision": precision, "results": results}
         write_files(folder / "eval", args, summary, evaluator.scores, dataset)
     processes.barrier()
     logger.info(task.describe(results))
@@ -245,7 +252,7 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     return 0
 
 
-def evaluated_images(args, checkpoint, path: Path, processes: Processes):
+def evaluated_images(args, checkpoint, path: str, processes: Processes):
     """The validation images, labelled as the classes of the checkpoint.
 
     Raises:
@@ -261,6 +268,17 @@ def evaluated_images(args, checkpoint, path: Path, processes: Processes):
             for note in task_class.relabel(dataset, classes) if classes else []:
                 logger.info(f"{path}: {note}")
     return dataset
+
+
+def export(model: torch.nn.Module, args, classes: Sequence[str]) -> None:
+    """Write ``--export``, and log who can read it."""
+    how = write_weights(model, args.export, args, classes)
+    logger.info(f"{args.export}: written; {how}")
+    if args.last_block != "standard":
+        logger.warning(
+            f"{args.export}: its last block is {args.last_block!r}, which other programs' ViTs lack; "
+            f"import {MODELS[args.model].module} before timm builds it"
+        )
 
 
 def write_files(folder: Path, args, summary: dict, scores: Scores, dataset) -> None:

@@ -11,6 +11,7 @@ import errno
 import gc
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -54,6 +55,12 @@ class RunError(Exception):
 def readable(name: str) -> str:
     """A file name as text that can be written: a byte that is no UTF-8 becomes the four characters ``\\xe9``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def first_few(names: list[str], limit: int = 5) -> str:
+    """Up to ``limit`` names, and the number of the others."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # --------------------------------------------------------------------------------------------- processes
@@ -553,6 +560,12 @@ def prepare_output_dir(path: Path, option: str = "--output-dir") -> None:
             pass
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror}; name a writable folder") from None
+
+
+def free_folder(folder: Path) -> str:
+    """A folder beside this one that does not exist yet: its name with _2, or the next number that is free."""
+    name = folder if folder.name else Path(os.path.abspath(folder))  # of "."
+    return next(path for number in itertools.count(2) if not os.path.lexists(path := f"{name}_{number}"))
 
 
 def _cpu_name() -> str:

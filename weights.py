@@ -18,8 +18,7 @@ Self-supervised training by this program has the keys of the last two networks, 
 
 The prefixes of DistributedDataParallel and ``torch.compile`` are removed, and any that all names share, such as
 Lightning's ``model.``. The projection and prediction heads of DINO and MoCo-v3 and the decoder of MAE are not part of
-the ViT and are left out. Any other name that does not fit is an error. `write_weights` writes weights for other
-programs.
+the ViT and are left out. Any other name that does not fit is an error. `export` writes weights for other programs.
 """
 
 import argparse
@@ -43,8 +42,14 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from fetch import local_file
 from models_sar import SIZES
-from utils import UserError, write_atomically
+from utils import UserError, first_few
+
+
+class Misfit(UserError):
+    """Weights that are missing, unexpected or of another shape."""
+
 
 # Keys of this program, DeiT, the released SAR code and timm; averaged weights come last.
 WEIGHT_KEYS = ("model", "state_dict", "ema", "model_ema", "state_dict_ema")
@@ -86,7 +91,7 @@ class SelfSupervised:
             return {name: value for name, value in state.items() if not re.match(self.head, name)}, key
         odd = [name for name in state if not name.startswith((prefix, *self.others))]
         if odd:
-            raise UserError(f"{entry!r} of the {self.name} checkpoint has weights of unknown networks: {_shorten(odd)}")
+            raise UserError(f"{entry!r} of the {self.name} checkpoint has weights of other networks: {first_few(odd)}")
         encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         return {name: value for name, value in encoder.items() if not re.match(self.head, name)}, key
 
@@ -131,16 +136,28 @@ def read_checkpoint(path: str | Path, lazily: bool = False) -> dict:
     allowed.
 
     Args:
-        path: the file.
+        path: the file, or a name of `fetch.local_file`, which is fetched.
         lazily: map the weights from disk where the format allows it, to read only names and arguments. The weights
             must not be used when the file is gone.
 
     Raises:
-        UserError: the file is missing, a folder, truncated, not a checkpoint, or would run code.
+        UserError: the file is missing, a folder, truncated, not a checkpoint, or would run code; or see `fetch`.
     """
-    path = Path(path)
+    return _read_file(weights_file(path), lazily)
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file of a path or of a name; see `fetch.local_file`, also for errors. What is fetched is a checkpoint."""
+    return local_file(source, check=_read_file)
+
+
+def _read_file(path: Path, lazily: bool = False) -> dict:
+    """`read_checkpoint` of a file of this machine."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name the checkpoint in it, for example {path / 'best.pth'}")
+        there = [name for name in ("best.pth", "model.safetensors") if (path / name).exists()]
+        raise UserError(
+            f"{path} is a folder; name the checkpoint in it, for example {path / (there or ['best.pth'])[0]}"
+        )
     try:
         if _is_safetensors(path):
             return safetensors.torch.load_file(path, device="cpu")
@@ -210,15 +227,15 @@ def select_weights(checkpoint: Mapping, key: str | None = None) -> tuple[dict[st
     if key is not None:
         if key not in holders:
             raise UserError(f"the checkpoint has no weights under {key!r}; keys with weights: {there}")
-        return _without_prefix(clean_state_dict(checkpoint[key])), key
+        return _timms_names(clean_state_dict(checkpoint[key])), key
     for name in WEIGHT_KEYS:
         if name in holders:
-            return _without_prefix(clean_state_dict(checkpoint[name])), name
+            return _timms_names(clean_state_dict(checkpoint[name])), name
     if _is_state_dict(checkpoint):
-        return _without_prefix(clean_state_dict(dict(checkpoint))), None
+        return _timms_names(clean_state_dict(dict(checkpoint))), None
     raise UserError(
         f"the checkpoint has no weights under any of {', '.join(WEIGHT_KEYS)}; give another key. "
-        f"Keys with weights: {there}; all keys: {_shorten(checkpoint)}"
+        f"Keys with weights: {there}; all keys: {first_few(list(map(str, checkpoint)))}"
     )
 
 
@@ -228,6 +245,20 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if len(first) > 1 or not any(re.match(r"\w+\.(cls_token|pos_embed|patch_embed\.)", name) for name in state):
         return state
     return {name.partition(".")[2]: value for name, value in state.items()}
+
+
+def _timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without a prefix that all of its weights share, and with timm's names and forms.
+
+    LayerScale of DeiT III (``gamma_1``) is ``ls1.gamma``. Register tokens of DINOv2 have no positions in timm's form,
+    and that of [CLS] is added to the token (timm's ``no_embed_class``).
+    """
+    state = {re.sub(r"^(blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma", k): v for k, v in _without_prefix(state).items()}
+    if "register_tokens" in state and {"cls_token", "pos_embed"} <= state.keys():
+        positions = state["pos_embed"]
+        state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+        state["reg_token"] = state.pop("register_tokens")
+    return state
 
 
 # Names in the head of DINO's early files, and of torch's newer weight normalisation -> those in DINO's files of today.
@@ -367,6 +398,7 @@ def num_heads_of(checkpoint: Mapping, key: str | None = None) -> int | None:
         or isinstance(args, Mapping)
         or width != 384
         or (key in ("model", "model_ema") and "head.weight" in state)
+        or "blocks.0.ls1.gamma" in state  # DeiT III, DINOv2
     )
     return HEADS.get(width) if known else None
 
@@ -387,7 +419,7 @@ def load_weights(
     model: nn.Module,
     source: str | Path | Mapping,
     key: str | None = None,
-    keep_head: bool = False,
+    strict_head: bool = False,
     classes: Sequence[str] = (),
 ) -> list[str]:
     """Load a checkpoint of any known program into ``model``.
@@ -400,7 +432,7 @@ def load_weights(
         model: a model of this program, or a ViT of timm; changed in place.
         source: a file, or a checkpoint already read.
         key: see `select_weights`.
-        keep_head: for evaluation: a head that does not fit is an error.
+        strict_head: for evaluation: a head that does not fit is an error, and is not replaced.
         classes: names of the model's classes, to compare with those in a checkpoint of this program.
 
     Returns:
@@ -424,7 +456,7 @@ def load_weights(
     state, layout_notes = _fit_layout(state, model)
     state, grid_notes = _fit_grid(state, model)
     head_notes = []
-    if not keep_head:
+    if not strict_head:
         known = (checkpoint.get("data") or {}).get("classes") if is_own(checkpoint) else None
         state, head_notes = _fit_head(state, model, bool(known and classes) and list(known or ()) != list(classes))
     # 3. all else is the same
@@ -453,19 +485,23 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
             raise UserError(f"{name} is not finite: its training had diverged; take an earlier checkpoint")
 
 
-MAE_DECODER = re.compile(r"mask_token|decoder_")
+PRE_TRAININGS_OWN = re.compile(r"mask_token|decoder_")
+"""Weights beside the ViT in files of MAE, and of DINOv2, which has a mask token alone."""
 
 
 def _fit_layout(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in the layout of this program's ViTs: without MAE's decoder, and with a position of [CLS].
+    """The state dict in the layout of this program's ViTs: the encoder alone, and with a position of [CLS].
 
     Positions without one for [CLS] are recognised by their number on the model's own grid alone: of another grid they
     could as well be those of an oblong grid with [CLS].
     """
     notes = []
     if "mask_token" in state:
-        state = {name: value for name, value in state.items() if not MAE_DECODER.match(name)}
-        notes.append("of MAE's pre-training: the encoder, without decoder and mask token")
+        decoder = any(name.startswith("decoder_") for name in state)
+        state = {name: value for name, value in state.items() if not PRE_TRAININGS_OWN.match(name)}
+        notes.append(
+            "of MAE's pre-training: the encoder, without decoder and mask token" if decoder else "no mask token"
+        )
     theirs, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
     if theirs is not None and own is not None and theirs.ndim == own.ndim == 3:
         patches = theirs.shape[1]
@@ -509,11 +545,12 @@ def load_trunk(
     own = backbone.state_dict()
     notes = _compare_heads(num_heads_of(checkpoint, key), backbone if hasattr(backbone, "blocks") else None)
     notes += layout_notes
-    # 1. the backbone of a dense task; the last block
+    # 1. the backbone of a dense task
     within = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
     if within:
         others = dict.fromkeys(name.partition(".")[0] for name in state if not name.startswith("backbone."))
         state, notes = within, [*notes, f"left out: {', '.join(others)}, which are new here"]
+    # 2. the last block
     kind = last_block_of(checkpoint, key)
     if kind not in (None, backbone.last_block):
         if not other_last_block:
@@ -524,13 +561,13 @@ def load_trunk(
         notes.append(f"last block: {kind} in the file, {backbone.last_block} here, as --last-block says")
         state, norm_notes = _fit_last_norm(state, own)
         notes += norm_notes
-    # 2. what only one of them has
+    # 3. what only one of them has
     left = [name for name in state if CLASSIFIERS_OWN.fullmatch(name)]
     new = {name: value for name, value in own.items() if BACKBONES_OWN.fullmatch(name) and name not in state}
     state = {name: value for name, value in state.items() if name not in left} | new
     notes += [f"left out: {', '.join(left)}"] * bool(left)
     notes += [f"relative positions start at 0 ({len(new)} tables)"] * bool(new)
-    # 3. all else is the same
+    # 4. all else is the same
     for name in own.keys() & state.keys() & {"pos_embed", "pos_embed1"}:
         _check_pretrain_size(state[name], own[name])
     _check_fit(state, backbone, "checkpoint")
@@ -610,7 +647,7 @@ def _fit_head(
 
 
 def _check_fit(state: dict[str, Tensor], model: nn.Module, file: str) -> None:
-    """Raise a `UserError` that lists missing and unexpected weights and other shapes; ``file`` says whose they are."""
+    """Raise a `Misfit` that lists missing and unexpected weights and other shapes; ``file`` says whose they are."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
@@ -618,14 +655,47 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module, file: str) -> None:
         f"{k} {_shape(state[k])} for {_shape(v)}" for k, v in own.items() if k in state and state[k].shape != v.shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    listed = "; ".join(f"{what}: {_shorten(keys)}" for what, keys in problems.items() if keys)
+    listed = "; ".join(f"{what}: {first_few(keys, 3)}" for what, keys in problems.items() if keys)
     if listed:
-        raise UserError(
-            f"the {file}'s weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model)}"
+        raise Misfit(
+            f"the {file}'s weights do not fit the model. {listed}{_hint(missing, unexpected, reshaped, model, state)}"
         )
 
 
-def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model: nn.Module) -> str:
+# What timm's ViTs have on demand: in words, the names of its weights, and the --model-kwargs.
+PARTS_ON_DEMAND = (
+    ("LayerScale", r"blocks\.\d+\.ls[12]\.gamma", "init_values=1e-5"),
+    ("register tokens", r"reg_token", "reg_tokens={registers} no_embed_class=True"),
+    ("norms of queries and keys", r"blocks\.\d+\.attn\.[qk]_norm\.", "qk_norm=True"),
+    ("a norm before the blocks", r"norm_pre\.", "pre_norm=True"),
+    ("a norm after the mean of the patches", r"fc_norm\.", "global_pool=avg"),
+)
+
+
+def _hint_at_parts(missing: list[str], unexpected: list[str], model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Which of `PARTS_ON_DEMAND` only the file or only the model has, with the mend; empty if there are none."""
+
+    def parts(names: list[str]) -> tuple[list[str], str]:
+        """In words, and as --model-kwargs, those parts that have some of these weights."""
+        found = [part for part in PARTS_ON_DEMAND if any(re.match(part[1], name) for name in names)]
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        return [what for what, *_ in found], " ".join(kwargs.format(registers=registers) for *_, kwargs in found)
+
+    theirs, kwargs = parts(unexpected)
+    if theirs and not isinstance(model, VisionTransformer):
+        return f". They have {' and '.join(theirs)}, which this model cannot have"
+    if theirs:
+        return f". They have {' and '.join(theirs)}: give --model-kwargs {kwargs}"
+    own, kwargs = parts(missing)
+    if own:
+        names = ", ".join(re.findall(r"(\w+)=", kwargs))
+        return f". They have no {' and no '.join(own)}: leave {names} out of --model-kwargs"
+    return ""
+
+
+def _hint(
+    missing: list[str], unexpected: list[str], reshaped: list[str], model: nn.Module, state: Mapping[str, Tensor]
+) -> str:
     """What to change for likely causes: another last block (Eq. 1-2, 10-11), a distilled DeiT, an oblong grid."""
     for keys, kind in ((unexpected, "standard"), (missing, "sar")):
         last_norms = {k.rpartition(".")[0] for k in keys if ".norm2." in k}
@@ -633,13 +703,23 @@ def _hint(missing: list[str], unexpected: list[str], reshaped: list[str], model:
             return f". The checkpoint has the last block {kind!r}: use --last-block {kind}"
     if "dist_token" in unexpected:
         return ". They are a distilled DeiT's, which is not supported: use the model without distillation"
-    if "reg_token" in unexpected or "register_tokens" in unexpected:
-        return ". They are a ViT's with register tokens, which this program's models do not have"
+    if parts := _hint_at_parts(missing, unexpected, model, state):
+        return parts
+    if "reg_token" in state and not getattr(model, "no_embed_class", True):
+        return ". Register tokens have no positions: give --model-kwargs no_embed_class=True, too"
     for names, program in LAYOUTS.items():
         if any(re.match(names, name) for name in unexpected):
             return f". The names are those of {program}, which are not read: convert them to timm's"
+    for width in (re.match(r"cls_token 1x1x(\d+) for 1x1x(\d+)", key) for key in reshaped):
+        if width:
+            same = [f"vit_{name}" for name, sizes in SIZES.items() if sizes["embed_dim"] == int(width[1])]
+            use = f"use --model {same[0]}" if same else f"give --model-kwargs embed_dim={width[1]}"
+            return f". They are of width {width[1]}, and the model is of width {width[2]}: {use}"
     if [k.partition(" ")[0] for k in reshaped] == ["pos_embed"]:
-        return ". Only square grids with a position of [CLS] are resampled: use the checkpoint's image and patch size"
+        return (
+            ". Only square grids with a position of [CLS] are resampled: use the checkpoint's image and patch size, or "
+            "--model-kwargs no_embed_class=True if [CLS] has none"
+        )
     if reshaped and all(re.match(r"head\.", name) for name in reshaped):
         return ". Its classes are others: fine-tune it (--finetune without --eval), or name the data set of its classes"
     return ""
@@ -657,38 +737,3 @@ LAYOUTS = {
 def _shape(tensor: Tensor | None) -> str:
     """The shape in words, such as 1x197x384."""
     return "none" if tensor is None else "x".join(map(str, tensor.shape))
-
-
-def _shorten(names, limit: int = 12) -> str:
-    """A list of names in words, cut after ``limit`` of them."""
-    names = list(map(str, names))
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-# ---------------------------------------------------------------------------------------------- writing weights
-
-MOCO_PREFIX = "module.base_encoder."
-
-
-def write_weights(model: nn.Module, path: str | Path) -> None:
-    """Write a model's weights for other programs, which the suffix of the file names.
-
-    ``.safetensors``: the state dict, whose names are timm's, for timm and others. ``.pth``: the same as a file of
-    torch, for DINO's scripts (``--pretrained_weights``). ``.tar``: with the names of a MoCo-v3 checkpoint, for its
-    scripts (``--pretrained``). `read_checkpoint` reads all three.
-
-    Raises:
-        UserError: another suffix, or no such folder.
-        RunError: see `utils.write_atomically`.
-    """
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".tar"):
-        raise UserError(f"--export {path}: name a file *.safetensors (timm), *.pth (DINO) or *.pth.tar (MoCo-v3)")
-    if not path.parent.is_dir():
-        raise UserError(f"--export {path}: there is no folder {path.parent}; make it first")
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if path.suffix == ".safetensors":
-        write_atomically(path, lambda file: file.write(safetensors.torch.save(state)))
-        return
-    content = state if path.suffix == ".pth" else {"state_dict": {MOCO_PREFIX + k: v for k, v in state.items()}}
-    write_atomically(path, lambda file: torch.save(content, file))

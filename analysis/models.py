@@ -77,7 +77,7 @@ def load_model(
         state, _ = select_weights(checkpoint, key)
         if positions == "released":
             state = _with_released_positions(state, model)
-        load_weights(model, state, keep_head=True)
+        load_weights(model, state, strict_head=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     # 2. metadata of this program's checkpoints
@@ -127,8 +127,10 @@ def _foreign_vit(checkpoint: Mapping, key: str | None, num_heads: int | None, in
         raise UserError(f"the file does not give the number of heads of a ViT of width {width}; give --num-heads")
     if width % heads:
         raise UserError(f"--num-heads {heads} does not divide the width {width}")
-    # 3. input size, and the model
-    size = input_size or math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
+    # 3. input size, and the model; in timm's ViTs of DeiT III and DINOv2, [CLS] and registers may have no positions
+    positions, registers = state["pos_embed"].shape[1], state["reg_token"].shape[1] if "reg_token" in state else 0
+    without_prefix = math.isqrt(positions) ** 2 == positions
+    size = input_size or math.isqrt(positions - (not without_prefix)) * patch_size
     _check_size(size, patch_size)
     model = timm.create_model(
         "vit_small",
@@ -141,6 +143,9 @@ def _foreign_vit(checkpoint: Mapping, key: str | None, num_heads: int | None, in
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         num_classes=len(state.get("head.weight", ())),
         last_block=last_block_of(state),
+        init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
+        reg_tokens=registers,
+        no_embed_class=without_prefix,
     )
     return model, size, patch_size
 
@@ -153,8 +158,8 @@ def _check_size(size: int, patch_size: int) -> None:
 
 def _with_released_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The state dict with its position embedding resampled to the model's grid, as in the released code."""
-    if "pos_embed" not in state:
-        raise UserError("the released code resamples positions of ViTs only; leave it to timm")
+    if "pos_embed" not in state or getattr(model, "no_embed_class", False):
+        raise UserError("the released code resamples positions of ViTs with one for [CLS] only; leave it to timm")
     positions = scaled_positions(state["pos_embed"], cast(Any, model.patch_embed).grid_size)
     return state | {"pos_embed": positions}
 

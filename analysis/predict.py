@@ -19,7 +19,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from analysis.pictures import MIN_SCORE, above, draw_boxes, draw_names, draw_pix
 from arguments import parse_arguments
 from augmentation import as_tensor
 from batches import prepare
-from checkpoints import load_trained
+from checkpoints import NoImages, load_trained
 from cli import HelpFormatter, Parser, at_least, exit_code
 from readers.files import list_images
 from readers.images import UnreadableImage, read_photograph
@@ -129,7 +128,7 @@ def load_predictor(args: argparse.Namespace, device: torch.device) -> tuple[Task
         )
     key = ["--checkpoint-key", args.checkpoint_key] if args.checkpoint_key else []
     saved, classes = parse_arguments(["--eval", *key], saved=checkpoint["args"]), list(checkpoint["data"]["classes"])
-    task = load_trained(saved, SimpleNamespace(classes=classes), checkpoint, path, device)
+    task = load_trained(saved, NoImages(classes), checkpoint, path, device)
     return task.eval(), task_class.evaluation_transform(saved), classes
 
 

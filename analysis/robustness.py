@@ -30,7 +30,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from analysis.commands import add_loading_options, add_model_options
+from analysis.commands import add_loading_options, add_model_options, weights_here
 from analysis.models import TrainedModel, load_model, short_names
 from augmentation import eval_transform
 from build import choose_amp
@@ -466,7 +466,7 @@ def build_command_line() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="checkpoint of any supported format")
+    add("--checkpoint", required=True, type=weights_here, metavar="FILE", help="checkpoint of any supported format")
     add("--data-set", required=True, choices=tuple(IMAGES), help="which set to measure")
     add("--data-path", required=True, type=Path, metavar="DIR", help="folder of the set, in the layout above")
     add("--out", type=Path, metavar="DIR", help="output folder (default: output/<data set>/<checkpoint name>)")

@@ -17,7 +17,7 @@ from timm.layers import QuickGELU, calculate_drop_path_rates, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from models.pyramid import PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
+from models.pyramid import LAST_GROUP, PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
 from models_sar import create, imagenet_cfgs
 
 __all__ = ["CvT"]
@@ -216,6 +216,16 @@ class CvT(PyramidTransformer):
         if hasattr(self, "stage3"):
             x, grid = self.stage3(as_map(x, grid))
         return x
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's groups of layers: the stem, then the blocks of all stages, or with ``coarse`` the stages."""
+        stage, place = r"^stage(\d+)\.(?:patch_embed|cls_token)", () if coarse else (0,)
+        blocks = r"^stage(\d+)\.blocks" if coarse else r"^stage(\d+)\.blocks\.(\d+)"
+        return {
+            "stem": r"^stage0\.patch_embed",
+            "blocks": [(stage, place), (blocks, None), (r"^norm", LAST_GROUP)],
+        }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from models.pyramid import PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
+from models.pyramid import LAST_GROUP, PyramidBlock, PyramidTransformer, as_map, check_stages, init_linear
 from models_sar import create, imagenet_cfgs
 
 __all__ = ["PVT"]
@@ -192,6 +192,17 @@ class PVT(PyramidTransformer):
             for block in self.block4:
                 x = block(x, grid)
         return x
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's groups of layers: the stem, then the blocks of all stages, or with ``coarse`` the stages."""
+        stage, place = r"^(?:patch_embed|pos_embed)(\d+)", () if coarse else (0,)
+        blocks = r"^block(\d+)" if coarse else r"^block(\d+)\.(\d+)"
+        cls_token = (r"^cls_token", (len(self.feature_info), *place))
+        return {
+            "stem": r"^(?:patch_embed|pos_embed)1\b",
+            "blocks": [(stage, place), cls_token, (blocks, None), (r"^norm", LAST_GROUP)],
+        }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

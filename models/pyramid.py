@@ -21,6 +21,8 @@ __all__ = ["PyramidBlock", "PyramidTransformer"]
 
 POOLS = ("token", "avg")
 MOST_STAGES = 4
+LAST_GROUP = (99999,)
+"""What timm's ``group_parameters`` takes for the group of the last block."""
 
 
 def check_stages(**sizes) -> None:

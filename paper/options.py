@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import HelpFormatter, Parser, at_least, expand_arguments, nearest
+from fetch import is_name
 from launch.runs import ROOT
 from launch.slurm import Cluster
 from paper.tables import RUNNABLE, TABLES, table_rows
@@ -128,7 +129,7 @@ def _add_table_specific_options(parser: Parser, table: str) -> None:
     def add(name: str, text: str, **how) -> None:
         parser.add_argument(name, help=text if uses_option(table, name) else argparse.SUPPRESS, **how)
 
-    weights = {"type": existing_file, "metavar": "FILE"}
+    weights = {"type": weights_here, "metavar": "FILE"}
     add("--ckpt-base", "ImageNet-1K weights to use instead of this program's without SAR", **weights)
     add("--ckpt-sar", "ImageNet-1K weights to use instead of this program's with SAR", **weights)
     example = 'options for reading the given checkpoints: "--num-heads 6 --checkpoint-key ema"'
@@ -163,6 +164,15 @@ def existing_file(text: str) -> Path:
     if not Path(text).expanduser().is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such file")
     return path_from_here(text)
+
+
+def weights_here(text: str) -> Path:
+    """`existing_file` of weights; what is given by name (`fetch.local_file`) is fetched."""
+    if is_name(text):
+        from weights import weights_file  # imports torch
+
+        text = str(weights_file(text))
+    return existing_file(text)
 
 
 def split_words(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import UserError, logger, readable
+from utils import UserError, first_few, logger, readable
 
 FORMATS = set("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM QOI TGA TIFF WEBP".split())
 """Pillow's names of the formats that photographs and drawings are kept in."""
@@ -147,9 +147,3 @@ def is_hidden(name: str) -> bool:
 def suffix_of(name: str) -> str:
     """The suffix of a file's name, in lower case."""
     return os.path.splitext(name)[1].lower()
-
-
-def first_few(names: list[str], limit: int = 5) -> str:
-    """Up to ``limit`` names, and the number of the others."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

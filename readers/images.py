@@ -156,12 +156,13 @@ class SubsetOf(LabelledImages):
     def __init__(self, images: LabelledImages, indices: Sequence[int]):
         names = [images.names[index] for index in indices]
         super().__init__(names, images.targets[np.asarray(indices)], images.classes)
-        self.in_memory = images.in_memory
+        self.in_memory, self.labelled = images.in_memory, images.labelled
         self._images: Any = images
         self._indices = np.asarray(indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._images[self._indices[index]]
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, annotation = self._images[self._indices[index]]
+        return image, int(self.targets[index]) if self.labelled else annotation  # `datasets.relabel` changes targets
 
     def size(self, index: int) -> tuple[int, int]:
         return self._images.size(self._indices[index])

@@ -1,12 +1,13 @@
 """Image classification: Mixup and CutMix, cross-entropy, averaged weights; accuracy and measures of the maps."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class Classification(Task):
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
         self.ema = (ModelEmaV3(self.model, decay=args.model_ema_decay),) if args.model_ema else ()
         self.classes = () if args.keep_head else dataset.classes
-        self.records_images = args.eval
+        self.records_images, self.layer_decay = args.eval, args.layer_decay
 
     @classmethod
     def data(cls, args: argparse.Namespace, split: str, processes: Processes) -> AugmentedDataset:
@@ -72,6 +73,20 @@ class Classification(Task):
 
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"cross_entropy": self.criterion(outputs["logits"], batch["targets"])}
+
+    def parameter_groups(self, args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+        """See `tasks.Task.parameter_groups`; with ``--layer-decay`` also by layer, from the head to the stem."""
+        if args.layer_decay == 1:
+            return super().parameter_groups(args)
+        layers = param_groups_layer_decay(
+            self.model, args.weight_decay, self.model.no_weight_decay(), layer_decay=args.layer_decay
+        )
+        return layers + param_groups_weight_decay(nn.ModuleDict(self.other_modules()), args.weight_decay)
+
+    def notes(self) -> dict[str, str]:
+        if self.layer_decay == 1:
+            return {}
+        return {"layer decay": f"lr x {self.layer_decay:g} from each block to the one before it"}
 
     def end_update(self, schedule: Mapping[str, float]) -> None:
         for ema in self.ema:

@@ -187,7 +187,7 @@ class LinearClassification(Task):
         state, _ = select_weights(checkpoint, key)
         if any(name.startswith("heads.") for name in state):
             self.best = accuracies_of((checkpoint.get("best") or {}).get("results", {}))
-            return load_weights(self.model, checkpoint, key, keep_head=True)
+            return load_weights(self.model, checkpoint, key, strict_head=True)
         classifier = classifier_of(select_weights(read_checkpoint(self.file))[0] if self.file else state)
         if classifier is None:
             raise UserError(

@@ -286,7 +286,7 @@ class Task(nn.Module):
 
         Args, results and errors are those of `weights.load_weights`.
         """
-        return load_weights(self.model, checkpoint, key, keep_head=True)
+        return load_weights(self.model, checkpoint, key, strict_head=True)
 
     @property
     def exported(self) -> nn.Module:

@@ -127,6 +127,17 @@ def test_a_checkpoint_of_this_program_needs_no_word(tmp_path, model):
     )
 
 
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_layer_scale_registers_and_positions_without_cls_are_found_in_the_file(tmp_path, name):
+    theirs = timm.create_model(name, embed_dim=192, depth=1, num_heads=3, img_size=28, patch_size=7).eval()
+    theirs.load_state_dict({key: torch.randn_like(value) / 8 for key, value in theirs.state_dict().items()})
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    trained = load_model(tmp_path / "vit.pth")
+    assert (trained.input_size, trained.patch_size) == (28, 7)
+    images = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(trained.model(images), theirs(images))
+
+
 def test_a_head_of_1000_classes_is_imagenets(tmp_path):
     path = save(tmp_path / "deit.pth", {"model": another_programs(num_classes=1000).state_dict()})
     classes = load_model(path, num_heads=3).classes
@@ -144,8 +155,8 @@ def test_what_cannot_be_used_is_said(tmp_path):
         load_model(path, num_heads=3, input_size=50)
     with pytest.raises(UserError, match=r"resnet.pth: not the weights of a ViT: no cls_token, .* must hold a ViT$"):
         load_model(save(tmp_path / "resnet.pth", timm.create_model("resnet18").state_dict()))
-    with pytest.raises(UserError, match=r"odd.pth: .*unexpected: blocks.0.ls1.gamma$"):
-        load_model(save(tmp_path / "odd.pth", state | {"blocks.0.ls1.gamma": torch.ones(24)}), num_heads=3)
+    with pytest.raises(UserError, match=r"odd.pth: .*unexpected: blocks.0.extra.gamma$"):
+        load_model(save(tmp_path / "odd.pth", state | {"blocks.0.extra.gamma": torch.ones(24)}), num_heads=3)
 
 
 def test_a_vit_of_other_proportions_needs_no_word_but_its_heads(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import write_checkpoint
 
 from arguments import SAR_LOSSES, build_parser, differences, parse_arguments
 from cli import ELSEWHERE
@@ -125,6 +126,10 @@ def test_model_kwargs_are_python_values():
         ("--data-path x --batch-size 127", "--batch-size 127 is odd"),
         ("--report ema --no-model-ema", "--report ema needs --model-ema"),
         ("--resume nothing.pth", "--resume nothing.pth: no such file"),
+        (
+            "--resume timm:vit",
+            "--resume timm:vit: a run resumes from a file; --finetune starts one",
+        ),
         ("--finetune nothing.pth", "--finetune nothing.pth: no such file"),
         ("@nothing.args", "argument file nothing.args: No such file"),
         ("--lr 1e-3 @recipes/deit_in1k.args", "must come before all options"),
@@ -155,6 +160,26 @@ def test_weights_may_be_named_in_other_words(tmp_path, monkeypatch):
     assert differences(vars(args), {**vars(args), "finetune": "others.pth"}) == [
         "--finetune: others.pth in the checkpoint, weights.pth now"
     ]
+
+
+def test_fine_tuning_takes_the_model_and_its_sizes_from_a_run_of_this_program(tmp_path):
+    """Model, sizes and lambda as the run had them; what is given wins, and a single size joins the others."""
+    own = str(write_checkpoint(tmp_path / "own.pth", ["one", "two"]))
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+
+    def parsed(words):
+        args = parse_arguments(["--finetune", own, "--data-path", "x", *words.split()])
+        return args.model, args.input_size, args.patch_size, args.model_kwargs, args.last_block, args.sar_weight
+
+    assert parsed("") == ("vit_tiny_sar", 8, 2, sizes, "sar", 0.01)
+    assert parsed("--input-size 12") == ("vit_tiny_sar", 12, 2, sizes, "sar", 0.01)
+    assert parsed("--model vit_tiny") == ("vit_tiny", 8, 2, sizes, "sar", 0.0)
+    kwargs = sizes | {"num_heads": 4, "qkv_bias": False}
+    assert parsed("--model-kwargs num_heads=4 qkv_bias=False") == ("vit_tiny_sar", 8, 2, kwargs, "sar", 0.01)
+    assert parsed("--model pvt_small") == ("pvt_small", 224, 4, {}, "sar", 0.0), "another architecture"
+    assert parsed("--task dino")[:4] == ("vit_tiny_sar", 8, 2, sizes)
+    dense = parsed("--task segment --data-set voc2012 --patch-size 4 --input-size 64")
+    assert dense[:4] == ("vit_tiny_sar", 64, 4, {"pretrain_size": 8} | sizes), "its images are larger"
 
 
 def test_an_option_younger_than_the_checkpoint_was_at_its_default():

@@ -10,11 +10,13 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml  # timm needs it
+from helpers.checkpoints import write_checkpoint
 
 import datasets
 import main
@@ -22,6 +24,7 @@ import models
 import readers
 import tasks
 from arguments import parse_arguments
+from fetch import is_name
 from paper import options
 from readers import published
 from run_with_submitit import build_cluster, build_specs, parse_command_line
@@ -145,6 +148,11 @@ def understand(words: list[str], monkeypatch) -> None:
         )
 
 
+def not_fetched(source, check):
+    """`fetch.local_file` where nothing is fetched."""
+    return Path("not_fetched.pth" if is_name(source) else source)
+
+
 @pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
 def test_every_command_is_understood_by_its_program(command, tmp_path, monkeypatch):
     """In a folder of the recipes and of empty files for the weights that a command names, which may be missing."""
@@ -153,11 +161,12 @@ def test_every_command_is_understood_by_its_program(command, tmp_path, monkeypat
     for name in ("vit.pth", "sar.pth"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("weights.local_file", not_fetched)
     with contextlib.suppress(SystemExit):  # --help
         try:
             understand(words, monkeypatch)
         except UserError as error:
-            if "no such file" not in str(error):
+            if "no such file" not in str(error).lower():
                 raise
 
 
@@ -233,10 +242,58 @@ def test_readmes_python_runs():
 
 
 def test_the_python_of_the_pages_runs():
+    """But for the page whose examples need a trained model, see the next test."""
     for page in PAGES:
-        if page.startswith("docs/"):
+        if page.startswith("docs/") and page != "docs/train.md":
             for block in blocks(page, "python"):
                 exec(block, {})
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """The examples of "Use a model elsewhere", and a folder where its command was given."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    write_checkpoint(folder / "best.pth", ["one", "two", "three"])
+    (command,) = [words for words in commands("docs/train.md") if "--export hub" in words]
+    with contextlib.chdir(folder):
+        assert main.main(shlex.split(command)[2:]) == 0
+    return blocks("docs/train.md", "python"), folder
+
+
+def test_a_trained_model_goes_into_timm_and_torchscript(elsewhere, monkeypatch):
+    (timms, *_), folder = elsewhere
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(timms, names)
+    model, images = names["model"], torch.randn(3, *names["images"].shape[1:])
+    weights = torch.load("best.pth", weights_only=True)["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(torch.jit.load("model.pt")(images), model(images))
+
+
+def test_a_trained_model_goes_into_onnx(elsewhere, monkeypatch):
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    (timms, onnx, _), folder = elsewhere
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(timms.replace("torch.jit", "# torch.jit"), names)
+    exec(onnx, names)
+    images = torch.randn(3, *names["images"].shape[1:])
+    (logits,) = reference.ReferenceEvaluator("model.onnx").run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), names["model"](images))
+
+
+def test_weights_and_biases_begins_before_the_training(elsewhere, tmp_path, monkeypatch):
+    """With a module in the place of wandb, which is not installed for the tests."""
+    *_, tracked = elsewhere[0]
+    events = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: events.append(settings)))
+    monkeypatch.setattr(main, "main", lambda words: events.append(words) or 0)
+    monkeypatch.setattr(sys, "argv", ["tracked.py", "--epochs", "1"])
+    with pytest.raises(SystemExit, match="0"):
+        exec(tracked, {})
+    assert events == [{"project": "sar", "sync_tensorboard": True}, ["--epochs", "1"]]
 
 
 def examples() -> dict[str, list[str]]:

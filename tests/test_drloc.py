@@ -132,7 +132,7 @@ def test_it_is_saved_apart_from_the_exported_weights(data, trained):
     assert not any("localiser" in name for name in (*checkpoint["model"], *checkpoint["ema"]))
     assert checkpoint["localiser"].keys() == Localiser(24).state_dict().keys()
     plain = runs.build(" ".join(runs.SMALL).replace("folder", "digits") + " --drloc-weight 0").task.model
-    load_weights(plain, checkpoint, keep_head=True)  # strictly: not a name too many
+    load_weights(plain, checkpoint, strict_head=True)  # strictly: not a name too many
     assert torch.equal(plain.blocks[1].mlp.fc1.weight, checkpoint["model"]["blocks.1.mlp.fc1.weight"])
 
 

@@ -374,7 +374,7 @@ def test_a_second_run_is_refused_while_the_first_lives(run, tmp_path):
     with owner.owned(tmp_path):
         assert run(tmp_path) == 2
         assert f"--output-dir {tmp_path}: a run (process {os.getpid()} on " in run.text()
-        assert "give another --output-dir" in run.text()
+        assert f"give --output-dir {tmp_path}_2 (if it runs no more, remove" in run.text()
         assert not (tmp_path / "args.json").exists()
     assert not list(tmp_path.iterdir())
 
@@ -406,7 +406,7 @@ def test_an_owner_on_another_host_lives_while_its_heart_beats(tmp_path, quick):
     first = owner.Owner(tmp_path)
     first.note["host"] = "another"
     first.claim()
-    with first.touching(), pytest.raises(utils.UserError, match=r"on another.*another --output-dir"):
+    with first.touching(), pytest.raises(utils.UserError, match=r"on another.*give --output-dir \S+_2 "):
         owner.Owner(tmp_path).claim()
 
 
@@ -438,7 +438,7 @@ def test_a_run_can_be_made_longer_in_another_folder(run, tmp_path):
     # 1. in its own folder it is refused, with the way
     longer = ("--epochs", "2", "--warmup-epochs", "0")
     assert run(first, *longer) == 2
-    assert "or another --output-dir and --resume" in run.text()
+    assert f"give the same, or --output-dir {first}_2 and --resume {first / 'checkpoint.pth'}, to" in run.text()
     # 2. elsewhere it goes on
     resume = ("--resume", str(first / "checkpoint.pth"))
     assert run(second, *longer, *resume) == 0

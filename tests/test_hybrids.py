@@ -26,7 +26,7 @@ from models import (
     t2t,
 )
 from models_sar import LAST_BLOCKS
-from weights import last_block_of, load_weights
+from weights import BLOCK, last_block_of, load_weights
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -200,6 +200,24 @@ def test_t2ts_tokens_belong_to_the_stem():
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     assert groups["tokens_to_token.attention1.kqv.weight"] == groups["cls_token"] == 0
     assert groups["blocks.0.attn.qkv.weight"] == 1
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_layers_are_the_stem_each_block_and_the_head(name):
+    """What enters a stage before its first block is in that block's group, as in timm's Swin."""
+    model = make(name)
+    blocks = {match[0] for key in model.state_dict() if (match := BLOCK.match(key))}
+    groups = group_parameters(model, model.group_matcher())
+    assert len(groups) == 1 + len(blocks) + 1
+    for layer, members in groups.items():
+        inside = {match[0] for key in members if (match := BLOCK.match(key))}
+        assert len(inside) == (0 < layer <= len(blocks))
+    classifiers = model.pretrained_cfg["classifier"]
+    assert set(groups[len(blocks) + 1]) == {f"{classifiers}.weight", f"{classifiers}.bias"}
+    assert {"norm.weight", "norm.bias"} < set(groups[len(blocks)])
+    coarse = group_parameters(model, model.group_matcher(coarse=True))
+    stages = 4 if name in ("pvt_small", "swin_tiny") else 3 if name == "cvt_13" else len(blocks)
+    assert len(coarse) == 1 + stages + 1
 
 
 def rates(model, kind):

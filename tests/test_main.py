@@ -21,6 +21,7 @@ import main
 import utils
 from arguments import parse_arguments
 from tasks.classify import Classification
+from weights import BLOCK
 
 ROOT = Path(__file__).parents[1]
 ONE_EPOCH = ("--epochs", "1", "--warmup-epochs", "0")
@@ -151,6 +152,7 @@ def test_unreadable_images_are_replaced_and_counted_on_request(data, tmp_path):
         "--sar-loss total-variation --sar-weight 0.001 --drloc-weight 0.1",
         "--model vit_tiny --drloc-weight 0.1 --grad-checkpointing --no-model-ema",
         "--sampling-ratio 0.5 --sampling-seed 3 --cache-images",
+        "--layer-decay 0.65 --drloc-weight 0.1",
     ],
 )
 def test_options_train(options, data, tmp_path):
@@ -340,6 +342,41 @@ def test_a_finetuned_checkpoint_needs_its_pretraining_no_more(trained, data, tmp
     assert capsys.readouterr().out.splitlines()[-1] == described(last_record(tmp_path / "out"), "test_")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--model vit_small --input-size 8 --patch-size 2 --finetune",
+            "--model vit_small does not fit the weights, which are of --model vit_tiny; leave it out",
+        ),
+        (
+            "--model-kwargs depth=1 mlp_ratio=2 --finetune",
+            "--model-kwargs depth=1 --model-kwargs mlp_ratio=2 does not fit the weights, which are of "
+            "--model-kwargs depth=2; leave it out",
+        ),
+        ("--model-kwargs embed_dim=48 --eval --resume", "embed_dim=48 does not fit the weights, which are of"),
+    ],
+)
+def test_sizes_that_contradict_those_of_the_weights_are_one_short_line(
+    options, message, trained, data, tmp_path, capsys
+):
+    words = [*options.split(), str(trained / "best.pth"), "--data-set", "folder", "--data-path", str(data)]
+    assert main.main([*words, "--output-dir", str(tmp_path), "--total-batch", "48", "--batch-size", "48"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {trained / 'best.pth'}: " in error
+    assert message in error
+    assert len(error) < len(str(trained)) + 220
+
+
+def test_fine_tuning_needs_no_sizes(trained, data, tmp_path, capsys):
+    words = ["--finetune", str(trained / "best.pth"), "--data-set", "folder", "--data-path", str(data), *ONE_EPOCH]
+    more = ["--batch-size", "48", "--total-batch", "48", "--num-workers", "0", "--output-dir", str(tmp_path)]
+    assert main.main([*words, *more]) == 0
+    assert "vit_tiny_sar, " in capsys.readouterr().out
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert saved["model"].keys() == torch.load(trained / "best.pth", weights_only=True)["model"].keys()
+
+
 def test_the_average_of_a_fine_tuned_model_begins_at_its_weights(trained):
     run = runs.build(" ".join(runs.SMALL).replace("folder", "digits"))
     checkpoints.start_or_resume(run, finetune=str(trained / "best.pth"))
@@ -381,6 +418,15 @@ def test_finetune_of_another_last_block_on_demand_is_refused_with_the_mend(train
 def test_resume_of_another_model_is_refused(trained, data, tmp_path, capsys):
     assert train(data, tmp_path, "--resume", str(trained / "best.pth"), "--model", "vit_tiny") == 2
     assert "--model: vit_tiny_sar in the checkpoint, vit_tiny now" in capsys.readouterr().err
+
+
+def test_other_arguments_in_the_same_folder_are_refused_with_a_folder_that_is_free(data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(data, folder, *ONE_EPOCH) == 0
+    (tmp_path / "run_2").mkdir()
+    assert train(data, folder, *ONE_EPOCH, "--smoothing", "0.2") == 2
+    error = capsys.readouterr().err
+    assert f"give the same, or --output-dir {folder}_3 (--smoothing: 0.1 in the checkpoint, 0.2 now)" in error
 
 
 def test_a_changed_data_set_is_refused(trained, tmp_path, capsys):
@@ -516,6 +562,46 @@ def test_schedules_at_their_corners(per_update):
         assert at(*place) == (pytest.approx(lr), pytest.approx(weight))
     for place in reversed(expected):  # nothing depends on what was asked before
         assert at(*place)[0] == pytest.approx(expected[place][0])
+
+
+SIZES = {
+    "vit_tiny_sar": "--input-size 32 --patch-size 8 --model-kwargs embed_dim=24 depth=2 num_heads=3",
+    "t2t_vit_14": "--input-size 32 --model-kwargs embed_dim=24 depth=2 num_heads=3 token_dim=8",
+    "pvt_small": "--input-size 64 --model-kwargs embed_dims=8,8,8,8 depths=1,1,1,1 num_heads=1,1,1,1",
+    "cvt_13": "--input-size 64 --model-kwargs embed_dims=8,8,12 depths=1,1,1 num_heads=1,1,2",
+    "swin_tiny": "--input-size 64 --model-kwargs embed_dim=8 depths=1,1,1,1 num_heads=1,1,1,1",
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_layer_decay_lowers_the_rate_from_layer_to_layer_and_decays_the_same_weights(model):
+    words = f"--data-set digits --model {model} {SIZES[model]} --drloc-weight 0.1 --weight-decay 0.03 --layer-decay "
+    found = []
+    for layer_decay in ("1", "0.5"):
+        run = runs.build(words + layer_decay)
+        run.epoch = 2
+        peak = engine.set_schedule(run)["lr"]
+        names = {id(parameter): name for name, parameter in run.task.named_parameters()}
+        groups = [(names[id(p)], group) for group in run.optimizer.param_groups for p in group["params"]]
+        assert len(groups) == len(names) == len(dict(groups))
+        found.append({name: (group["lr"] / peak, group["weight_decay"]) for name, group in groups})
+    plain, by_layer = found
+    assert {name: decay for name, (_, decay) in plain.items()} == {name: decay for name, (_, decay) in by_layer.items()}
+    assert {rate for rate, _ in plain.values()} == {1.0}
+    blocks = {match[0] for name in by_layer if (match := BLOCK.match(name.removeprefix("model.")))}
+    assert {rate for rate, _ in by_layer.values()} == {0.5**power for power in range(len(blocks) + 2)}
+    assert {by_layer[name][0] for name in by_layer if name.startswith(("model.head.", "localiser."))} == {1.0}
+
+
+def test_a_run_with_layer_decay_goes_on_bit_for_bit(data, tmp_path):
+    words = ("--layer-decay", "0.65", "--epochs", "2")
+    for folder, stops in (("whole", False), ("stopped", True)):
+        if stops:
+            with pytest.MonkeyPatch.context() as patches:
+                patches.setattr(utils.StopSignal, "poll", lambda stop: True)
+                assert train(data, tmp_path / folder, *words) == 0
+        assert train(data, tmp_path / folder, *words) == 0
+    runs.assert_identical(*(runs.content(tmp_path / folder) for folder in ("whole", "stopped")))
 
 
 def test_accumulation_is_the_same_mathematics(tmp_path):

@@ -36,11 +36,12 @@ from torch.utils.data import DataLoader
 
 from arguments import parse_arguments
 from augmentation import as_tensor
-from datasets import read_split
+from datasets import AugmentedDataset, read_split, relabel
 from readers import tars
 from readers.folders import CLASS_LISTS
 from readers.images import ImageFiles, SubsetOf, UnreadableImage, decode
 from readers.names import Names
+from samplers import Draw
 from utils import UserError
 
 IMAGENET100 = sorted(
@@ -720,3 +721,12 @@ def test_a_subset_is_the_images_at_its_indices(folder):
     assert torch.equal(part[1][0], images[4][0])
     assert part[1][1] == 2
     assert part.size(1) == (40, 30)
+
+
+def test_classes_of_a_subset_can_be_numbered_anew(folder):
+    """As `datasets.relabel` does it for the classes of a checkpoint; the images of the whole set keep their numbers."""
+    images = read_split("folder", "train", folder)
+    dataset = AugmentedDataset(SubsetOf(images, [1, 4]))
+    relabel(dataset, ["cow", "cat", "bee", "ant"])
+    assert [dataset[Draw(index, 0, 0)]["targets"] for index in (0, 1)] == [3, 1]
+    assert (images[1][1], images[4][1]) == (0, 2)

@@ -59,3 +59,13 @@ def test_environment_says_what_a_result_depends_on():
     environment = utils.environment()
     assert environment["cpu"]
     assert {"commit", "uncommitted_changes", "torch", "timm", "gpus", "command", "threads"} <= environment.keys()
+
+
+def test_a_free_folder_is_beside_the_one_that_is_taken(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert utils.free_folder(folder) == f"{folder}_2"
+    (tmp_path / "run_2").mkdir()
+    (tmp_path / "run_3").symlink_to("gone")
+    assert utils.free_folder(folder) == f"{folder}_4"
+    monkeypatch.chdir(tmp_path / "run_2")
+    assert utils.free_folder(utils.Path(".")) == f"{tmp_path}/run_2_2"

@@ -5,9 +5,20 @@ Torch is not imported here, so that ``--help`` and errors of the command line ar
 
 import argparse
 
+from cli import at_least
 from models import MODELS
 from readers import DATASETS
 from utils import UserError
+
+
+def add_layer_decay(group: argparse._ArgumentGroup, default: float) -> None:
+    """Add ``--layer-decay`` to the options of a task that fine-tunes; see `timm.optim.param_groups_layer_decay`."""
+    group.add_argument(
+        "--layer-decay",
+        type=at_least(float, 0, 1, open_low=True),
+        default=default,
+        help="factor of the learning rate from each block to the one before it; 1: the same for all",
+    )
 
 
 def check_classes(args: argparse.Namespace) -> None:

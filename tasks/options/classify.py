@@ -1,9 +1,9 @@
-"""The options of ``--task classify``: averaged weights and augmentation, with DeiT's names and values."""
+"""The options of ``--task classify``: averaged weights, fine-tuning and augmentation, with DeiT's names and values."""
 
 import argparse
 
 from cli import at_least
-from tasks.options import check_classes
+from tasks.options import add_layer_decay, check_classes
 from utils import UserError
 
 _count, _size, _fraction = at_least(int, 1), at_least(float, 0), at_least(float, 0, 1)
@@ -12,6 +12,7 @@ _count, _size, _fraction = at_least(int, 1), at_least(float, 0), at_least(float,
 def add(parser: argparse.ArgumentParser) -> None:
     """See `tasks.Task.add_options`."""
     _add_averaged_weights(parser)
+    _add_fine_tuning(parser)
     _add_augmentation(parser)
 
 
@@ -24,8 +25,15 @@ def _add_averaged_weights(parser: argparse.ArgumentParser) -> None:
         help="keep an exponential moving average of the weights",
     )
     add("--model-ema-decay", type=_fraction, default=0.99996, help="decay of the averaged weights at each update")
-    add("--keep-head", action="store_true", help="keep the head of --finetune although its classes have other names")
     add("--report", choices=("model", "ema"), default="model", help="the weights whose accuracy picks best.pth")
+
+
+def _add_fine_tuning(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--keep-head", action="store_true", help="keep the head of --finetune although its classes have other names"
+    )
+    add_layer_decay(group, default=1.0)
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:

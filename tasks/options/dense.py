@@ -3,6 +3,7 @@
 import argparse
 
 from cli import at_least
+from tasks.options import add_layer_decay
 from utils import UserError
 
 _index, _positive = at_least(int, 0), at_least(float, 0, open_low=True)
@@ -43,7 +44,8 @@ BACKBONES = ("vit_base", "vit_small", "vit_tiny", "pvt_small")
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options that dense tasks share, and set their defaults."""
     parser.set_defaults(**DEFAULTS)
-    add = parser.add_argument_group("optimisation of dense tasks").add_argument
+    group = parser.add_argument_group("optimisation of dense tasks")
+    add = group.add_argument
     add(
         "--lr-schedule",
         choices=("steps", "poly"),
@@ -51,12 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="factor of --lr, by update: steps (ViTDet: 0.1 from 8/9, 0.01 from 26/27) or poly (mmsegmentation)",
     )
     add("--warmup-updates", type=_index, default=250, help="updates of linear warm-up from 0.001 x --lr")
-    add(
-        "--layer-decay",
-        type=at_least(float, 0, 1, open_low=True),
-        default=0.7,
-        help="factor of the learning rate from each block of a ViT to the one before it; 1: the same for all",
-    )
+    add_layer_decay(group, default=0.7)
     add("--decay-all", action="store_true", help="weight decay of biases, norms and positions, too")
 
 

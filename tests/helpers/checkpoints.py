@@ -82,6 +82,6 @@ def write_checkpoint(path: Path, classes: list[str], seed: int = 0, more: str = 
     args = parse_arguments([*OWN, "--seed", str(seed), *more.split()])
     model = build_task_model(args, len(classes), torch.device("cpu"))
     with torch.no_grad():
-        model.head.weight.normal_(std=1.0)  # the initial one is so small that all logits are alike
+        model.get_classifier().weight.normal_(std=1.0)  # the initial one is so small that all logits are alike
     torch.save({"model": model.state_dict(), "args": vars(args), "data": {"classes": classes}}, path)
     return path
