@@ -699,14 +699,24 @@ def shell(monkeypatch):
     ("number", "told"),
     [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGUSR2, True), (signal.SIGINT, False)],
 )
-def test_a_signal_leaves_the_run_the_time_to_save(number, told, shell, tmp_path):
+def test_a_signal_leaves_the_run_the_time_to_save(number, told, shell, tmp_path, monkeypatch):
     """SIGTERM, SIGUSR1 and SIGUSR2 are handed on as SIGTERM; Ctrl-C reaches a run by itself. All are remembered."""
-    ready, end = tmp_path / "ready", tmp_path / "end"
-    script = f"trap 'echo saved > {end}; exit 0' TERM; touch {ready}; for i in $(seq 20); do sleep 0.05; done"
+    ready, end, started = tmp_path / "ready", tmp_path / "end", threading.Event()
+    popen = subprocess.Popen
+
+    def start(command):
+        child = popen(command)
+        started.set()
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    script = f"trap 'echo saved > {end}; exit 0' TERM; touch {ready}; for i in $(seq 40); do sleep 0.05; done"
 
     def send():
         while not ready.exists():
             time.sleep(0.01)
+        started.wait()  # a Ctrl-C before that would be told to the child, which may not have existed yet
+        time.sleep(0.1)
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
