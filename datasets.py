@@ -30,7 +30,7 @@ from randomness import isolated_rng, seed_sequence
 from readers import DATASETS, DataSet, canonical_name, sets_of
 from readers.cache import cache_images
 from readers.files import first_few
-from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage
+from readers.images import EncodedImages, ImageFiles, LabelledImages, SubsetOf, UnreadableImage
 from samplers import Draw, class_subset
 from utils import Processes, StopSignal, UserError, end_workers, logger, write_json
 
@@ -74,6 +74,8 @@ def read_split(
             f"{data_path}: {len(images.classes)} classes instead of the {entry.num_classes} of {name}; expected "
             f"{entry.layout}; for other images use --data-set folder"
         )
+    if isinstance(images, EncodedImages):
+        images.upright = entry.upright
     return images
 
 

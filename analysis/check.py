@@ -12,7 +12,7 @@ Remarkable:
   deep           more than 8 bits a colour: grey is scaled from the file's own range, colours lose their lower bits
   huge           more than 25 million pixels, which every epoch decodes again
   thin           sides of a ratio above 10: crops show little of it
-  rotated        by EXIF: viewers turn or mirror it, training does not (as DeiT and timm)
+  rotated        by EXIF: viewers turn or mirror it; training does so, too, but for published sets, masks and boxes
   duplicate      a link to another image, or the same bytes under another name, across the splits, too
   hidden         files and folders of the system, such as ._a.jpg or .ipynb_checkpoints; not used
   link           folders linked a second time or in a circle, links in a tar that lead nowhere; not used
@@ -81,12 +81,12 @@ def inspect(images: EncodedImages, index: int) -> tuple[dict[str, str], bytes]:
         return {"wrong mask" if isinstance(error, WrongMask) else "unreadable": error.reason or str(error)}, b""
     remarks: dict[str, str] = {}
     with suppress(Exception), Image.open(io.BytesIO(data)) as header:  # Pillow may refuse what was decoded otherwise
-        for kind, detail in _remarks(header):  # of a broken EXIF block, what came before it
+        for kind, detail in _remarks(header, images.upright):  # of a broken EXIF block, what came before it
             remarks[kind] = detail
     return remarks, hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _remarks(header: Image.Image) -> Iterator[tuple[str, str]]:
+def _remarks(header: Image.Image, upright: bool) -> Iterator[tuple[str, str]]:
     width, height = header.size
     if header.mode in DEEP_MODES:
         yield "deep", f"{DEEP_MODES[header.mode]} bits, grey"
@@ -98,7 +98,8 @@ def _remarks(header: Image.Image) -> Iterator[tuple[str, str]]:
         yield "thin", f"{width} x {height} px"
     orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
     if 2 <= orientation <= 8:
-        yield "rotated", f"by EXIF, {TURNED.get(orientation, 'turned by 90° and mirrored')}"
+        training = "does so, too" if upright else "does not"
+        yield "rotated", f"by EXIF, {TURNED.get(orientation, 'turned by 90° and mirrored')}; training {training}"
 
 
 class Findings:

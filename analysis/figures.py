@@ -41,7 +41,7 @@ from augmentation import as_pillow
 from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import AugmentedDataset, read_split
 from readers.files import list_images
-from readers.images import read_image
+from readers.images import read_photograph
 from utils import UserError, pick_device, prepare_output_dir, progress, readable, start_logging, write_atomically
 from weights import read_checkpoint
 
@@ -131,7 +131,7 @@ def folder_samples(args: Namespace) -> list[Sample]:
     chosen = np.linspace(0, len(paths) - 1, num=min(args.count, len(paths)), dtype=int)
     names = [paths[i].relative_to(args.images) for i in chosen]
     return [
-        Sample(readable(str(name)), read_image(Path(args.images) / name), name.parent.name or None) for name in names
+        Sample(readable(str(name)), read_photograph(Path(args.images) / name), name.parent.name or None) for name in names
     ]
 
 

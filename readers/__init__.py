@@ -45,6 +45,8 @@ class DataSet:
         cleaned_images: the same for DomainNet's later, cleaned lists.
         folder: subfolder of a common root of all data sets, without torchvision's own folder names.
         download: downloads and verifies the set, given the data path; None if not supported.
+        upright: turn images as their EXIF data say. Never for published sets, whose protocols read the stored pixels,
+            nor where boxes or masks lie on these.
         source: where to obtain it manually; empty if ``download`` exists or the images are the user's own.
     """
 
@@ -57,6 +59,7 @@ class DataSet:
     cleaned_images: dict[str, int] = field(default_factory=dict)
     folder: str = ""
     download: Callable[[Path], Any] | None = None
+    upright: bool = False
     source: str = ""
 
     @property
@@ -133,14 +136,15 @@ DATASETS: dict[str, DataSet] = {
         images={"train": 1_437, "val": 360},
         source="scikit-learn, which is installed",
     ),
-    "folder": DataSet(READ_FOLDER, "your own images", FOLDER_LAYOUT),
+    "folder": DataSet(READ_FOLDER, "your own images", FOLDER_LAYOUT, upright=True),
     "images": DataSet(
         Deferred("readers.folders:read_images"),
         "your own images without classes, for self-supervised training",
         "image files in it or anywhere below",
         num_classes=0,
+        upright=True,
     ),
-    "tar": DataSet(Deferred("readers.tars:read_tar"), "your own images in few large files", TAR_LAYOUT),
+    "tar": DataSet(Deferred("readers.tars:read_tar"), "your own images in few large files", TAR_LAYOUT, upright=True),
     "imagenet": DataSet(
         READ_FOLDER,
         "ImageNet-1k (ILSVRC-2012)",
