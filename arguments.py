@@ -172,6 +172,14 @@ def _add_data(parser, sets):
         help="fraction of the resized image that evaluation crops (default: 0.875, 224 of 256 px; 1 for small images)",
     )
     add(
+        "--val-split",
+        type=at_least(float, 0, 0.5),
+        default=None,
+        metavar="SHARE",
+        help="hold this share of each class out for validation, for --data-set folder without val/; 0: evaluate "
+        "nothing",
+    )
+    add(
         "--sampling-ratio",
         type=at_least(float, 0, 1, open_low=True),
         default=1.0,
@@ -181,7 +189,7 @@ def _add_data(parser, sets):
         "--sampling-seed",
         type=_index,
         default=0,
-        help="seed of the subset; a smaller subset is part of every larger one",
+        help="seed of the subset, and of --val-split; a smaller subset is part of every larger one",
     )
 
 

@@ -187,6 +187,8 @@ def warn_of_settings(args, task: Task, plan: Plan) -> None:
             f"--warmup-epochs {args.warmup_epochs} is not less than the {plan.epochs} epochs of the run: "
             f"lr does not reach its peak, {peak:g}"
         )
+    if args.val_split == 0:
+        logger.warning("--val-split 0: no validation images, so nothing is evaluated, and there is no best.pth")
     kept = getattr(args, "model_ema_decay", 0) ** updates
     if task.averaged is not None and kept > 0.5:
         logger.warning(

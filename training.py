@@ -18,11 +18,13 @@ from build import build_eval_loader, build_plan, build_run, choose_amp, log_bann
 from checkpoints import load_trained, named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
+from holdout import keep
 from owner import owned
 from records import Records, epoch_record
 from samplers import Draw
 from tasks import Task, load_task
 from tasks.scores import Scores
+from tasks.settings import holdout
 from utils import Processes, RunError, StopSignal, UserError, logger, prepare_output_dir
 from weights import is_own, read_checkpoint, select_weights, write_weights
 
@@ -38,7 +40,8 @@ def train(args, processes: Processes) -> int:
     """Train to the last epoch or until a signal; returns the exit code."""
     # 1. data and plan: their errors come before a model is built
     task = load_task(args.task)
-    train_set, val_set = (task.data(args, split, processes) for split in ("train", "val"))
+    train_set = task.data(args, "train", processes)
+    val_set = None if args.val_split == 0 else task.data(args, "val", processes)
     plan = build_plan(args, processes, train_set)
     with ExitStack() as until_the_end:
         owner = None
@@ -56,6 +59,8 @@ def train(args, processes: Processes) -> int:
             return 0
         if processes.is_main:
             save_subset(train_set, args.sampling_ratio, args.sampling_seed, plan.output_dir / "subset.json")
+            if chosen := holdout(args):
+                keep(args.data_path, chosen, plan.output_dir)
         if args.cache_images:
             cache_splits([split for split in (train_set, val_set) if split is not None], processes)
         val_loader = None if val_set is None else build_eval_loader(args, processes, val_set)

@@ -43,7 +43,7 @@ from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import read_split
 from readers import FOLDER_LAYOUT, DataSet, canonical_name, sets_of
 from readers.files import LeftOut, first_few
-from readers.folders import class_folders, read_classes
+from readers.folders import class_folders, read_class_folders, read_classes
 from readers.images import DEEP_MODES, TOLD_OF_DEEP, EncodedImages, ImageFiles, LabelledImages, ReadingError
 from readers.segmentation import WrongMask
 from tasks import TASKS
@@ -61,6 +61,8 @@ HUGE = 25_000_000
 THIN = 10
 TURNED = {2: "mirrored", 3: "turned by 180°", 4: "mirrored", 6: "turned by 90°", 8: "turned by 90°"}
 """What a viewer does by EXIF's orientation; 5 and 7 do both."""
+ALL = "all"
+"""The name of the images of a single folder of classes, for ``--val-split``."""
 SHOWN = 3
 """Findings of a kind that the terminal lists."""
 
@@ -143,7 +145,7 @@ class Findings:
             self.add(split, COUNT, label=name, detail=str(count))
             if not count:
                 self.add(split, "empty class", label=name)
-            elif split == "train" and count < max(TINY, TINY_SHARE * median):
+            elif split != "val" and count < max(TINY, TINY_SHARE * median):
                 self.add(split, "tiny class", label=name, detail=f"{count} images")
 
     def of(self, kind: str) -> list[dict[str, str]]:
@@ -181,11 +183,26 @@ def splits_of(entry: DataSet) -> list[str]:
     return [split for split in ("train", "val") if split in entry.images or not entry.images]
 
 
+def is_single_folder(name: str, args: argparse.Namespace) -> bool:
+    """Whether the set is a folder of classes without ``train/`` and ``val/``."""
+    root = args.data_path
+    if args.task != "classify" or name != "folder" or root is None or not root.is_dir():
+        return False
+    return not any((root / split).is_dir() for split in ("train", "val")) and bool(class_folders(root))
+
+
 def read_or_refuse(
     name: str, split: str, sets: dict[str, DataSet], data_path: Path | None
 ) -> tuple[LabelledImages | None, UserError | None]:
-    """A split, and the reason if its reader refuses it; the images of class folders are read even then."""
+    """A split, and the reason if its reader refuses it; the images of class folders are read even then.
+
+    The split "all" is that of a single folder of classes.
+    """
     try:
+        if split == ALL and data_path is not None:
+            images = read_class_folders(data_path)
+            images.upright = sets[name].upright
+            return images, None
         return read_split(name, split, data_path, sets), None
     except UserError as error:
         root = data_path / split if data_path else None
@@ -206,7 +223,10 @@ def check(args: argparse.Namespace) -> Findings:
     name = canonical_name(args.data_set, sets)
     TOLD_OF_DEEP[0] = 1  # they are listed here
     findings, refusals, read = Findings(), [], 0
-    for split in splits_of(sets[name]):
+    single = is_single_folder(name, args)
+    if single:
+        print("no folders train/ and val/: main.py needs --val-split, such as --val-split 0.1")
+    for split in [ALL] if single else splits_of(sets[name]):
         images, refusal = read_or_refuse(name, split, sets, args.data_path)
         if refusal is not None:
             refusals.append(refusal)

@@ -42,6 +42,7 @@ from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import AugmentedDataset, read_split
 from readers.files import list_images
 from readers.images import read_photograph
+from tasks.settings import holdout
 from utils import UserError, pick_device, prepare_output_dir, progress, readable, start_logging, write_atomically
 from weights import read_checkpoint
 
@@ -146,8 +147,8 @@ def validation_samples(args: Namespace) -> list[Sample]:
     if not isinstance(saved, Mapping) or "data_set" not in saved:
         raise UserError(f"{path}: not written by main.py, so its validation images are unknown; give --images")
     given = ["--data-path", args.data_path] if args.data_path else []
-    run_args = parse_arguments(["--eval", *given], saved=dict(saved))
-    dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path))
+    run_args = parse_arguments(["--eval", "--resume", str(path), *given], saved=dict(saved))
+    dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path, holdout=holdout(run_args)))
     chosen = choose_samples(dataset, args.count)
     names = dataset.classes
     return [Sample(names[label], as_pillow(image), names[label]) for image, label in chosen]

@@ -175,6 +175,13 @@ def test_compile(drloc_weight, data, tmp_path):
     assert math.isfinite(last_record(tmp_path)["train_loss"])
 
 
+def test_a_single_folder_of_classes_is_divided(data, tmp_path):
+    assert train(data / "val", tmp_path, *ONE_EPOCH, "--val-split", "0.2", "--total-batch", "24") == 0
+    record = last_record(tmp_path)
+    assert (record["train_images"], record["test_images"]) == (50, 10)
+    assert len(json.loads((tmp_path / "split.json").read_text())["val"]) == 10
+
+
 def test_a_share_of_the_images_is_trained_on_and_kept_with_the_run(data, tmp_path):
     for name, seed in (("one", "0"), ("two", "5")):
         assert train(data, tmp_path / name, *ONE_EPOCH, "--sampling-ratio", "0.25", "--seed", seed) == 0
