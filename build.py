@@ -190,10 +190,11 @@ def warn_of_settings(args, task: Task, plan: Plan) -> None:
     if args.val_split == 0:
         logger.warning("--val-split 0: no validation images, so nothing is evaluated, and there is no best.pth")
     kept = getattr(args, "model_ema_decay", 0) ** updates
-    if task.averaged is not None and kept > 0.5:
+    if task.averaged is not None and kept > 0.5 and not getattr(args, "model_ema_warmup", False):
         logger.warning(
             f"--model-ema-decay {args.model_ema_decay:g}: after all {updates:,} updates the average "
-            f"still holds {100 * kept:.0f} % of the initial weights; lower it, or give --no-model-ema"
+            f"still holds {100 * kept:.0f} % of the initial weights; lower it, or give --model-ema-warmup or "
+            "--no-model-ema"
         )
     if args.drloc_weight and plan.epochs <= DRLOC_WARMUP_EPOCHS:
         logger.warning(

@@ -148,6 +148,8 @@ def test_unreadable_images_are_replaced_and_counted_on_request(data, tmp_path):
         "--amp bf16 --grad-checkpointing",
         "--report ema --crop-pct 0.9 --print-every 1 --seed 3",
         "--no-model-ema --num-workers 1 --device cpu --amp off",
+        "--class-weights balanced --model-ema-warmup --report ema",
+        "--class-weights balanced --mixup 0 --cutmix 0 --amp bf16",
         "--sar-loss total-variation --sar-weight 0.001 --drloc-weight 0.1",
         "--model vit_tiny --drloc-weight 0.1 --grad-checkpointing --no-model-ema",
         "--sampling-ratio 0.5 --sampling-seed 3 --cache-images",

@@ -11,8 +11,18 @@ _count, _size, _fraction = at_least(int, 1), at_least(float, 0), at_least(float,
 
 def add(parser: argparse.ArgumentParser) -> None:
     """See `tasks.Task.add_options`."""
+    _add_loss(parser)
     _add_averaged_weights(parser)
     _add_augmentation(parser)
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument_group("cross-entropy").add_argument(
+        "--class-weights",
+        choices=("none", "balanced"),
+        default="none",
+        help="weights of the classes in the training loss; balanced: n / (k n_c) for n_c of n images of k classes",
+    )
 
 
 def _add_averaged_weights(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +34,12 @@ def _add_averaged_weights(parser: argparse.ArgumentParser) -> None:
         help="keep an exponential moving average of the weights",
     )
     add("--model-ema-decay", type=_fraction, default=0.99996, help="decay of the averaged weights at each update")
+    add(
+        "--model-ema-warmup",
+        action="store_true",
+        help="timm's warm-up of the decay, for short runs: 1 - (1 + t) ** (-2 / 3) after t updates, up to "
+        "--model-ema-decay",
+    )
     add("--keep-head", action="store_true", help="keep the head of --finetune although its classes have other names")
     add("--report", choices=("model", "ema"), default="model", help="the weights whose accuracy picks best.pth")
 
