@@ -5,6 +5,7 @@ have its own defaults for options that are not given.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections import ChainMap
@@ -18,8 +19,8 @@ from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, ne
 from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
-from tasks import TASKS, add_options, against_accumulation, check_options
-from utils import UserError, environment_number, readable
+from tasks import TASKS, add_options, against_accumulation, check_options, defaults_of_size
+from utils import UserError, environment_number, processes_here, readable
 
 SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
 
@@ -48,6 +49,9 @@ MODEL_OPTIONS = {
     "checkpoint_path": "--finetune",
     "pretrained": "--finetune",
 }
+
+LARGE = 40_000
+"""Number of images from which the defaults of a user's own set are the same for all sizes."""
 
 TRUNK = ("model", "input_size", "patch_size", "model_kwargs", "last_block")
 """Options whose defaults in a linear probe are those of its checkpoint."""
@@ -360,6 +364,7 @@ def parse_arguments(
     argv: list[str] | None = None,
     saved: dict | None = None,
     planned: Mapping[str, argparse.Namespace] = MappingProxyType({}),
+    processes: int | None = None,
 ) -> argparse.Namespace:
     """Parse the command line; the values are final, and nothing changes them later.
 
@@ -369,6 +374,7 @@ def parse_arguments(
             it. Without it, the arguments of ``--eval`` are not checked yet.
         planned: files that ``--finetune`` may name although they do not exist yet: path -> arguments of the run that
             will write it.
+        processes: of the run; those of this one's environment if None.
 
     Raises:
         UserError: an unknown option or name, a value out of range, or values that exclude each other.
@@ -381,7 +387,12 @@ def parse_arguments(
     read = _read_known if saved is None and "--eval" in words else argparse.ArgumentParser.parse_args
     # 2. defaults that depend on other options: parse, set them, parse again
     first = read(parser, words)
-    defaults = saved_defaults or _context_defaults(first, parser, planned)
+    of_size: dict[str, Any] = {}
+    if not first.eval and (images := own_images(first)):
+        values = vars(read(parser, words, argparse.Namespace(**dict.fromkeys(vars(first)))))
+        given = {name: value for name, value in values.items() if value is not None}
+        of_size = defaults_of_size(first.task, images, given, processes or processes_here()[1])
+    defaults = saved_defaults or _context_defaults(first, parser, planned, of_size)
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
     args = read(parser, words)
     # 3. values that follow from others, and checks
@@ -402,8 +413,26 @@ def is_given(option: str, argv: list[str] | None = None) -> bool:
     return option in [word.partition("=")[0] for word in words]
 
 
-def _read_known(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    return parser.parse_known_args(words)[0]
+def _read_known(
+    parser: argparse.ArgumentParser, words: list[str], namespace: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    return parser.parse_known_args(words, namespace)[0]
+
+
+def own_images(args: argparse.Namespace) -> int | None:
+    """The number of images that a run trains on, for a user's own data set; about, if it is a share of them.
+
+    None for other sets, or if the files cannot be found or read: their reader will say why.
+    """
+    count = sets_of(args.task)[canonical_name(args.data_set, sets_of(args.task))].count if args.data_set else None
+    if count is None or not args.data_path:
+        return None
+    share = args.sampling_ratio * (1 - (args.val_split or 0))
+    try:
+        images = count(Path(args.data_path).expanduser(), math.ceil(LARGE / share))
+    except (UserError, OSError):
+        return None
+    return max(1, round(share * images)) if images else None
 
 
 def _saved_defaults(saved) -> dict:
@@ -420,9 +449,16 @@ def _sets_for(args: argparse.Namespace) -> Mapping[str, DataSet]:
 
 
 def _context_defaults(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, planned: Mapping[str, argparse.Namespace]
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    planned: Mapping[str, argparse.Namespace],
+    of_size: Mapping[str, Any],
 ) -> dict:
-    """Defaults that depend on the data set, the model and the weights of ``--finetune``; see `parse_arguments`."""
+    """Defaults that depend on the data set, the model and the weights of ``--finetune``; see `parse_arguments`.
+
+    Args:
+        of_size: those that depend on the number of a user's own images.
+    """
     sets, data_set = _sets_for(args), args.data_set or ("imagenet" if args.data_path else "digits")
     regularised = args.model.endswith("_sar")
     last_block, trunk = "sar" if regularised else "standard", {}
@@ -444,6 +480,7 @@ def _context_defaults(
         "sar_query": MODELS[args.model].query if args.model in MODELS else "cls",
         "last_block": last_block,
         **sets[canonical_name(data_set, sets)].defaults,
+        **of_size,
         **trunk,
     }
     shared = shared_defaults()  # a default that the task has changed is part of its protocol, and is kept
@@ -533,9 +570,12 @@ def differences(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> list[
     ]
 
 
-def data_set_defaults(args: argparse.Namespace) -> dict:
-    """The data set's own defaults that this run uses, by option."""
-    defaults = sets_of(args.task)[args.data_set].defaults
+def data_set_defaults(args: argparse.Namespace, images: int, processes: int) -> dict:
+    """The data set's own defaults that this run uses, by option; ``images`` are those that it trains on."""
+    data_set = sets_of(args.task)[args.data_set]
+    defaults = data_set.defaults
+    if data_set.count is not None:
+        defaults = defaults_of_size(args.task, images, vars(args), processes)
     return {
         f"--{name.replace('_', '-')}": value for name, value in defaults.items() if getattr(args, name, None) == value
     }

@@ -170,9 +170,11 @@ def log_banner(args, run: Run) -> None:
         "output": args.output_dir,
     }
     lines |= task.notes()
-    defaults = data_set_defaults(args)
+    defaults = data_set_defaults(args, plan.num_images, processes.world_size)
     if defaults:
-        lines["defaults"] = f"of {args.data_set}: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
+        size = f" of {plan.num_images:,} images" * (sets_of(args.task)[args.data_set].count is not None)
+        values = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        lines["defaults"] = f"of {args.data_set}{size}: {values}"
     for name, text in lines.items():
         logger.info(f"{name:>14}  {text}")
     # 3. settings that have no full effect

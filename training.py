@@ -66,9 +66,9 @@ def train(args, processes: Processes) -> int:
         val_loader = None if val_set is None else build_eval_loader(args, processes, val_set)
         # 3. train, evaluate and save, epoch by epoch
         finished = True
-        with Records(run) as records, add_position_to_errors(run):
+        with Records(run, 0 if val_set is None else len(val_set)) as records, add_position_to_errors(run):
             while finished and run.epoch < plan.epochs:
-                finished = train_one_epoch(run, records.step) and finish_epoch(run, val_loader, records)
+                finished = train_one_epoch(run, records.step, records.update) and finish_epoch(run, val_loader, records)
             if not finished:
                 save(run, "checkpoint.pth")
         # 4. report, and end all processes together

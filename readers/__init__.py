@@ -40,6 +40,8 @@ class DataSet:
         about: a description in one line.
         layout: required contents of ``--data-path``; empty if the set needs no path.
         defaults: defaults of main.py's arguments for this set.
+        count: ``count(data_path, enough)`` is the number of training images, without decoding one; counting may stop
+            at ``enough``. For a user's own set, whose defaults follow from its size.
         num_classes: required number of classes; None for any number, 0 for images without classes.
         images: split -> number of images, in the paper or as published; empty if unknown.
         cleaned_images: the same for DomainNet's later, cleaned lists.
@@ -54,6 +56,7 @@ class DataSet:
     about: str
     layout: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)
+    count: Callable[[Path, int], int] | None = None
     num_classes: int | None = None
     images: dict[str, int] = field(default_factory=dict)
     cleaned_images: dict[str, int] = field(default_factory=dict)
@@ -136,7 +139,9 @@ DATASETS: dict[str, DataSet] = {
         images={"train": 1_437, "val": 360},
         source="scikit-learn, which is installed",
     ),
-    "folder": DataSet(READ_FOLDER, "your own images", FOLDER_LAYOUT, upright=True),
+    "folder": DataSet(
+        READ_FOLDER, "your own images", FOLDER_LAYOUT, count=Deferred("readers.folders:count_training"), upright=True
+    ),
     "images": DataSet(
         Deferred("readers.folders:read_images"),
         "your own images without classes, for self-supervised training",
@@ -144,7 +149,13 @@ DATASETS: dict[str, DataSet] = {
         num_classes=0,
         upright=True,
     ),
-    "tar": DataSet(Deferred("readers.tars:read_tar"), "your own images in few large files", TAR_LAYOUT, upright=True),
+    "tar": DataSet(
+        Deferred("readers.tars:read_tar"),
+        "your own images in few large files",
+        TAR_LAYOUT,
+        count=Deferred("readers.tars:count_training"),
+        upright=True,
+    ),
     "imagenet": DataSet(
         READ_FOLDER,
         "ImageNet-1k (ILSVRC-2012)",

@@ -79,6 +79,13 @@ def read_class_folders(data_path: Path) -> ImageFiles:
     return _check_filled(images, root)
 
 
+def count_training(data_path: Path, enough: int) -> int:
+    """The number of images in the class folders of ``train/``, or of ``data_path`` itself if it has none."""
+    root = data_path / "train" if (data_path / "train").is_dir() else data_path
+    found, _ = find_images(root, enough=enough)
+    return sum(folder != "" for folder, _ in found)
+
+
 def read_images(data_path: Path, split: str) -> ImageFiles:
     """All images of a folder and of those below it, without classes; there is no other split than "train".
 

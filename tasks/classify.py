@@ -131,8 +131,8 @@ class WeightedCrossEntropy(nn.Module):
     """Cross-entropy with a weight for each class, for class numbers and for soft targets, such as those of Mixup.
 
     The loss of an image with target probabilities y, smoothed, is ``- sum_c w_c y_c log p_c``; the mean is over images.
-    For probabilities this is torch's cross-entropy. For class numbers torch divides by the weights of the batch, so that
-    the split of an update into micro-batches and processes would change it.
+    For probabilities this is torch's cross-entropy. For class numbers torch divides by the weights of the batch, so
+    that the split of an update into micro-batches would change it.
 
     Args:
         weights: ``(K,)``.
