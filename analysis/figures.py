@@ -132,7 +132,8 @@ def folder_samples(args: Namespace) -> list[Sample]:
     chosen = np.linspace(0, len(paths) - 1, num=min(args.count, len(paths)), dtype=int)
     names = [paths[i].relative_to(args.images) for i in chosen]
     return [
-        Sample(readable(str(name)), read_photograph(Path(args.images) / name), name.parent.name or None) for name in names
+        Sample(readable(str(name)), read_photograph(Path(args.images) / name), name.parent.name or None)
+        for name in names
     ]
 
 

@@ -132,7 +132,7 @@ def test_cached_images_are_upright(folder):
 
 def test_the_analysis_of_a_folder_is_upright(folder):
     paths = sorted((folder / "val").glob("*/*"))
-    samples, _ = figures.folder_samples(Namespace(images=folder / "val", count=4))
+    samples = figures.folder_samples(Namespace(images=folder / "val", count=4))
     for path, sample in zip(paths, samples, strict=True):
         assert np.array_equal(np.asarray(sample.image), upright(path).permute(1, 2, 0).numpy())
     turned = paths[0].with_name("straight.png")
