@@ -5,6 +5,7 @@ have its own defaults for options that are not given.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections import ChainMap
@@ -19,8 +20,8 @@ from fetch import is_name
 from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
-from tasks import TASKS, add_options, against_accumulation, check_options
-from utils import UserError, environment_number, readable
+from tasks import TASKS, add_options, against_accumulation, check_options, defaults_of_size
+from utils import UserError, environment_number, processes_here, readable
 
 SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
 
@@ -49,6 +50,9 @@ MODEL_OPTIONS = {
     "checkpoint_path": "--finetune",
     "pretrained": "--finetune",
 }
+
+LARGE = 40_000
+"""Number of images from which the defaults of a user's own set are the same for all sizes."""
 
 TRUNK = ("model", "input_size", "patch_size", "model_kwargs", "last_block")
 """Options whose defaults are those of the run that wrote the weights of ``--finetune``."""
@@ -181,6 +185,14 @@ def _add_data(parser, sets):
         help="fraction of the resized image that evaluation crops (default: 0.875, 224 of 256 px; 1 for small images)",
     )
     add(
+        "--val-split",
+        type=at_least(float, 0, 0.5),
+        default=None,
+        metavar="SHARE",
+        help="hold this share of each class out for validation, for --data-set folder without val/; 0: evaluate "
+        "nothing",
+    )
+    add(
         "--sampling-ratio",
         type=at_least(float, 0, 1, open_low=True),
         default=1.0,
@@ -190,7 +202,7 @@ def _add_data(parser, sets):
         "--sampling-seed",
         type=_index,
         default=0,
-        help="seed of the subset; a smaller subset is part of every larger one",
+        help="seed of the subset, and of --val-split; a smaller subset is part of every larger one",
     )
 
 
@@ -362,6 +374,7 @@ def parse_arguments(
     argv: list[str] | None = None,
     saved: dict | None = None,
     planned: Mapping[str, argparse.Namespace] = MappingProxyType({}),
+    processes: int | None = None,
 ) -> argparse.Namespace:
     """Parse the command line; the values are final, and nothing changes them later.
 
@@ -371,6 +384,7 @@ def parse_arguments(
             it. Without it, the arguments of ``--eval`` are not checked yet.
         planned: files that ``--finetune`` may name although they do not exist yet: path -> arguments of the run that
             will write it.
+        processes: of the run; those of this one's environment if None.
 
     Raises:
         UserError: an unknown option or name, a value out of range, or values that exclude each other.
@@ -386,7 +400,12 @@ def parse_arguments(
     # 2. defaults that depend on other options: parse, set them, parse again
     first = read(parser, words)
     model = first.model if is_option("--model", words) else None
-    defaults = saved_defaults or _context_defaults(first, model, parser, planned)
+    of_size: dict[str, Any] = {}
+    if not first.eval and (images := own_images(first)):
+        values = vars(read(parser, words, argparse.Namespace(**dict.fromkeys(vars(first)))))
+        given = {name: value for name, value in values.items() if value is not None}
+        of_size = defaults_of_size(first.task, images, given, processes or processes_here()[1])
+    defaults = saved_defaults or _context_defaults(first, model, parser, planned, of_size)
     parser.set_defaults(**{name: value for name, value in defaults.items() if hasattr(first, name)})
     args = read(parser, words)
     # 3. values that follow from others, and checks
@@ -411,8 +430,26 @@ def is_option(option: str, words: list[str]) -> bool:
     return option in [word.partition("=")[0] for word in words]
 
 
-def _read_known(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    return parser.parse_known_args(words)[0]
+def _read_known(
+    parser: argparse.ArgumentParser, words: list[str], namespace: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    return parser.parse_known_args(words, namespace)[0]
+
+
+def own_images(args: argparse.Namespace) -> int | None:
+    """The number of images that a run trains on, for a user's own data set; about, if it is a share of them.
+
+    None for other sets, or if the files cannot be found or read: their reader will say why.
+    """
+    count = sets_of(args.task)[canonical_name(args.data_set, sets_of(args.task))].count if args.data_set else None
+    if count is None or not args.data_path:
+        return None
+    share = args.sampling_ratio * (1 - (args.val_split or 0))
+    try:
+        images = count(Path(args.data_path).expanduser(), math.ceil(LARGE / share))
+    except (UserError, OSError):
+        return None
+    return max(1, round(share * images)) if images else None
 
 
 def _saved_defaults(saved) -> dict:
@@ -433,6 +470,7 @@ def _context_defaults(
     model: str | None,
     parser: argparse.ArgumentParser,
     planned: Mapping[str, argparse.Namespace],
+    of_size: Mapping[str, Any],
 ) -> dict:
     """Defaults that depend on the data set, the model and the weights of ``--finetune``.
 
@@ -441,6 +479,7 @@ def _context_defaults(
         model: that the command line names; None if it names none.
         parser: of the task.
         planned: see `parse_arguments`.
+        of_size: defaults that depend on the number of a user's own images.
     """
     # 1. fine-tuning keeps the architecture of the pre-training (Appendix E.4)
     last_block, trained = None, vars(planned[args.finetune]) if args.finetune in planned else {}
@@ -461,6 +500,7 @@ def _context_defaults(
         "sar_query": MODELS[model].query if model in MODELS else "cls",
         "last_block": last_block or ("sar" if regularised else "standard"),
         **sets[canonical_name(data_set, sets)].defaults,
+        **of_size,
     }
     # 3. a default that the task has changed is part of its protocol, and is kept; the weights' sizes are not in one
     shared = shared_defaults()
@@ -567,9 +607,12 @@ def differences(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> list[
     ]
 
 
-def data_set_defaults(args: argparse.Namespace) -> dict:
-    """The data set's own defaults that this run uses, by option."""
-    defaults = sets_of(args.task)[args.data_set].defaults
+def data_set_defaults(args: argparse.Namespace, images: int, processes: int) -> dict:
+    """The data set's own defaults that this run uses, by option; ``images`` are those that it trains on."""
+    data_set = sets_of(args.task)[args.data_set]
+    defaults = data_set.defaults
+    if data_set.count is not None:
+        defaults = defaults_of_size(args.task, images, vars(args), processes)
     return {
         f"--{name.replace('_', '-')}": value for name, value in defaults.items() if getattr(args, name, None) == value
     }

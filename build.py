@@ -170,9 +170,11 @@ def log_banner(args, run: Run) -> None:
         "output": args.output_dir,
     }
     lines |= task.notes()
-    defaults = data_set_defaults(args)
+    defaults = data_set_defaults(args, plan.num_images, processes.world_size)
     if defaults:
-        lines["defaults"] = f"of {args.data_set}: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
+        size = f" of {plan.num_images:,} images" * (sets_of(args.task)[args.data_set].count is not None)
+        values = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        lines["defaults"] = f"of {args.data_set}{size}: {values}"
     for name, text in lines.items():
         logger.info(f"{name:>14}  {text}")
     # 3. settings that have no full effect
@@ -187,11 +189,14 @@ def warn_of_settings(args, task: Task, plan: Plan) -> None:
             f"--warmup-epochs {args.warmup_epochs} is not less than the {plan.epochs} epochs of the run: "
             f"lr does not reach its peak, {peak:g}"
         )
+    if args.val_split == 0:
+        logger.warning("--val-split 0: no validation images, so nothing is evaluated, and there is no best.pth")
     kept = getattr(args, "model_ema_decay", 0) ** updates
-    if task.averaged is not None and kept > 0.5:
+    if task.averaged is not None and kept > 0.5 and not getattr(args, "model_ema_warmup", False):
         logger.warning(
             f"--model-ema-decay {args.model_ema_decay:g}: after all {updates:,} updates the average "
-            f"still holds {100 * kept:.0f} % of the initial weights; lower it, or give --no-model-ema"
+            f"still holds {100 * kept:.0f} % of the initial weights; lower it, or give --model-ema-warmup or "
+            "--no-model-ema"
         )
     if args.drloc_weight and plan.epochs <= DRLOC_WARMUP_EPOCHS:
         logger.warning(

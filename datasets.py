@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils.collate import collate as collate_by_type
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from holdout import Holdout, read_part
 from randomness import isolated_rng, seed_sequence
 from readers import DATASETS, DataSet, canonical_name, sets_of
 from readers.cache import cache_images
-from readers.images import ImageFiles, LabelledImages, SubsetOf, UnreadableImage
+from readers.images import EncodedImages, ImageFiles, LabelledImages, SubsetOf, UnreadableImage
 from samplers import Draw, class_subset
 from utils import Processes, StopSignal, UserError, end_workers, first_few, logger, write_json
 
@@ -40,7 +41,11 @@ FURTHER = 10  # doublings of the distance, to 10,240 images: passes a folder of 
 
 
 def read_split(
-    name: str, split: str, data_path: str | Path | None, sets: Mapping[str, DataSet] = DATASETS
+    name: str,
+    split: str,
+    data_path: str | Path | None,
+    sets: Mapping[str, DataSet] = DATASETS,
+    holdout: Holdout | None = None,
 ) -> LabelledImages:
     """Read one split of a data set by name, and check its files.
 
@@ -48,6 +53,7 @@ def read_split(
         name: a key of ``sets``, or DeiT's spelling.
         split: "train" or "val".
         data_path: folder of the data set (layouts: :data:`DATASETS`).
+        holdout: how the validation images are chosen from a single folder of classes; only for ``folder``.
 
     Raises:
         UserError: unknown name, or files that are missing or not as expected.
@@ -64,8 +70,10 @@ def read_split(
             raise UserError(f"data set {name} needs --data-path, a folder with {entry.layout}")
         if not data_path.is_dir():
             raise UserError(f"--data-path {data_path}: no such folder; {name} needs one with {entry.layout}")
+    if holdout is not None and entry is not DATASETS["folder"]:
+        raise UserError("--val-split is for --data-set folder with a folder for each class; leave it out")
     try:
-        images = entry.read(data_path, split)
+        images = read_part(cast(Path, data_path), split, holdout) if holdout else entry.read(data_path, split)
     except OSError as error:  # no permission, a broken disk
         raise UserError(f"{error.filename or data_path}: {error.strerror}; {name} must be readable") from error
     if entry.num_classes not in (None, len(images.classes)):
@@ -73,6 +81,8 @@ def read_split(
             f"{data_path}: {len(images.classes)} classes instead of the {entry.num_classes} of {name}; expected "
             f"{entry.layout}; for other images use --data-set folder"
         )
+    if isinstance(images, EncodedImages):
+        images.upright = entry.upright
     return images
 
 
@@ -86,6 +96,7 @@ class SplitSettings:
         download: download the data set first, see :func:`download`.
         sampling_ratio, sampling_seed: the training split is this :func:`samplers.class_subset`.
         task: the name is that of one of this task's data sets, :func:`readers.sets_of`.
+        holdout: see :func:`read_split`.
     """
 
     name: str
@@ -97,6 +108,7 @@ class SplitSettings:
     sampling_seed: int = 0
     pairs: int = 0
     task: str = "classify"
+    holdout: Holdout | None = None
 
 
 def build_split(
@@ -121,17 +133,32 @@ def read_images(settings: SplitSettings, split: str, processes: Processes) -> La
     sets = sets_of(settings.task)
     if settings.download:
         download(settings.name, settings.path, processes, sets)
-    images = read_split(settings.name, split, settings.path, sets)
+    images = read_split(settings.name, split, settings.path, sets, settings.holdout)
     if processes.is_main:
         log_image_count(settings.name, split, len(images), sets)
         images.left_out.tell(f"{settings.name} {split}")
         if len(images.classes) == 1:
             logger.warning(f"{settings.name} {split}: one class only, {images.classes[0]}; a classifier learns nothing")
+        own = sets[canonical_name(settings.name, sets)].num_classes is None
+        if split == "train" and own and images.labelled and len(images.classes) > 1:
+            warn_of_single_images(images, settings)
     ratio = settings.sampling_ratio
     if split == "train" and ratio < 1:
         whole, images = images, SubsetOf(images, class_subset(images.targets, ratio, settings.sampling_seed))
         logger.info(f"--sampling-ratio {ratio:g}: {len(images):,} of {len(whole):,} training images")
     return images
+
+
+def warn_of_single_images(images: LabelledImages, settings: SplitSettings) -> None:
+    """Warn of classes with a single training image."""
+    counts = np.bincount(images.targets, minlength=len(images.classes))
+    if single := [images.classes[label] for label in np.flatnonzero(counts == 1)]:
+        unseen = "; --val-split holds none of them out" if settings.holdout else ""
+        what = "class has" if len(single) == 1 else "classes have"
+        logger.warning(
+            f"{settings.name} train: {len(single):,} {what} a single image, from which little is learnt: "
+            f"{first_few(single)}{unseen}"
+        )
 
 
 def relabel(dataset: "AugmentedDataset", classes: Sequence[str]) -> list[str]:

@@ -149,12 +149,15 @@ class Window:
         }
 
 
-def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: None) -> bool:
+def train_one_epoch(
+    run: Run, report: Callable[[dict], None] = lambda means: None, updated: Callable[[], None] = lambda: None
+) -> bool:
     """Train from ``run.step`` to the end of ``run.epoch`` on the loss L_main + lambda L_se of Section 4.1.
 
     Args:
         run: changed in place: weights, ``step`` and ``totals``.
         report: called at every logging step with the means since the last one.
+        updated: called after every update.
 
     Returns:
         False if a signal ended the epoch between two updates; the run can then be saved.
@@ -192,6 +195,7 @@ def train_one_epoch(run: Run, report: Callable[[dict], None] = lambda means: Non
         update_weights(run, schedule)
         run.add_totals(**schedule)
         run.step += 1
+        updated()
         # 5. look for a signal; log
         running = not run.stop.poll()
         if run.step % plan.print_every == 0 or run.step == plan.updates_per_epoch or not running:

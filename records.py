@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from engine import Run
+from engine import Plan, Run
 from schedules import Position
 from utils import UserError, environment, free_folder, logger, write_atomically, write_json
 
@@ -37,6 +37,10 @@ SHORT_NAMES = {
 """Names of values in the terminal's lines, where they differ from TensorBoard's."""
 ABOUT_TIME = ("images_per_second", "data_share", "step_time", "peak_memory")
 """Values of a logging step that TensorBoard shows under time/; all others are under train/."""
+FIRST_UPDATES, FIRST_SECONDS = 20, 30.0
+"""The time of the whole run is estimated from so many updates, or from those of so many seconds."""
+EVALUATION_SHARE = 1 / 3
+"""Time of an image in evaluation, without a backward pass, as a fraction of that in training; a rule of thumb."""
 LARGEST_WAIT = 10.0
 """Percent of an epoch's time spent waiting for the loader, above which the log calls it the bottleneck."""
 
@@ -62,6 +66,36 @@ def format_duration(seconds: float) -> str:
         return f"{minutes // 60}:{minutes % 60:02} h"
     hours = math.ceil(minutes / 60)
     return f"{hours // 24}:{hours % 24:02} d"
+
+
+def spell_duration(seconds: float) -> str:
+    """A time to be read in a sentence: ``40 s``, ``12 min``, ``3 h 10 min``, ``2 days 5 h``."""
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    days, hours = divmod(round(minutes / 60), 24)
+    return f"{days} day{'s' * (days > 1)} {hours} h"
+
+
+def describe_length(plan: Plan, position: Position, step_time: float, evaluation_time: float) -> str:
+    """The estimated time of a run, or of the rest of one that is resumed.
+
+    Args:
+        position: where this process began to train.
+        step_time: seconds an update.
+        evaluation_time: seconds an evaluation; 0 if nothing is evaluated.
+    """
+    updates = position.epochs * position.updates_per_epoch - position.update
+    ends = range(position.epoch + 1, position.epochs + 1)
+    evaluations = sum(end % plan.eval_every == 0 or end == position.epochs for end in ends) if evaluation_time else 0
+    seconds = updates * step_time + evaluations * evaluation_time
+    what = "the rest of the run" if position.update else "the whole run"
+    rest = f", {evaluations:,} evaluations of about {evaluation_time:.2g} s" if evaluations else ""
+    return f"{what} takes about {spell_duration(seconds)} ({updates:,} updates of {step_time:.2g} s{rest})"
 
 
 def describe_bottleneck(share: float, images_per_second: float, num_workers: int) -> str:
@@ -122,8 +156,12 @@ class EpochLog:
 class Records:
     """Writes log.txt, TensorBoard's events and the terminal's lines; does nothing on ranks other than 0."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, val_images: int = 0):
+        """``val_images``: number of images of an evaluation."""
         self.run, self.log, self.board = run, None, None
+        self.begin, self.val_images = run.position, val_images
+        self.timed_from: tuple[float, int] | None = None
+        self.told_length = False
         self.start_time, self.first_update = time.monotonic(), run.position.update
         self.warming_up, self.waits, self.rates = True, [], []  # of this epoch's windows, without the very first
         self.warned_of_loader = False
@@ -158,6 +196,23 @@ class Records:
         if warning := self.run.task.warning(means):
             logger.warning(warning)
 
+    def update(self) -> None:
+        """Once, after the first updates, log how long the whole run takes. The device is not waited for."""
+        # the first update of an epoch is not timed: workers start, kernels are loaded, an epoch was evaluated
+        run, position = self.run, self.run.position
+        if self.told_length or not run.processes.is_main:
+            return
+        if self.timed_from is None:
+            self.timed_from = time.monotonic(), position.update
+            return
+        seconds, updates = time.monotonic() - self.timed_from[0], position.update - self.timed_from[1]
+        if updates < FIRST_UPDATES and seconds < FIRST_SECONDS and position.step < position.updates_per_epoch:
+            return
+        self.told_length, step_time = True, seconds / updates
+        images = self.val_images * len(run.task.evaluated())
+        evaluation_time = EVALUATION_SHARE * step_time / run.plan.total_batch * images
+        logger.info(describe_length(run.plan, self.begin, step_time, evaluation_time))
+
     def _seconds_left(self) -> float:
         """Time to the end of the run at this process's mean time per update, evaluation and saving included."""
         position = self.run.position
@@ -172,6 +227,7 @@ class Records:
             record: its line of log.txt, from `epoch_record`.
             results: of each evaluated model, by name; empty if the epoch was not evaluated.
         """
+        self.timed_from = None
         if not self.run.processes.is_main:
             return
         for models, measured in results.items():

@@ -190,13 +190,17 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 # --------------------------------------------------------------------------------------------------- the runs
 
 
-def build_specs(options: argparse.Namespace, words: list[str], given: list[str]) -> list[RunSpec]:
+def build_specs(
+    options: argparse.Namespace, words: list[str], given: list[str], processes: int | None = None
+) -> list[RunSpec]:
     """The run that ``words`` describe, or one run per combination of the sweep's values (the last option fastest).
 
     Args:
         options: the launcher's.
         words: main.py's command line without the swept options.
         given: words typed on the command line itself. A sweep must not repeat them; it may override argument files.
+        processes: of a run, for what main.py derives from them.
+
     Raises:
         UserError: a malformed sweep; options that main.py refuses, with the name of the run.
     """
@@ -212,7 +216,7 @@ def build_specs(options: argparse.Namespace, words: list[str], given: list[str])
         if swept.count(option) > 1 or option in [word.partition("=")[0] for word in given]:
             raise UserError(f"--sweep over {option}, which is given a second time; remove one of the two")
     # 2. one run per combination; runs must not share a folder
-    specs = [build_spec(job_dir, words, combination) for combination in itertools.product(*axes)]
+    specs = [build_spec(job_dir, words, combination, processes) for combination in itertools.product(*axes)]
     for folder, number in Counter(spec.folder for spec in specs).items():
         if number > 1:
             raise UserError(f"--sweep: {number} runs would share the folder {folder.name}; give each value once")
@@ -227,7 +231,7 @@ def parse_sweep(text: str) -> list[str]:
     return expand_arguments([f"--{name.lstrip('-')}={value}" for value in values.split(",")])
 
 
-def build_spec(job_dir: Path, words: list[str], combination: tuple[str, ...]) -> RunSpec:
+def build_spec(job_dir: Path, words: list[str], combination: tuple[str, ...], processes: int | None = None) -> RunSpec:
     """The run of one combination of swept words, which also name it and its folder ("/" becomes "_")."""
     name = ",".join(
         f"{option.removeprefix('--').replace('-', '_')}={value.replace('/', '_')}"
@@ -237,7 +241,7 @@ def build_spec(job_dir: Path, words: list[str], combination: tuple[str, ...]) ->
         raise UserError(f"--sweep: {name[:40]}... is too long for the name of a folder; sweep over shorter values")
     words = [*words, *combination, "--output-dir", str(job_dir / name)]
     try:
-        args = parse_arguments(words)
+        args = parse_arguments(words, processes=processes)
     except UserError as error:
         raise UserError(f"{name}: {error}" if name else str(error)) from None
     if args.eval:
@@ -290,10 +294,11 @@ def run(argv: list[str]) -> int:
         raise UserError("--local runs on this machine alone; leave --nodes out")
     # 2. build and check all runs
     cluster = build_cluster(options)
-    specs = build_specs(options, words, expand_arguments([word for word in argv if not word.startswith("@")]))
     processes = cluster.processes
     if options.local:
         processes = max(1, gpu_count() if options.ngpus is None else options.ngpus)
+    given = expand_arguments([word for word in argv if not word.startswith("@")])
+    specs = build_specs(options, words, given, processes)
     check_runs(specs, processes)
     # 3. print, run or submit them
     if options.local and options.dry_run:

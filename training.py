@@ -20,12 +20,14 @@ from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from export import write_weights
 from fetch import is_name
+from holdout import keep
 from models import MODELS
 from owner import owned
 from records import Records, epoch_record
 from samplers import Draw
 from tasks import Task, load_task
 from tasks.scores import Scores
+from tasks.settings import holdout
 from utils import Processes, RunError, StopSignal, UserError, logger, prepare_output_dir
 from weights import is_own, read_checkpoint, select_weights
 
@@ -41,7 +43,8 @@ def train(args, processes: Processes) -> int:
     """Train to the last epoch or until a signal; returns the exit code."""
     # 1. data and plan: their errors come before a model is built
     task = load_task(args.task)
-    train_set, val_set = (task.data(args, split, processes) for split in ("train", "val"))
+    train_set = task.data(args, "train", processes)
+    val_set = None if args.val_split == 0 else task.data(args, "val", processes)
     plan = build_plan(args, processes, train_set)
     with ExitStack() as until_the_end:
         owner = None
@@ -59,14 +62,16 @@ def train(args, processes: Processes) -> int:
             return 0
         if processes.is_main:
             save_subset(train_set, args.sampling_ratio, args.sampling_seed, plan.output_dir / "subset.json")
+            if chosen := holdout(args):
+                keep(args.data_path, chosen, plan.output_dir)
         if args.cache_images:
             cache_splits([split for split in (train_set, val_set) if split is not None], processes)
         val_loader = None if val_set is None else build_eval_loader(args, processes, val_set)
         # 3. train, evaluate and save, epoch by epoch
         finished = True
-        with Records(run) as records, add_position_to_errors(run):
+        with Records(run, 0 if val_set is None else len(val_set)) as records, add_position_to_errors(run):
             while finished and run.epoch < plan.epochs:
-                finished = train_one_epoch(run, records.step) and finish_epoch(run, val_loader, records)
+                finished = train_one_epoch(run, records.step, records.update) and finish_epoch(run, val_loader, records)
             if not finished:
                 save(run, "checkpoint.pth")
         # 4. report, and end all processes together

@@ -12,7 +12,7 @@ Remarkable:
   deep           more than 8 bits a colour: grey is scaled from the file's own range, colours lose their lower bits
   huge           more than 25 million pixels, which every epoch decodes again
   thin           sides of a ratio above 10: crops show little of it
-  rotated        by EXIF: viewers turn or mirror it, training does not (as DeiT and timm)
+  rotated        by EXIF: viewers turn or mirror it; training does so, too, but for published sets, masks and boxes
   duplicate      a link to another image, or the same bytes under another name, across the splits, too
   hidden         files and folders of the system, such as ._a.jpg or .ipynb_checkpoints; not used
   link           folders linked a second time or in a circle, links in a tar that lead nowhere; not used
@@ -43,7 +43,7 @@ from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import read_split
 from readers import FOLDER_LAYOUT, DataSet, canonical_name, sets_of
 from readers.files import LeftOut, first_few
-from readers.folders import class_folders, read_classes
+from readers.folders import class_folders, read_class_folders, read_classes
 from readers.images import DEEP_MODES, TOLD_OF_DEEP, EncodedImages, ImageFiles, LabelledImages, ReadingError
 from readers.segmentation import WrongMask
 from tasks import TASKS
@@ -61,6 +61,8 @@ HUGE = 25_000_000
 THIN = 10
 TURNED = {2: "mirrored", 3: "turned by 180°", 4: "mirrored", 6: "turned by 90°", 8: "turned by 90°"}
 """What a viewer does by EXIF's orientation; 5 and 7 do both."""
+ALL = "all"
+"""The name of the images of a single folder of classes, for ``--val-split``."""
 SHOWN = 3
 """Findings of a kind that the terminal lists."""
 
@@ -81,12 +83,12 @@ def inspect(images: EncodedImages, index: int) -> tuple[dict[str, str], bytes]:
         return {"wrong mask" if isinstance(error, WrongMask) else "unreadable": error.reason or str(error)}, b""
     remarks: dict[str, str] = {}
     with suppress(Exception), Image.open(io.BytesIO(data)) as header:  # Pillow may refuse what was decoded otherwise
-        for kind, detail in _remarks(header):  # of a broken EXIF block, what came before it
+        for kind, detail in _remarks(header, images.upright):  # of a broken EXIF block, what came before it
             remarks[kind] = detail
     return remarks, hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _remarks(header: Image.Image) -> Iterator[tuple[str, str]]:
+def _remarks(header: Image.Image, upright: bool) -> Iterator[tuple[str, str]]:
     width, height = header.size
     if header.mode in DEEP_MODES:
         yield "deep", f"{DEEP_MODES[header.mode]} bits, grey"
@@ -98,7 +100,8 @@ def _remarks(header: Image.Image) -> Iterator[tuple[str, str]]:
         yield "thin", f"{width} x {height} px"
     orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
     if 2 <= orientation <= 8:
-        yield "rotated", f"by EXIF, {TURNED.get(orientation, 'turned by 90° and mirrored')}"
+        training = "does so, too" if upright else "does not"
+        yield "rotated", f"by EXIF, {TURNED.get(orientation, 'turned by 90° and mirrored')}; training {training}"
 
 
 class Findings:
@@ -142,7 +145,7 @@ class Findings:
             self.add(split, COUNT, label=name, detail=str(count))
             if not count:
                 self.add(split, "empty class", label=name)
-            elif split == "train" and count < max(TINY, TINY_SHARE * median):
+            elif split != "val" and count < max(TINY, TINY_SHARE * median):
                 self.add(split, "tiny class", label=name, detail=f"{count} images")
 
     def of(self, kind: str) -> list[dict[str, str]]:
@@ -180,11 +183,26 @@ def splits_of(entry: DataSet) -> list[str]:
     return [split for split in ("train", "val") if split in entry.images or not entry.images]
 
 
+def is_single_folder(name: str, args: argparse.Namespace) -> bool:
+    """Whether the set is a folder of classes without ``train/`` and ``val/``."""
+    root = args.data_path
+    if args.task != "classify" or name != "folder" or root is None or not root.is_dir():
+        return False
+    return not any((root / split).is_dir() for split in ("train", "val")) and bool(class_folders(root))
+
+
 def read_or_refuse(
     name: str, split: str, sets: dict[str, DataSet], data_path: Path | None
 ) -> tuple[LabelledImages | None, UserError | None]:
-    """A split, and the reason if its reader refuses it; the images of class folders are read even then."""
+    """A split, and the reason if its reader refuses it; the images of class folders are read even then.
+
+    The split "all" is that of a single folder of classes.
+    """
     try:
+        if split == ALL and data_path is not None:
+            images = read_class_folders(data_path)
+            images.upright = sets[name].upright
+            return images, None
         return read_split(name, split, data_path, sets), None
     except UserError as error:
         root = data_path / split if data_path else None
@@ -205,7 +223,10 @@ def check(args: argparse.Namespace) -> Findings:
     name = canonical_name(args.data_set, sets)
     TOLD_OF_DEEP[0] = 1  # they are listed here
     findings, refusals, read = Findings(), [], 0
-    for split in splits_of(sets[name]):
+    single = is_single_folder(name, args)
+    if single:
+        print("no folders train/ and val/: main.py needs --val-split, such as --val-split 0.1")
+    for split in [ALL] if single else splits_of(sets[name]):
         images, refusal = read_or_refuse(name, split, sets, args.data_path)
         if refusal is not None:
             refusals.append(refusal)

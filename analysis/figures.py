@@ -41,7 +41,8 @@ from augmentation import as_pillow
 from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import AugmentedDataset, read_split
 from readers.files import list_images
-from readers.images import read_image
+from readers.images import read_photograph
+from tasks.settings import holdout
 from utils import UserError, pick_device, prepare_output_dir, progress, readable, start_logging, write_atomically
 from weights import read_checkpoint
 
@@ -131,7 +132,8 @@ def folder_samples(args: Namespace) -> list[Sample]:
     chosen = np.linspace(0, len(paths) - 1, num=min(args.count, len(paths)), dtype=int)
     names = [paths[i].relative_to(args.images) for i in chosen]
     return [
-        Sample(readable(str(name)), read_image(Path(args.images) / name), name.parent.name or None) for name in names
+        Sample(readable(str(name)), read_photograph(Path(args.images) / name), name.parent.name or None)
+        for name in names
     ]
 
 
@@ -146,8 +148,8 @@ def validation_samples(args: Namespace) -> list[Sample]:
     if not isinstance(saved, Mapping) or "data_set" not in saved:
         raise UserError(f"{path}: not written by main.py, so its validation images are unknown; give --images")
     given = ["--data-path", args.data_path] if args.data_path else []
-    run_args = parse_arguments(["--eval", *given], saved=dict(saved))
-    dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path))
+    run_args = parse_arguments(["--eval", "--resume", str(path), *given], saved=dict(saved))
+    dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path, holdout=holdout(run_args)))
     chosen = choose_samples(dataset, args.count)
     names = dataset.classes
     return [Sample(names[label], as_pillow(image), names[label]) for image, label in chosen]

@@ -38,7 +38,7 @@ from augmentation import as_tensor, eval_transform
 from batches import device_batches
 from cli import HelpFormatter, Parser, at_least, exit_code
 from readers.files import list_images
-from readers.images import read_image
+from readers.images import read_photograph
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
 from utils import UserError, pick_device, prepare_output_dir, progress, start_logging
 
@@ -53,7 +53,7 @@ MEASURES = ("entropy", "components", "largest", "kept", "share")
 
 
 class CroppedImages(Dataset):
-    """Images from files, transformed as in evaluation at this input size: uint8 ``(3, size, size)``."""
+    """Photographs, upright, transformed as in evaluation at this input size: uint8 ``(3, size, size)``."""
 
     def __init__(self, paths: list[Path], size: int, crop_pct: float | None = None):
         self.paths, self.transform = paths, eval_transform(size, crop_pct)
@@ -62,7 +62,7 @@ class CroppedImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(as_tensor(read_image(self.paths[index])))
+        return self.transform(as_tensor(read_photograph(self.paths[index])))
 
 
 def measure_images(trained: TrainedModel, loader, device: torch.device) -> dict[str, Tensor]:

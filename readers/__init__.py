@@ -40,11 +40,15 @@ class DataSet:
         about: a description in one line.
         layout: required contents of ``--data-path``; empty if the set needs no path.
         defaults: defaults of main.py's arguments for this set.
+        count: ``count(data_path, enough)`` is the number of training images, without decoding one; counting may stop
+            at ``enough``. For a user's own set, whose defaults follow from its size.
         num_classes: required number of classes; None for any number, 0 for images without classes.
         images: split -> number of images, in the paper or as published; empty if unknown.
         cleaned_images: the same for DomainNet's later, cleaned lists.
         folder: subfolder of a common root of all data sets, without torchvision's own folder names.
         download: downloads and verifies the set, given the data path; None if not supported.
+        upright: turn images as their EXIF data say. Never for published sets, whose protocols read the stored pixels,
+            nor where boxes or masks lie on these.
         source: where to obtain it manually; empty if ``download`` exists or the images are the user's own.
     """
 
@@ -52,11 +56,13 @@ class DataSet:
     about: str
     layout: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)
+    count: Callable[[Path, int], int] | None = None
     num_classes: int | None = None
     images: dict[str, int] = field(default_factory=dict)
     cleaned_images: dict[str, int] = field(default_factory=dict)
     folder: str = ""
     download: Callable[[Path], Any] | None = None
+    upright: bool = False
     source: str = ""
 
     @property
@@ -133,14 +139,23 @@ DATASETS: dict[str, DataSet] = {
         images={"train": 1_437, "val": 360},
         source="scikit-learn, which is installed",
     ),
-    "folder": DataSet(READ_FOLDER, "your own images", FOLDER_LAYOUT),
+    "folder": DataSet(
+        READ_FOLDER, "your own images", FOLDER_LAYOUT, count=Deferred("readers.folders:count_training"), upright=True
+    ),
     "images": DataSet(
         Deferred("readers.folders:read_images"),
         "your own images without classes, for self-supervised training",
         "image files in it or anywhere below",
         num_classes=0,
+        upright=True,
     ),
-    "tar": DataSet(Deferred("readers.tars:read_tar"), "your own images in few large files", TAR_LAYOUT),
+    "tar": DataSet(
+        Deferred("readers.tars:read_tar"),
+        "your own images in few large files",
+        TAR_LAYOUT,
+        count=Deferred("readers.tars:count_training"),
+        upright=True,
+    ),
     "imagenet": DataSet(
         READ_FOLDER,
         "ImageNet-1k (ILSVRC-2012)",

@@ -1,5 +1,6 @@
 """Which files below a folder are images. What is left out is counted, so that it can be said."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Collection
@@ -70,7 +71,9 @@ class LeftOut:
             logger.info(f"{folder}: left out {text}; python -m analysis.check lists them")
 
 
-def find_images(root: str | Path, only: Collection[str] | None = None) -> tuple[list[tuple[str, str]], LeftOut]:
+def find_images(
+    root: str | Path, only: Collection[str] | None = None, enough: float = math.inf
+) -> tuple[list[tuple[str, str]], LeftOut]:
     """The image files below a folder, except hidden ones; links to files and to other places are followed.
 
     No folder is entered twice. A link to a folder that lies in ``root``, or in which ``root`` lies, is left out:
@@ -79,6 +82,7 @@ def find_images(root: str | Path, only: Collection[str] | None = None) -> tuple[
     Args:
         root: the folder.
         only: the folders in ``root`` that are entered. Default: all.
+        enough: no further folder is entered once so many images are found.
 
     Returns:
         Pairs of a folder, as a path below ``root`` (empty: ``root`` itself), and a file name, unsorted; and the rest.
@@ -88,7 +92,7 @@ def find_images(root: str | Path, only: Collection[str] | None = None) -> tuple[
     """
     top, found, left_out = os.path.realpath(root), [], LeftOut()
     waiting, seen = [("", top)], {top}  # a path below root, and the same place without links
-    while waiting:
+    while waiting and len(found) < enough:
         folder, place = waiting.pop()
         for entry in sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name):
             path, is_image = os.path.join(folder, entry.name), suffix_of(entry.name) in EXTENSIONS

@@ -1,4 +1,4 @@
-"""Image folders: ``train/<class>/*`` and ``val/<class>/*``, with all classes or those of a list."""
+"""Image folders: ``train/<class>/*`` and ``val/<class>/*``, all classes or those of a list; or ``<class>/*`` alone."""
 
 import os
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def read_folder(data_path: Path, split: str, class_list: str | None = None) -> I
     found = _class_folders(data_path, split)
     if class_list is None:
         check_same_classes(data_path, split, found, _class_folders)
-        return _check_filled(read_classes(data_path, split, found), split)
+        return _check_filled(read_classes(data_path, split, found), data_path / split)
     wanted = _read_class_list(class_list)
     missing = sorted(set(wanted) - set(found))
     if missing:
@@ -46,7 +46,44 @@ def read_folder(data_path: Path, split: str, class_list: str | None = None) -> I
             f"{data_path / split}: no folders for the classes {first_few(missing)}; "
             f"--data-path must hold all of readers/class_lists/{class_list}"
         )
-    return _check_filled(read_classes(data_path, split, wanted), split)
+    return _check_filled(read_classes(data_path, split, wanted), data_path / split)
+
+
+def class_root(data_path: Path) -> Path:
+    """Where the class folders of a set without ``val/`` are: in ``train/`` if there is one, else in ``data_path``.
+
+    Raises:
+        UserError: the set has ``val/``.
+    """
+    parts = [part for part in ("train", "val") if (data_path / part).is_dir()]
+    if parts == ["train", "val"]:
+        raise UserError(f"--val-split: {data_path} has a folder val/ of its own; leave --val-split out")
+    return data_path / "train" if parts == ["train"] else data_path
+
+
+def read_class_folders(data_path: Path) -> ImageFiles:
+    """All images of a single folder of classes, see `class_root`; their names are paths below that.
+
+    Raises:
+        UserError: it has ``val/``, is flat, empty or one folder too deep, or a class is empty.
+    """
+    root = class_root(data_path)
+    classes = class_folders(root)
+    if not classes:
+        raise UserError(f"{root}: no class folders; --val-split needs <class>/* or train/<class>/* in --data-path")
+    names, targets, left_out = find_in_classes(root, {name: label for label, name in enumerate(classes)})
+    if len(classes) == 1:
+        _check_depth(root, classes[0], {os.path.dirname(name) for name in names})
+    images = ImageFiles(root, names, targets, classes)
+    images.left_out = left_out
+    return _check_filled(images, root)
+
+
+def count_training(data_path: Path, enough: int) -> int:
+    """The number of images in the class folders of ``train/``, or of ``data_path`` itself if it has none."""
+    root = data_path / "train" if (data_path / "train").is_dir() else data_path
+    found, _ = find_images(root, enough=enough)
+    return sum(folder != "" for folder, _ in found)
 
 
 def read_images(data_path: Path, split: str) -> ImageFiles:
@@ -106,13 +143,13 @@ def _check_depth(root: Path, name: str, folders: set[str]) -> None:
         )
 
 
-def _check_filled(images: ImageFiles, split: str) -> ImageFiles:
+def _check_filled(images: ImageFiles, root: Path) -> ImageFiles:
     filled = set(images.targets.tolist())
     empty = [name for label, name in enumerate(images.classes) if label not in filled]
     if empty:
         rest = f"; left out: {images.left_out}" if str(images.left_out) else ""
         raise UserError(
-            f"{images.root / split}: no images in the class folders {first_few(empty)}; "
+            f"{root}: no images in the class folders {first_few(empty)}; "
             f"remove them or fill them with images ({KNOWN}){rest}"
         )
     return images
@@ -133,6 +170,8 @@ def _class_folders(data_path: Path, split: str) -> list[str]:
     if not root.is_dir():
         deeper = sorted(path.parent for path in data_path.glob(f"*/{split}") if path.is_dir())
         mend = f"; did you mean --data-path {deeper[0]}?" if len(deeper) == 1 else ""
+        if not deeper and class_folders(data_path):
+            mend = "; --val-split 0.1 sets a tenth of each class aside, of train/<class>/* or of <class>/*"
         raise UserError(f"{data_path}: no folder {split}/; expected {FOLDER_LAYOUT}{mend}")
     classes = class_folders(root)
     if classes:

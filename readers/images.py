@@ -97,13 +97,19 @@ class ArrayImages(LabelledImages):
 class EncodedImages(LabelledImages):
     """Images that are decoded on access; subclasses implement ``_open`` (the encoded bytes) and ``_location``.
 
+    Attributes:
+        upright: turn images as their EXIF data say. `datasets.read_split` sets it as the registry says,
+            `readers.DataSet.upright`.
+
     Raises:
         UnreadableImage: on access, if the file is missing, truncated, or not an image.
     """
 
+    upright = False
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with self._errors(index), self._open(index) as file:
-            return decode(file.read(), self._location(index)), int(self.targets[index])
+            return decode(file.read(), self._location(index), self.upright), int(self.targets[index])
 
     def encoded(self, index: int) -> bytes:
         """The content of the file."""
@@ -111,7 +117,7 @@ class EncodedImages(LabelledImages):
             return file.read()
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height in pixels, from the file's header alone."""
+        """Width and height in pixels as stored, before EXIF turns the image, from the file's header alone."""
         with self._errors(index), self._open(index) as file, Image.open(file) as image:
             return image.size
 
@@ -168,7 +174,7 @@ class SubsetOf(LabelledImages):
         return self._images.size(self._indices[index])
 
 
-def decode(data: bytes, name: str = "") -> Tensor:
+def decode(data: bytes, name: str = "", upright: bool = False) -> Tensor:
     """Decode an image file: RGB, uint8 ``(3, h, w)``.
 
     Baseline and progressive JPEGs, RGB or grey, are decoded by torchvision, which gives Pillow's pixels in less time.
@@ -177,13 +183,15 @@ def decode(data: bytes, name: str = "") -> Tensor:
     Args:
         data: content of the file.
         name: of the file, for messages.
+        upright: turn the image as its EXIF data say. This costs no time where they say nothing.
 
     Raises:
         Exception: a dozen types, if the file is broken.
     """
     if is_plain_jpeg(data):
         with suppress(RuntimeError):
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=upright)
     if not data:
         raise ValueError("an empty file")
     try:
@@ -191,7 +199,16 @@ def decode(data: bytes, name: str = "") -> Tensor:
     except UnidentifiedImageError:
         raise ValueError(f"no image that Pillow knows; it begins with {data[:12]!r}") from None
     with image:
-        return rearrange(torch.from_numpy(np.array(as_rgb(image, name))), "h w c -> c h w")
+        pixels = as_rgb(turn_upright(image) if upright else image, name)
+        return rearrange(torch.from_numpy(np.array(pixels)), "h w c -> c h w")
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data say; as it is stored where these are damaged, as its pixels may be intact."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's parser raises half a dozen types; broken pixels fail again when they are read
+        return image
 
 
 DEEP_MODES = {"I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32, "F": 32}
@@ -237,7 +254,7 @@ def is_plain_jpeg(data: bytes) -> bool:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read the RGB image in a file.
+    """Read the RGB image in a file, as it is stored: masks and boxes lie on these pixels.
 
     Raises:
         UnreadableImage: missing, truncated, or not an image.
@@ -253,11 +270,7 @@ def read_photograph(path: str | Path) -> Image.Image:
         UnreadableImage: see `read_image`.
     """
     with open_image(path) as image:
-        try:
-            upright = ImageOps.exif_transpose(image)
-        except (TypeError, KeyError, struct.error):  # damaged EXIF data; the pixels may be intact
-            upright = image
-        return as_rgb(upright, str(path))
+        return as_rgb(turn_upright(image), str(path))
 
 
 @contextmanager

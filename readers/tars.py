@@ -69,6 +69,11 @@ def read_tar(data_path: Path, split: str) -> TarImages:
     return images
 
 
+def count_training(data_path: Path, enough: int) -> int:
+    """The number of training images; a tar without an index is read to its end, as for training itself."""
+    return len(_scan_tars(_tar_root(data_path, "train")))
+
+
 def _tar_root(data_path: Path, split: str) -> Path:
     single, folder = data_path / f"{split}.tar", data_path / split
     if single.is_file():

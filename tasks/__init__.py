@@ -8,16 +8,26 @@ this program's tasks are in modules of the same name in ``options/``, so that ``
 import argparse
 import difflib
 import importlib
+from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils import UserError
 
 if TYPE_CHECKING:
     from tasks.task import Evaluator, Task
 
-__all__ = ["TASKS", "Evaluator", "Task", "add_options", "against_accumulation", "check_options", "load_task"]
+__all__ = [
+    "TASKS",
+    "Evaluator",
+    "Task",
+    "add_options",
+    "against_accumulation",
+    "check_options",
+    "defaults_of_size",
+    "load_task",
+]
 
 TASKS = {
     "classify": "tasks.classify:Classification",
@@ -81,6 +91,19 @@ def against_accumulation(args: argparse.Namespace) -> str:
     if module:
         return module.against_accumulation(args) if hasattr(module, "against_accumulation") else ""
     return load_task(args.task).against_accumulation(args)
+
+
+def defaults_of_size(task: str, images: int, given: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """A task's defaults for a user's own set of so many training images; none for most tasks.
+
+    Args:
+        task: see `load_task`.
+        images: at least 1.
+        given: the options that the user gave.
+        processes: of the run.
+    """
+    module = _options_module(task) or load_task(task).options
+    return module.defaults_of_size(images, given, processes) if hasattr(module, "defaults_of_size") else {}
 
 
 def _options_module(name: str) -> ModuleType | None:

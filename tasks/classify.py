@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from augmentation import TrainTransform, erase, eval_transform
 from datasets import AugmentedDataset, build_split, relabel
 from losses import spatial_entropy
+from schedules import Position
 from tasks import Evaluator, Task
 from tasks.options import classify as options
 from tasks.scores import ImageScores
@@ -41,10 +43,16 @@ class Classification(Task):
         super().__init__(args, build_task_model(args, num_classes, device), device)
         self.repeats, self.reported, self.erasing = 3 if args.repeated_aug else 1, args.report, args.remode
         self.mixup = build_mixup(args, num_classes)
-        # the soft targets of Mixup are already smoothed
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else args.smoothing)
-        self.ema = (ModelEmaV3(self.model, decay=args.model_ema_decay),) if args.model_ema else ()
-        self.classes = () if args.keep_head else dataset.classes
+        smoothing = 0.0 if self.mixup else args.smoothing  # the soft targets of Mixup are already smoothed
+        if args.class_weights == "balanced" and not args.eval:
+            weights = balanced_weights(dataset.base.targets, num_classes).to(device)
+            self.criterion: nn.Module = WeightedCrossEntropy(weights, smoothing)
+        else:
+            self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        self.ema_warmup = args.model_ema and args.model_ema_warmup
+        ema = {"decay": args.model_ema_decay, "use_warmup": self.ema_warmup}
+        self.ema = (ModelEmaV3(self.model, **ema),) if args.model_ema else ()
+        self.classes, self.class_names = () if args.keep_head else dataset.classes, dataset.classes
         self.records_images, self.layer_decay = args.eval, args.layer_decay
 
     @classmethod
@@ -59,6 +67,24 @@ class Classification(Task):
     @property
     def averaged(self) -> nn.Module | None:
         return self.ema[0].module if self.ema else None
+
+    def schedule(self, position: Position) -> dict[str, float]:
+        """With ``--model-ema-warmup`` also ``model_ema_decay``, timm's for the update that follows."""
+        schedule = super().schedule(position)
+        for ema in self.ema * self.ema_warmup:
+            schedule["model_ema_decay"] = ema.get_decay(position.update + 1)
+        return schedule
+
+    def notes(self) -> dict[str, str]:
+        notes = {}
+        if self.layer_decay != 1:
+            notes["layer decay"] = f"lr x {self.layer_decay:g} from each block to the one before it"
+        if isinstance(self.criterion, WeightedCrossEntropy):
+            weights = self.criterion.weights
+            least, most = int(weights.argmin()), int(weights.argmax())
+            names = [f"{weights[label]:.3g} ({self.class_names[label]})" for label in (least, most)]
+            notes["class weights"] = f"balanced, {' to '.join(names)}"
+        return notes
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, targets = batch["images"], batch["targets"]
@@ -83,14 +109,10 @@ class Classification(Task):
         )
         return layers + param_groups_weight_decay(nn.ModuleDict(self.other_modules()), args.weight_decay)
 
-    def notes(self) -> dict[str, str]:
-        if self.layer_decay == 1:
-            return {}
-        return {"layer decay": f"lr x {self.layer_decay:g} from each block to the one before it"}
-
+    @torch.no_grad()
     def end_update(self, schedule: Mapping[str, float]) -> None:
         for ema in self.ema:
-            ema.update(self.model)
+            ema.apply_update_(self.model, schedule.get("model_ema_decay", ema.decay))
 
     def start_from(self, path: str, key: str | None) -> list[str]:
         """See `tasks.Task.start_from`; a head whose classes have other names is dropped, unless ``--keep-head``."""
@@ -116,6 +138,38 @@ class Classification(Task):
             f"spatial entropy {results['spatial_entropy']:.3f} components {results['components']:.2f} "
             f"({results['images']} images)"
         )
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy with a weight for each class, for class numbers and for soft targets, such as those of Mixup.
+
+    The loss of an image with target probabilities y, smoothed, is ``- sum_c w_c y_c log p_c``; the mean is over images.
+    For probabilities this is torch's cross-entropy. For class numbers torch divides by the weights of the batch, so
+    that the split of an update into micro-batches would change it.
+
+    Args:
+        weights: ``(K,)``.
+        smoothing: label smoothing.
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Tensor, smoothing: float):
+        super().__init__()
+        self.smoothing = smoothing
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits ``(B, K)`` and targets, ``(B,)`` or ``(B, K)``, to a scalar."""
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, logits.shape[1]).to(self.weights.dtype)
+        return F.cross_entropy(logits, targets, self.weights, label_smoothing=self.smoothing)
+
+
+def balanced_weights(targets: np.ndarray, num_classes: int) -> Tensor:
+    """scikit-learn's "balanced" weights n / (k n_c), float32 ``(k,)``; their mean over the n images is 1."""
+    counts = np.bincount(targets, minlength=num_classes).clip(min=1)
+    return torch.from_numpy(len(targets) / (num_classes * counts)).float()
 
 
 def probabilities_of(logits: Tensor) -> np.ndarray:

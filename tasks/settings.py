@@ -1,12 +1,14 @@
 """From the arguments of the command line to the settings of models and data sets, for every task."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from datasets import SplitSettings
+from holdout import Holdout
 from losses import PAIRS, max_components
 from models import ModelSettings, build_model
 from utils import UserError
@@ -40,7 +42,21 @@ def split_settings(args: argparse.Namespace) -> SplitSettings:
         sampling_seed=args.sampling_seed,
         pairs=PAIRS if args.drloc_weight > 0 else 0,
         task=args.task,
+        holdout=holdout(args),
     )
+
+
+def holdout(args: argparse.Namespace) -> Holdout | None:
+    """The settings of ``--val-split``; None without the option.
+
+    A run looks for an earlier choice in its own folder, then in that of the run that it resumes. ``--eval`` looks
+    beside the evaluated checkpoint.
+    """
+    if args.val_split is None:
+        return None
+    checkpoint = args.resume or args.finetune * args.eval
+    runs = [Path(args.output_dir), *[Path(checkpoint).parent] * bool(checkpoint)]
+    return Holdout(args.val_split, args.sampling_seed, tuple(runs[::-1] if args.eval else runs), args.eval)
 
 
 def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.device, **sizes: Any) -> nn.Module:

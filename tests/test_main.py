@@ -149,6 +149,8 @@ def test_unreadable_images_are_replaced_and_counted_on_request(data, tmp_path):
         "--amp bf16 --grad-checkpointing",
         "--report ema --crop-pct 0.9 --print-every 1 --seed 3",
         "--no-model-ema --num-workers 1 --device cpu --amp off",
+        "--class-weights balanced --model-ema-warmup --report ema",
+        "--class-weights balanced --mixup 0 --cutmix 0 --amp bf16",
         "--sar-loss total-variation --sar-weight 0.001 --drloc-weight 0.1",
         "--model vit_tiny --drloc-weight 0.1 --grad-checkpointing --no-model-ema",
         "--sampling-ratio 0.5 --sampling-seed 3 --cache-images",
@@ -175,6 +177,13 @@ def test_cooldown_epochs_follow_at_the_lowest_rate(data, tmp_path):
 def test_compile(drloc_weight, data, tmp_path):
     assert train(data, tmp_path, *ONE_EPOCH, "--compile", "--drloc-weight", drloc_weight) == 0
     assert math.isfinite(last_record(tmp_path)["train_loss"])
+
+
+def test_a_single_folder_of_classes_is_divided(data, tmp_path):
+    assert train(data / "val", tmp_path, *ONE_EPOCH, "--val-split", "0.2", "--total-batch", "24") == 0
+    record = last_record(tmp_path)
+    assert (record["train_images"], record["test_images"]) == (50, 10)
+    assert len(json.loads((tmp_path / "split.json").read_text())["val"]) == 10
 
 
 def test_a_share_of_the_images_is_trained_on_and_kept_with_the_run(data, tmp_path):

@@ -107,6 +107,7 @@ PROBES = {"linear_dino", "linear_moco"}  # tests/test_linear.py
 DENSE = {"segment_voc", "segment_ade20k", "detect_voc"}  # tests/test_segment.py, tests/test_detect.py
 NO_PROTOCOL = {
     "quickstart",
+    "laptop",  # tests/test_own_data.py
     "smoke",
     "smoke_t2t",
     "smoke_pvt",

@@ -1,19 +1,36 @@
 """The options of ``--task classify``: averaged weights, fine-tuning and augmentation, with DeiT's names and values."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from cli import at_least
 from tasks.options import add_layer_decay, check_classes
 from utils import UserError
+
+UPDATES_AN_EPOCH = 16
+SMALLEST_BATCH, LARGEST_BATCH, LARGEST_MICRO_BATCH = 16, 1024, 128
+EPOCHS, MOST_EPOCHS, IMAGES_SEEN = 100, 300, 120_000
+PEAK_LR, REFERENCE_BATCH = 5e-4, 512
 
 _count, _size, _fraction = at_least(int, 1), at_least(float, 0), at_least(float, 0, 1)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """See `tasks.Task.add_options`."""
+    _add_loss(parser)
     _add_averaged_weights(parser)
     _add_fine_tuning(parser)
     _add_augmentation(parser)
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument_group("cross-entropy").add_argument(
+        "--class-weights",
+        choices=("none", "balanced"),
+        default="none",
+        help="weights of the classes in the training loss; balanced: n / (k n_c) for n_c of n images of k classes",
+    )
 
 
 def _add_averaged_weights(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +42,12 @@ def _add_averaged_weights(parser: argparse.ArgumentParser) -> None:
         help="keep an exponential moving average of the weights",
     )
     add("--model-ema-decay", type=_fraction, default=0.99996, help="decay of the averaged weights at each update")
+    add(
+        "--model-ema-warmup",
+        action="store_true",
+        help="timm's warm-up of the decay, for short runs: 1 - (1 + t) ** (-2 / 3) after t updates, up to "
+        "--model-ema-decay",
+    )
     add("--report", choices=("model", "ema"), default="model", help="the weights whose accuracy picks best.pth")
 
 
@@ -88,6 +111,36 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="probability of CutMix in place of Mixup, if both are on",
     )
+
+
+def defaults_of_size(images: int, given: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """Defaults for a user's own training images; see `tasks.defaults_of_size`. Measured in benchmarks/LOG.md.
+
+    The total batch T is the largest power of two that makes at least 16 updates of an epoch, and it is 16 to 1,024. So
+    an epoch leaves out less than a 16th of 256 or more images. The peak learning rate is 5e-4 up to T = 512, and then
+    DeiT's. A run sees 120,000 images, in 100 to 300 epochs. A tenth of its epochs, at most 5, is warm-up.
+    """
+    # 1. total batch: a multiple of a given batch
+    power = 1 << max(images // UPDATES_AN_EPOCH, 1).bit_length() - 1
+    smallest = min(SMALLEST_BATCH, 1 << images.bit_length() - 1)
+    total = given.get("total_batch") or min(max(power, smallest), LARGEST_BATCH)
+    if (batch := given.get("batch_size")) and "total_batch" not in given:
+        total = batch * max(1, round(total / batch))
+    # 2. batch of a process: as large as it may be, and even, as Mixup pairs images
+    share = max(1, total // processes)
+    sizes = [size for size in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % size == 0]
+    batch = max([size for size in sizes if size % 2 == 0] or sizes)
+    # 3. length
+    epochs = given.get("epochs") or min(max(round(IMAGES_SEEN / images, -1), EPOCHS), MOST_EPOCHS)
+    return {
+        "total_batch": total,
+        "batch_size": batch,
+        "epochs": int(epochs),
+        "warmup_epochs": min(5, max(1, int(epochs) // 10), int(epochs) - 1),
+        "sched_on_updates": True,
+        "lr": PEAK_LR if given.get("unscale_lr") else PEAK_LR * max(1.0, REFERENCE_BATCH / total),
+        "model_ema": False,
+    }
 
 
 def check(args: argparse.Namespace) -> None:

@@ -29,8 +29,9 @@ ROOT = Path(__file__).parents[2]
 SMALL = (
     "--data-set folder --model vit_tiny_sar --input-size 8 --patch-size 2 --num-workers 0 "
     "--model-kwargs embed_dim=24 depth=2 num_heads=3 "
-    "--batch-size 24 --total-batch 48 --epochs 3 --warmup-epochs 1 --lr 4e-3 --mixup 0.8 --cutmix 1.0 "
-    "--model-ema --model-ema-decay 0.9 --drop 0.1 --drop-path 0.2 --sar-weight 0.1 --print-every 3"
+    "--batch-size 24 --total-batch 48 --epochs 3 --warmup-epochs 1 --lr 4e-3 --no-sched-on-updates "
+    "--mixup 0.8 --cutmix 1.0 --model-ema --model-ema-decay 0.9 --drop 0.1 --drop-path 0.2 --sar-weight 0.1 "
+    "--print-every 3"
 ).split()
 UPDATES = 5  # an epoch: 240 images in total batches of 48
 TIMES = {"images_per_second", "data_time", "step_time"}  # all of log.txt that differs between equal runs
