@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from readers.files import first_few
 from readers.folders import class_root, read_class_folders, read_folder
 from readers.images import ImageFiles
 from samplers import class_subset
-from utils import UserError, logger, write_json
+from utils import UserError, first_few, logger, write_json
 
 SPLIT_FILE = "split.json"
 

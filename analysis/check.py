@@ -42,12 +42,12 @@ from PIL import ExifTags, Image
 from cli import HelpFormatter, Parser, at_least, exit_code
 from datasets import read_split
 from readers import FOLDER_LAYOUT, DataSet, canonical_name, sets_of
-from readers.files import LeftOut, first_few
+from readers.files import LeftOut
 from readers.folders import class_folders, read_class_folders, read_classes
 from readers.images import DEEP_MODES, TOLD_OF_DEEP, EncodedImages, ImageFiles, LabelledImages, ReadingError
 from readers.segmentation import WrongMask
 from tasks import TASKS
-from utils import UserError, prepare_output_dir, progress, readable, start_logging, write_csv
+from utils import UserError, first_few, prepare_output_dir, progress, readable, start_logging, write_csv
 
 WRONG = ("refused", "unreadable", "wrong mask", "empty class")
 REMARKABLE = (

@@ -10,9 +10,8 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet, StanfordCars
 
 from readers import CARS_LAYOUT, DOMAINNET_CLASSES, FLOWERS_LAYOUT, PETS_LAYOUT, domain_layout
-from readers.files import first_few
 from readers.images import ArrayImages, ImageFiles, one_line
-from utils import UserError
+from utils import UserError, first_few
 
 
 def _checked_files(root: Path, names: list[str], targets: list[int], classes: list[str], source: Path) -> ImageFiles:

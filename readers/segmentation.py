@@ -13,11 +13,10 @@ from scipy.io import loadmat
 from torch import Tensor
 
 from readers import ADE_LAYOUT, MASKS_LAYOUT, VOC_LAYOUT
-from readers.files import first_few
 from readers.images import DEEP_MODES, ImageFiles, ReadingError, UnreadableImage, one_line, open_image
 from readers.masks import VOC_CLASSES, VOID, MaskedImages, pair_by_name, read_voc_list, voc_folder
 from readers.names import Names
-from utils import UserError
+from utils import UserError, first_few
 
 SPLITS = {"train": "training", "val": "validation"}
 """Names of ADE20K's folders."""
