@@ -34,7 +34,8 @@ MACHINE_ERRORS = (
         "or give fewer --num-workers; 0 needs none",
     ),
     (
-        r"DataLoader worker \(pid.* (is killed by signal: \w+|exited unexpectedly)|MemoryError in DataLoader worker",
+        r"DataLoader worker \(pid.* (is killed by signal: \w+|exited unexpectedly)|MemoryError in DataLoader worker"
+        r"|^builtins\.Connection(Reset|Refused)Error",  # killed while it handed over a batch
         "a loader worker was killed or had no memory, as the system does where memory runs out: give fewer "
         "--num-workers, or a smaller --batch-size",
     ),

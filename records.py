@@ -56,16 +56,7 @@ def step_line(position: Position, means: Mapping[str, float], seconds_left: floa
     done = position.step / position.updates_per_epoch
     place = f"epoch {position.epoch} [{position.step}/{position.updates_per_epoch}] {done:.0%}"
     values = [f"{SHORT_NAMES.get(name, name)} {value:.4g}" for name, value in means.items()]
-    return "  ".join([place, *values, f"remaining {format_duration(seconds_left)}"])
-
-
-def format_duration(seconds: float) -> str:
-    """Hours and minutes below a day (``3:41 h``), else days and hours (``2:05 d``); rounded up."""
-    minutes = math.ceil(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60}:{minutes % 60:02} h"
-    hours = math.ceil(minutes / 60)
-    return f"{hours // 24}:{hours % 24:02} d"
+    return "  ".join([place, *values, f"remaining {spell_duration(seconds_left)}"])
 
 
 def spell_duration(seconds: float) -> str:

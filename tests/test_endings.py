@@ -206,6 +206,7 @@ def test_after_a_second_signal_there_is_time_to_save(run, tmp_path):
         (MemoryError("Caught MemoryError in DataLoader worker process 0.\nTraceback\nMemoryError"), "--num-workers"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "fewer --num-workers"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "fewer --num-workers"),
+        (ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)), "a loader worker was killed"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. Workers are out of shared memory."),
             "/dev/shm",

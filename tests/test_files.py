@@ -387,7 +387,7 @@ def test_figures_and_measures_take_such_a_file(tmp_path):
     args = figures.build_parser().parse_args(
         ["--images", str(tmp_path), "--checkpoint", "x", "--out", str(tmp_path / "out")]
     )
-    (sample,), _ = figures.folder_samples(args)
+    (sample,) = figures.folder_samples(args)
     assert sample.title == r"\xe9t\xe9.png"
     ones = dict.fromkeys(("entropy", "components", "largest", "kept", "share"), torch.ones(1, 1))
     write_csv(tmp_path / "images.csv", image_rows(ones, [f"{LATIN}.png"]))
