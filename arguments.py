@@ -10,7 +10,7 @@ import os
 import sys
 from collections import ChainMap
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ from fetch import is_name
 from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
 from schedules import LR_SCHEDULES, SAR_SCHEDULES
-from tasks import TASKS, add_options, against_accumulation, check_options, defaults_of_size
+from tasks import TASKS, add_options, against_accumulation, check_options, defaults_of_size, has_defaults_of_size
 from utils import UserError, environment_number, processes_here, readable
 
 SAR_LOSSES = ("spatial-entropy", "total-variation")  # keys of engine.SAR_TERMS, which imports torch
@@ -439,17 +439,39 @@ def _read_known(
 def own_images(args: argparse.Namespace) -> int | None:
     """The number of images that a run trains on, for a user's own data set; about, if it is a share of them.
 
-    None for other sets, or if the files cannot be found or read: their reader will say why.
+    None for other sets and for tasks to which it does not matter, or if the files cannot be found or read: their
+    reader will say why.
     """
-    count = sets_of(args.task)[canonical_name(args.data_set, sets_of(args.task))].count if args.data_set else None
-    if count is None or not args.data_path:
+    if not (has_defaults_of_size(args.task) and args.data_set and args.data_path):
         return None
     share = args.sampling_ratio * (1 - (args.val_split or 0))
     try:
-        images = count(Path(args.data_path).expanduser(), math.ceil(LARGE / share))
+        images = _count_training(args.task, args.data_set, args.data_path, math.ceil(LARGE / share))
     except (UserError, OSError):
         return None
     return max(1, round(share * images)) if images else None
+
+
+@lru_cache(maxsize=8)  # the runs of a sweep have the same images
+def _count_training(task: str, data_set: str, data_path: str, enough: int) -> int:
+    """See `readers.DataSet.count`; 0 for a set that is not a user's own."""
+    sets = sets_of(task)
+    count = sets[canonical_name(data_set, sets)].count
+    return 0 if count is None else count(Path(data_path).expanduser(), enough)
+
+
+def undetermined(args: argparse.Namespace, words: list[str]) -> list[str]:
+    """The options whose defaults follow from the number of images, if these are not on this machine.
+
+    Args:
+        args: of a run.
+        words: its command line; options in it are left out.
+    """
+    if not has_defaults_of_size(args.task) or sets_of(args.task)[args.data_set].count is None or own_images(args):
+        return []
+    names = [name.replace("_", "-") for name in defaults_of_size(args.task, LARGE, {}, 1)]
+    words = expand_arguments(words)
+    return [f"--{name}" for name in names if not (is_option(f"--{name}", words) or is_option(f"--no-{name}", words))]
 
 
 def _saved_defaults(saved) -> dict:
@@ -612,7 +634,7 @@ def data_set_defaults(args: argparse.Namespace, images: int, processes: int) -> 
     data_set = sets_of(args.task)[args.data_set]
     defaults = data_set.defaults
     if data_set.count is not None:
-        defaults = defaults_of_size(args.task, images, vars(args), processes)
+        defaults = defaults_of_size(args.task, images, {}, processes)
     return {
         f"--{name.replace('_', '-')}": value for name, value in defaults.items() if getattr(args, name, None) == value
     }

@@ -153,11 +153,10 @@ def warn_of_single_images(images: LabelledImages, settings: SplitSettings) -> No
     """Warn of classes with a single training image."""
     counts = np.bincount(images.targets, minlength=len(images.classes))
     if single := [images.classes[label] for label in np.flatnonzero(counts == 1)]:
-        unseen = "; --val-split holds none of them out" if settings.holdout else ""
         what = "class has" if len(single) == 1 else "classes have"
         logger.warning(
             f"{settings.name} train: {len(single):,} {what} a single image, from which little is learnt: "
-            f"{first_few(single)}{unseen}"
+            f"{first_few(single)}"
         )
 
 

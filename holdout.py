@@ -40,14 +40,15 @@ class Holdout:
 def read_part(data_path: Path, split: str, holdout: Holdout) -> ImageFiles:
     """The training or validation images of a single folder of classes; its layout is that of `class_root`.
 
-    To evaluate a run on a folder that has ``val/``, that is read.
+    To evaluate a run on another folder, which has ``val/``, that is read.
 
     Raises:
         UserError: see `read_class_folders`; or the folder has changed since the run began.
     """
-    if holdout.evaluating and (data_path / "val").is_dir():
-        return read_folder(data_path, split)
     kept = next((path for run in holdout.runs if (path := run / SPLIT_FILE).is_file()), None)
+    own = kept is not None and _read(kept).get("data_path") == str(data_path.resolve())
+    if holdout.evaluating and not own and (data_path / "val").is_dir():
+        return read_folder(data_path, split)
     if kept is not None and holdout.evaluating:
         return _read_kept(data_path, split, kept)
     if holdout.evaluating and split == "val":
@@ -58,7 +59,8 @@ def read_part(data_path: Path, split: str, holdout: Holdout) -> ImageFiles:
         _check_unchanged(data_path, chosen, kept)
     names, label_of = chosen[split], dict(zip(images.names, images.targets.tolist(), strict=True))
     if not names:
-        raise UserError(f"--val-split {holdout.share:g}: {data_path} has no validation images, as no class has two")
+        reason = "as no class has two" if holdout.share else "as the share says; name a folder with val/<class>/*"
+        raise UserError(f"--val-split {holdout.share:g}: {data_path} has no validation images, {reason}")
     part = ImageFiles(images.root, names, [label_of[name] for name in names], images.classes)
     part.left_out = images.left_out
     return part
@@ -86,6 +88,7 @@ def keep(data_path: str | Path, holdout: Holdout, folder: Path) -> None:
         chosen = choose(read_class_folders(data_path), holdout)
         place = class_root(data_path).relative_to(data_path).as_posix()
         settings = {"val_split": holdout.share, "sampling_seed": holdout.seed, "folder": place}
+        settings["data_path"] = str(data_path.resolve())
         write_json(path, settings | chosen)
 
 

@@ -228,7 +228,7 @@ class Records:
         self.board.flush()
         self.log.write(record)
         task, epoch = self.run.task, f"epoch {record['epoch']}"
-        if not results:
+        if not results and self.val_images:
             logger.info(f"{epoch}: not evaluated (--eval-every)")
         if self.waits and statistics.mean(self.waits) > LARGEST_WAIT and not self.warned_of_loader:
             self.warned_of_loader = True

@@ -23,7 +23,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from arguments import accumulation, build_parser, parse_arguments, task_of
+from arguments import accumulation, build_parser, parse_arguments, task_of, undetermined
 from cli import HelpFormatter, Parser, at_least, exit_code, expand_arguments
 from launch.runs import ROOT, RunSpec, complete_run, epochs_done, hold_lock, warn_missing_data
 from launch.slurm import SIGNAL_DELAY_S, Cluster, print_submission, submit_all
@@ -253,9 +253,15 @@ def check_runs(specs: list[RunSpec], processes: int) -> None:
     """Detect before any run starts what would stop one of them.
 
     Raises:
-        UserError: a total batch that the processes cannot form, or a folder that holds another run.
+        UserError: a total batch that the processes cannot form, a folder that holds another run, or defaults that
+            follow from images which are not on this machine.
     """
     for spec in specs:
+        if missing := undetermined(spec.args, spec.words):
+            raise UserError(
+                f"--data-path {spec.args.data_path}: not here, and its images decide on defaults: submit where it is, "
+                f"or give {', '.join(missing)}"
+            )
         epochs_done(spec)
         accumulation(spec.args, processes)
     warn_missing_data(specs)

@@ -26,6 +26,7 @@ __all__ = [
     "against_accumulation",
     "check_options",
     "defaults_of_size",
+    "has_defaults_of_size",
     "load_task",
 ]
 
@@ -102,8 +103,16 @@ def defaults_of_size(task: str, images: int, given: Mapping[str, Any], processes
         given: the options that the user gave.
         processes: of the run.
     """
-    module = _options_module(task) or load_task(task).options
-    return module.defaults_of_size(images, given, processes) if hasattr(module, "defaults_of_size") else {}
+    return _options_of(task).defaults_of_size(images, given, processes) if has_defaults_of_size(task) else {}
+
+
+def has_defaults_of_size(task: str) -> bool:
+    """Whether the number of a user's own images matters to a task's defaults; see `defaults_of_size`."""
+    return hasattr(_options_of(task), "defaults_of_size")
+
+
+def _options_of(task: str) -> Any:
+    return _options_module(task) or load_task(task).options
 
 
 def _options_module(name: str) -> ModuleType | None:

@@ -47,16 +47,17 @@ def split_settings(args: argparse.Namespace) -> SplitSettings:
 
 
 def holdout(args: argparse.Namespace) -> Holdout | None:
-    """The settings of ``--val-split``; None without the option.
+    """The settings of ``--val-split``; None without the option, and to evaluate a run on another kind of data set.
 
     A run looks for an earlier choice in its own folder, then in that of the run that it resumes. ``--eval`` looks
     beside the evaluated checkpoint.
     """
-    if args.val_split is None:
+    if args.val_split is None or (args.eval and args.data_set != "folder"):
         return None
     checkpoint = args.resume or args.finetune * args.eval
-    runs = [Path(args.output_dir), *[Path(checkpoint).parent] * bool(checkpoint)]
-    return Holdout(args.val_split, args.sampling_seed, tuple(runs[::-1] if args.eval else runs), args.eval)
+    beside = [Path(checkpoint).parent] if checkpoint else []
+    runs = beside if args.eval and beside else [Path(args.output_dir), *beside]
+    return Holdout(args.val_split, args.sampling_seed, tuple(runs), args.eval)
 
 
 def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.device, **sizes: Any) -> nn.Module:

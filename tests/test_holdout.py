@@ -11,9 +11,11 @@ from helpers.image_sets import log_messages, write_folder
 
 import main
 from analysis import check, figures
+from arguments import parse_arguments
 from datasets import SplitSettings, read_images, read_split
 from holdout import SPLIT_FILE, Holdout, choose, keep, read_part
 from readers.folders import read_class_folders
+from tasks.settings import holdout
 from utils import Processes, UserError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -163,6 +165,25 @@ def test_eval_reads_the_images_that_the_run_held_out(copied, tmp_path, capsys):
     assert "(20 images)" in capsys.readouterr().out
 
 
+def test_eval_keeps_to_the_held_out_images_where_val_was_added_since(copied, tmp_path):
+    settings = Holdout(0.3, 0)
+    keep(copied, settings, tmp_path)
+    held_out = list(read_part(copied, "val", settings).names)
+    shutil.copytree(copied / "0", copied / "val/0")
+    of_run = Holdout(0.3, 0, (tmp_path,), evaluating=True)
+    assert list(read_part(copied, "val", of_run).names) == held_out
+    other = write_folder(tmp_path / "other", ["0", "1"], 2, suffix=".png")
+    assert len(read_part(other, "val", of_run)) == 4, "another folder has validation images of its own"
+
+
+def test_eval_takes_no_other_runs_choice_and_knows_other_sets(digits, tmp_path):
+    words = ["--eval", "--val-split", "0.3", "--data-path", str(digits), "--output-dir", str(tmp_path / "out")]
+    args = parse_arguments([*words, "--data-set", "folder", "--resume", str(tmp_path / "copy/best.pth")], saved={})
+    assert holdout(args).runs == (tmp_path / "copy",)
+    args = parse_arguments([*words, "--data-set", "tar", "--resume", str(tmp_path / "copy/best.pth")], saved={})
+    assert holdout(args) is None
+
+
 def test_a_damaged_or_missing_choice(digits, tmp_path):
     keep(digits, Holdout(0.3, 0), tmp_path)
     first = list(read_part(digits, "val", Holdout(0.3, 0, (tmp_path,))).names)
@@ -193,7 +214,7 @@ def test_classes_with_a_single_image_are_told(tmp_path):
             read_images(settings, split, ALONE)
     (message,) = messages
     assert message.startswith("WARNING: folder train: 2 classes have a single image")
-    assert message.endswith("a, b; --val-split holds none of them out")
+    assert message.endswith("from which little is learnt: a, b")
 
 
 def test_one_image_a_class_in_the_usual_layout_is_told(tmp_path):

@@ -1,6 +1,8 @@
 """A user's own images: defaults by their number, and how long a run takes."""
 
 import argparse
+import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -10,13 +12,15 @@ import torch
 from helpers import runs
 from helpers.image_sets import write_folder, write_tars
 
+import arguments
 import main
-from arguments import default_arguments, parse_arguments
+from arguments import data_set_defaults, default_arguments, parse_arguments, undetermined
 from engine import Plan
+from readers import DATASETS
 from records import Records, describe_length, spell_duration
 from schedules import Position
 from tasks import defaults_of_size
-from utils import Processes
+from utils import Processes, UserError
 
 RULE = ("total_batch", "batch_size", "epochs", "warmup_epochs", "lr", "sched_on_updates", "model_ema")
 
@@ -67,12 +71,15 @@ def test_an_epoch_has_many_updates_and_leaves_few_images_out():
 
 
 def test_the_batch_fits_processes_and_what_is_given():
-    for processes in (1, 2, 4, 8, 64):
+    for processes in (1, 2, 4, 8):
         found = rule(1200, processes)
         assert (found.total_batch, found.batch_size * processes) == (64, 64), "the mathematics do not depend on it"
+    for images, processes in itertools.product((42, 300, 1200, 10_000), (3, 5, 6, 7, 32, 64)):
+        found = rule(images, processes)
+        assert found.batch_size % 2 == 0
+        assert found.total_batch % (found.batch_size * processes) == 0
     assert rule(100_000, 2).batch_size == 128
-    assert rule(1200, batch_size=50).total_batch == 50
-    assert rule(1200, batch_size=8).total_batch == 64
+    assert {rule(1200, batch_size=size).total_batch for size in (8, 50, 128)} == {64}, "no part of the mathematics"
     found = rule(1200, total_batch=300)
     assert (found.batch_size, found.lr * 300 / 512) == (100, pytest.approx(5e-4))
     assert rule(1200, unscale_lr=True).lr == 5e-4
@@ -115,6 +122,39 @@ def test_other_sets_and_tasks_keep_their_defaults(digits, tmp_path):
         assert all(getattr(args, name) == defaults[name] for name in RULE if name in defaults)
     absent = parse(tmp_path / "nothing")  # its reader says what is wrong
     assert absent.total_batch == 1024
+
+
+def test_averaged_weights_are_asked_for_with_their_warm_up(digits):
+    with pytest.raises(UserError, match="--model-ema-warmup needs --model-ema"):
+        parse(digits, "--model-ema-warmup")
+    assert parse(digits, "--model-ema-warmup", "--model-ema").model_ema
+
+
+def test_images_are_counted_once_and_only_for_tasks_to_which_they_matter(digits, monkeypatch):
+    arguments._count_training.cache_clear()
+    counted = []
+    count = DATASETS["folder"].count
+    entry = dataclasses.replace(DATASETS["folder"], count=lambda *args: counted.append(args) or count(*args))
+    monkeypatch.setitem(DATASETS, "folder", entry)
+    parse(digits, "--task", "dino")
+    assert not counted
+    parse(digits)
+    parse(digits, "--seed", "1")
+    assert len(counted) == 1
+    arguments._count_training.cache_clear()
+
+
+def test_what_the_banner_calls_a_default_was_not_given(digits):
+    args = parse(digits, "--total-batch", "20", "--epochs", "7")
+    assert data_set_defaults(args, 240, 1).keys() == {"--sched-on-updates", "--model-ema"}
+
+
+def test_images_that_only_the_nodes_have_need_every_option_that_follows_from_them(tmp_path):
+    words = ["--data-set", "folder", "--data-path", str(tmp_path / "there")]
+    given = "--total-batch 64 --batch-size 16 --epochs 5 --warmup-epochs 1 --sched-on-updates --lr 1e-3".split()
+    assert undetermined(parse_arguments(words), words)[:2] == ["--total-batch", "--batch-size"]
+    assert undetermined(parse_arguments(words), words + given) == ["--model-ema"]
+    assert not undetermined(parse_arguments(words), [*words, *given, "--no-model-ema"])
 
 
 def test_the_launcher_knows_the_processes_before_they_run(digits, monkeypatch):

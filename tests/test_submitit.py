@@ -259,7 +259,9 @@ def test_a_job_dir_that_cannot_be_written(slurm, tmp_path, capsys):
 
 
 def test_data_that_only_the_nodes_have(slurm, capsys):
-    assert call("--data-set", "folder", "--data-path", "/only/there") == 0
+    assert call("--data-set", "folder", "--data-path", "/only/there") == 2
+    assert "its images decide on defaults: submit where it is, or give --" in capsys.readouterr().err
+    assert call("--data-set", "imagenet", "--data-path", "/only/there") == 0
     assert "warning: --data-path /only/there does not exist on this machine" in capsys.readouterr().err
 
 

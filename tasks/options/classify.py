@@ -119,13 +119,15 @@ def defaults_of_size(images: int, given: Mapping[str, Any], processes: int) -> d
     The total batch T is the largest power of two that makes at least 16 updates of an epoch, and it is 16 to 1,024. So
     an epoch leaves out less than a 16th of 256 or more images. The peak learning rate is 5e-4 up to T = 512, and then
     DeiT's. A run sees 120,000 images, in 100 to 300 epochs. A tenth of its epochs, at most 5, is warm-up.
+    Where processes have no even share of T, as Mixup needs, T is the next multiple of twice their number.
     """
-    # 1. total batch: a multiple of a given batch
+    # 1. total batch: of the images alone, so that a smaller --batch-size keeps it
     power = 1 << max(images // UPDATES_AN_EPOCH, 1).bit_length() - 1
     smallest = min(SMALLEST_BATCH, 1 << images.bit_length() - 1)
-    total = given.get("total_batch") or min(max(power, smallest), LARGEST_BATCH)
-    if (batch := given.get("batch_size")) and "total_batch" not in given:
-        total = batch * max(1, round(total / batch))
+    total = min(max(power, smallest), LARGEST_BATCH)
+    if processes > 1:
+        total = -(-total // (2 * processes)) * 2 * processes
+    total = given.get("total_batch") or total
     # 2. batch of a process: as large as it may be, and even, as Mixup pairs images
     share = max(1, total // processes)
     sizes = [size for size in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % size == 0]
@@ -150,5 +152,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--batch-size {args.batch_size} is odd, but Mixup pairs images; use an even one, or --mixup 0 --cutmix 0"
         )
+    if args.model_ema_warmup and not args.model_ema:
+        raise UserError("--model-ema-warmup needs --model-ema, which --data-set folder and tar leave out by default")
     if args.report == "ema" and not args.model_ema:
         raise UserError("--report ema needs --model-ema")
