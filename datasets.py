@@ -71,7 +71,7 @@ def read_split(
         if not data_path.is_dir():
             raise UserError(f"--data-path {data_path}: no such folder; {name} needs one with {entry.layout}")
     if holdout is not None and entry is not DATASETS["folder"]:
-        raise UserError("--val-split is for --data-set folder with a folder for each class; leave it out")
+        raise UserError("--val-split needs --data-set folder, with a folder for each class; give both, or neither")
     try:
         images = read_part(cast(Path, data_path), split, holdout) if holdout else entry.read(data_path, split)
     except OSError as error:  # no permission, a broken disk

@@ -82,14 +82,19 @@ def choose(images: ImageFiles, holdout: Holdout) -> dict[str, list[str]]:
 
 
 def keep(data_path: str | Path, holdout: Holdout, folder: Path) -> None:
-    """Write `SPLIT_FILE` into the folder of a run that begins; an existing one stays."""
+    """Write `SPLIT_FILE` into the folder of a run that begins; that of a run that goes on stays."""
     path, data_path = folder / SPLIT_FILE, Path(data_path).expanduser()
-    if not path.exists():
+    if not (path.exists() and has_checkpoint(folder)):
         chosen = choose(read_class_folders(data_path), holdout)
         place = class_root(data_path).relative_to(data_path).as_posix()
         settings = {"val_split": holdout.share, "sampling_seed": holdout.seed, "folder": place}
         settings["data_path"] = str(data_path.resolve())
         write_json(path, settings | chosen)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has been saved in the folder; one that ended before that begins anew, with a choice of its own."""
+    return (folder / "checkpoint.pth").is_file()
 
 
 def _check_unchanged(data_path: Path, chosen: dict[str, list[str]], path: Path) -> None:
@@ -116,6 +121,11 @@ def _read_kept(data_path: Path, split: str, path: Path) -> ImageFiles:
     if not names:
         raise UserError(f"{path}: the run had no validation images; give --data-path, a folder with val/<class>/*")
     gone = [name for name in names if not (root / name).is_file()]
+    if len(gone) == len(names):
+        raise UserError(
+            f"--data-path {data_path}: no val/<class>/*, and none of the {len(names):,} validation images of {path}; "
+            "name the run's images, or a folder with val/<class>/*"
+        )
     if gone:
         raise UserError(
             f"--data-path {data_path}: {len(gone):,} images of {path} are gone ({first_few(gone, 2)}); restore them, "

@@ -171,7 +171,7 @@ def _class_folders(data_path: Path, split: str) -> list[str]:
         deeper = sorted(path.parent for path in data_path.glob(f"*/{split}") if path.is_dir())
         mend = f"; did you mean --data-path {deeper[0]}?" if len(deeper) == 1 else ""
         if not deeper and class_folders(data_path):
-            mend = "; --val-split 0.1 sets a tenth of each class aside, of train/<class>/* or of <class>/*"
+            mend = "; --data-set folder --val-split 0.1 holds a tenth of each class out of train/<class>/* or <class>/*"
         raise UserError(f"{data_path}: no folder {split}/; expected {FOLDER_LAYOUT}{mend}")
     classes = class_folders(root)
     if classes:

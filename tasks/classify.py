@@ -81,9 +81,11 @@ class Classification(Task):
             notes["layer decay"] = f"lr x {self.layer_decay:g} from each block to the one before it"
         if isinstance(self.criterion, WeightedCrossEntropy):
             weights = self.criterion.weights
-            least, most = int(weights.argmin()), int(weights.argmax())
-            names = [f"{weights[label]:.3g} ({self.class_names[label]})" for label in (least, most)]
-            notes["class weights"] = f"balanced, {' to '.join(names)}"
+            ends = [
+                f"{weights[label]:.3g} ({self.class_names[label]})" for label in (weights.argmin(), weights.argmax())
+            ]
+            equal = "all 1, as the classes have equally many images"
+            notes["class weights"] = "balanced, " + (equal if weights.min() == weights.max() else " to ".join(ends))
         return notes
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

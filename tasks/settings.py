@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from datasets import SplitSettings
-from holdout import Holdout
+from holdout import Holdout, has_checkpoint
 from losses import PAIRS, max_components
 from models import ModelSettings, build_model
 from utils import UserError
@@ -49,15 +49,15 @@ def split_settings(args: argparse.Namespace) -> SplitSettings:
 def holdout(args: argparse.Namespace) -> Holdout | None:
     """The settings of ``--val-split``; None without the option, and to evaluate a run on another kind of data set.
 
-    A run looks for an earlier choice in its own folder, then in that of the run that it resumes. ``--eval`` looks
-    beside the evaluated checkpoint.
+    A run that goes on has chosen before, and so has the one that it resumes from. ``--eval`` looks beside the evaluated
+    checkpoint.
     """
     if args.val_split is None or (args.eval and args.data_set != "folder"):
         return None
     checkpoint = args.resume or args.finetune * args.eval
     beside = [Path(checkpoint).parent] if checkpoint else []
-    runs = beside if args.eval and beside else [Path(args.output_dir), *beside]
-    return Holdout(args.val_split, args.sampling_seed, tuple(runs), args.eval)
+    own = [Path(args.output_dir)] if has_checkpoint(Path(args.output_dir)) and not (args.eval and beside) else []
+    return Holdout(args.val_split, args.sampling_seed, (*own, *beside), args.eval)
 
 
 def build_task_model(args: argparse.Namespace, num_classes: int, device: torch.device, **sizes: Any) -> nn.Module:

@@ -111,11 +111,11 @@ def test_what_cannot_be_divided_is_one_line(prepare, message, tmp_path):
 
 def test_the_option_is_for_a_folder_of_classes(tmp_path, capsys):
     write_classes(tmp_path / "mine", a=2, b=3)
-    with pytest.raises(UserError, match="--val-split is for --data-set folder"):
+    with pytest.raises(UserError, match="--val-split needs --data-set folder"):
         read_split("tar", "train", tmp_path / "mine", holdout=Holdout(0.1, 0))
     assert main.main(["--val-split", "0.6"]) == 2
     assert "at most 0.5" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"no folder train/; .*--val-split 0\.1 sets a tenth of each class aside"):
+    with pytest.raises(UserError, match=r"no folder train/; .*--data-set folder --val-split 0\.1 holds a tenth"):
         read_split("folder", "train", tmp_path / "mine")
 
 
@@ -129,6 +129,16 @@ def test_a_run_keeps_its_choice_and_goes_on_with_it(digits, tmp_path):
     words = ["--epochs", "1", "--resume", str(tmp_path / "whole/checkpoint.pth")]
     assert train(digits, tmp_path / "longer", *words[:2]) == 0
     assert json.loads((tmp_path / "longer" / SPLIT_FILE).read_text()) == kept
+
+
+def test_a_run_that_ended_before_it_was_saved_chooses_anew(copied, tmp_path, capsys):
+    (copied / "0/broken.png").write_bytes(b"no image")
+    assert train(copied, tmp_path / "run") != 0
+    assert (tmp_path / "run" / SPLIT_FILE).exists()
+    (copied / "0/broken.png").unlink()
+    assert train(copied, tmp_path / "run") == 0, capsys.readouterr().err
+    kept = json.loads((tmp_path / "run" / SPLIT_FILE).read_text())
+    assert "0/broken.png" not in kept["train"] + kept["val"]
 
 
 def test_a_changed_folder_is_not_trained_on_further(copied, tmp_path, capsys):
