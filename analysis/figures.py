@@ -165,7 +165,7 @@ def compute_maps(name: str, trained: TrainedModel, samples: list[Sample]) -> Mod
         similarity.append(similarity_maps(trained.model, images).cpu())
         logits.append(trained.model(images).cpu())
     classes, scores = trained.classes, torch.cat(logits)
-    if classes is None or trained.model.num_classes != len(classes):  # such as a self-supervised model
+    if not classes or trained.model.num_classes != len(classes):  # such as a self-supervised model
         return ModelMaps(name, torch.cat(similarity))
     best = zip(*(column.tolist() for column in scores.softmax(dim=-1).max(dim=-1)), samples, strict=True)
     predictions = [describe_prediction(classes[number], p, each.label, classes) for p, number, each in best]

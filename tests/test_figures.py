@@ -264,7 +264,9 @@ def test_predictions_are_the_models(large, digits):
         assert said.startswith(f"{name} {100 * float(row.max()):.0f}%")
     assert figures.compute_maps("model", dataclasses.replace(trained, classes=None), samples).predictions is None
     trained.model.reset_classifier(0)
-    assert figures.compute_maps("model", trained, samples).predictions is None, "a self-supervised model"
+    for classes in (trained.classes, []):  # of a data set with classes, and of --data-set images
+        without = dataclasses.replace(trained, classes=classes)
+        assert figures.compute_maps("model", without, samples).predictions is None, "a self-supervised model"
 
 
 @pytest.mark.parametrize(
