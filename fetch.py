@@ -2,7 +2,7 @@
 
     hf-hub:OWNER/NAME[@REVISION][/FILE]       its model.safetensors or pytorch_model.bin, unless a file is named
     timm:NAME                                 timm's pretrained weights, such as timm:deit_small_patch16_224.fb_in1k
-    https://HOST/PATH/FILE                    a file whose name may hold the first digits of its SHA-256, as torch.hub's
+    https://HOST/PATH/FILE                    a file; as torch.hub's, its name may hold 8 or more digits of its SHA-256
 
 Files of the Hub are in its own cache (HF_HOME), others in that of torch.hub (TORCH_HOME). Locks let one process of a
 machine fetch while the others wait. What is there is taken without a look at the network.
@@ -11,17 +11,23 @@ machine fetch while the others wait. What is there is taken without a look at th
 import difflib
 import hashlib
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from urllib.parse import urlparse
 
-from utils import UserError
+from utils import UserError, logger
 
 SCHEMES = ("hf-hub:", "timm:", "https://", "http://")
 SECONDS_TO_ANSWER = 30.0
 """Longest wait for a server that does not answer."""
+SECONDS_TO_TELL, SECONDS_TO_WAIT = 30.0, 1800.0
+"""Wait for a process that fetches the same file: until a line says so, and from then on at most."""
+HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])(?=[a-f]*[0-9])([0-9a-f]{8,})\.")
+"""At least 8 hexadecimal digits, as in torch.hub's names; neither a number or a date, nor a word."""
 
 
 def is_name(source: str | Path) -> bool:
@@ -127,39 +133,83 @@ def _from_hub(name: str, place: str) -> Path:
 def _from_url(name: str, url: str, check: Callable[[Path], object] | None) -> Path:
     """The file of a URL; ``name`` is for messages. Its folder has a number of its own, as many files have one name."""
     import torch
-    from huggingface_hub.utils import WeakFileLock  # also where a file system has no locks of its own
-    from torch.hub import HASH_REGEX
 
-    # 1. is it here?
-    file = os.path.basename(urlparse(url).path)
-    digits = HASH_REGEX.search(file)
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    if not digits:
-        folder /= hashlib.sha256(url.encode()).hexdigest()[:12]
-    kept = folder / file
-    if not file:
-        raise UserError(f"{name}: the URL names no file")
-    if kept.exists():
-        return kept
-    # 2. one process fetches and checks it
     try:
+        # 1. is it here?
+        file = os.path.basename(urlparse(url).path)
+        digits = HASH_IN_NAME.search(file)
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        if not digits:
+            folder /= hashlib.sha256(url.encode()).hexdigest()[:12]
+        kept = folder / file
+        if not file:
+            raise UserError(f"{name}: the URL names no file")
+        if kept.exists():
+            return kept
+        # 2. one process fetches and checks it
         folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(f"{kept}.lock"), _patience():
+        with _alone(name, f"{kept}.lock"), _patience():
             if not kept.exists():
                 arrived = kept.with_name(f"{kept.name}.arrived")
-                torch.hub.download_url_to_file(url, str(arrived), digits and digits[1])
-                if check is not None:
-                    check(arrived)
+                _download(name, url, arrived, digits and digits[1])
+                _check_arrived(name, arrived, check)
                 os.replace(arrived, kept)
-    except UserError as error:
-        arrived.unlink(missing_ok=True)
-        raise UserError(f"{name}: what arrived{str(error).removeprefix(str(arrived))}; is the URL right?") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, HTTPException) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name}: cannot be fetched ({reason}); give the command where there is a network, or put it at {kept}"
         ) from error
+    except ValueError as error:  # such as a host that cannot be one
+        raise UserError(f"{name}: cannot be fetched ({' '.join(str(error).split())}); check the URL") from error
     return kept
+
+
+def _download(name: str, url: str, path: Path, digits: str | None) -> None:
+    """Fetch a file, whose SHA-256 begins with ``digits`` if given."""
+    import torch
+
+    try:
+        torch.hub.download_url_to_file(url, str(path), digits)
+    except InvalidURL as error:  # such as one with a blank
+        raise ValueError(error) from error
+    except RuntimeError as error:  # of torch.hub: another hash
+        raise UserError(
+            f"{name}: the file that arrived is not the one of its name, as its SHA-256 does not begin with {digits}; "
+            "ask where the URL is from, or get the file yourself and name its path"
+        ) from error
+
+
+def _check_arrived(name: str, path: Path, check: Callable[[Path], object] | None) -> None:
+    """Remove a file that ``check`` refuses, and say so."""
+    try:
+        if check is not None:
+            check(path)
+    except UserError as error:
+        path.unlink(missing_ok=True)
+        raise UserError(f"{name}: what arrived{str(error).removeprefix(str(path))}; is the URL right?") from error
+
+
+@contextmanager
+def _alone(name: str, lock: str) -> Iterator[None]:
+    """Hold a lock file; a wait for another process is told, and ends after SECONDS_TO_WAIT.
+
+    A process that was killed can leave its lock behind, where a file system has no locks of its own.
+    """
+    from huggingface_hub.utils import WeakFileLock  # also for such file systems
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(WeakFileLock(lock, timeout=SECONDS_TO_TELL))
+        except TimeoutError:
+            logger.warning(f"{name}: waiting for another process that fetches it; if there is none, remove {lock}")
+            try:
+                held.enter_context(WeakFileLock(lock, timeout=SECONDS_TO_WAIT))
+            except TimeoutError as error:
+                minutes = f"{SECONDS_TO_WAIT / 60:.0f} min"
+                raise UserError(
+                    f"{name}: another process has not fetched it in {minutes}; if there is none, remove {lock}"
+                ) from error
+        yield
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Weights by name: fetched once, checked and kept; without a network one line says what to do."""
 
+import fcntl
 import hashlib
+import http.client
 import http.server
 import io
 import shutil
@@ -16,7 +18,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import _hub
 
+import fetch
 import main
+import utils
 from analysis.commands import add_checkpoint_options
 from cli import Parser
 from fetch import input_notes, is_name
@@ -88,11 +92,21 @@ def test_of_many_that_want_it_at_once_one_fetches(server):
 def test_the_hash_in_a_name_is_checked_and_the_file_is_where_torch_hub_keeps_it(server, tmp_path):
     content = saved({"a": torch.ones(2)})
     digits = hashlib.sha256(content).hexdigest()[:8]
-    server.files = {f"/vit-{digits}.pth": content, "/vit-00000000.pth": content}
+    server.files = {f"/vit-{digits}.pth": content, "/vit-0000000a.pth": content}
     assert weights_file(f"{server.url}/vit-{digits}.pth") == tmp_path / f"torch/hub/checkpoints/vit-{digits}.pth"
-    with pytest.raises(UserError, match=r'cannot be fetched \(invalid hash value .expected "00000000"'):
-        weights_file(f"{server.url}/vit-00000000.pth")
-    assert not (tmp_path / "torch/hub/checkpoints/vit-00000000.pth").exists()
+    with pytest.raises(UserError, match=r"not the one of its name, as its SHA-256 does not begin with 0000000a; ask"):
+        weights_file(f"{server.url}/vit-0000000a.pth")
+    assert not (tmp_path / "torch/hub/checkpoints/vit-0000000a.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["vit-224.pth", "dino-b.pth", "run-20260115.pth", "model-00001-of-00002.safetensors", "a-facade.pth", "vit-.pth"],
+)
+def test_numbers_and_words_in_a_name_are_no_hash(server, file):
+    server.files = {f"/{folder}/{file}": saved({folder: torch.ones(2)}) for folder in ("a", "b")}
+    for folder in ("a", "b"):
+        assert list(read_checkpoint(f"{server.url}/{folder}/{file}")) == [folder]
 
 
 @pytest.mark.parametrize("content", [saved({"a": torch.ones(2)})[:-40], b"<html>log in first</html>"])
@@ -117,6 +131,43 @@ def test_without_an_answer_one_line_says_where_to_put_the_file(server, tmp_path)
     assert list(read_checkpoint(closed)) == ["a"]
     with pytest.raises(UserError, match="the URL names no file"):
         weights_file("http://127.0.0.1:9/")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:9/a b.pth", "http://127.0.0.1:x/a.pth", "http://[a/b.pth", f"http://{'a' * 70}.de/b.pth",
+     "http://127.0.0.1:9/ä.pth"],
+)  # fmt: skip
+def test_what_cannot_be_a_url_is_one_line(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot be fetched \(.*\); check the URL$"):
+        weights_file(url)
+
+
+def test_an_answer_that_is_no_http_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refuse(*args):
+        raise http.client.BadStatusLine("SSH-2.0-OpenSSH")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(UserError, match=r"cannot be fetched \(SSH-2.0-OpenSSH\); give"):
+        weights_file("https://host/a.pth")
+
+
+def test_a_wait_for_another_process_is_told_and_ends(server, tmp_path, monkeypatch, caplog):
+    """Such as for a lock that a killed process has left behind."""
+    monkeypatch.setattr(fetch, "SECONDS_TO_TELL", 0.1)
+    monkeypatch.setattr(fetch, "SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr(utils.logger, "propagate", True)
+    lock = tmp_path / "torch/hub/checkpoints/vit-0000000a.pth.lock"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=rf"has not fetched it in 0 min; if there is none, remove {lock}$"):
+            weights_file(f"{server.url}/vit-0000000a.pth")
+    assert f"waiting for another process that fetches it; if there is none, remove {lock}" in caplog.text
+    assert server.requests == []
 
 
 def test_what_would_run_code_is_refused_from_everywhere(server):
