@@ -26,6 +26,8 @@ TIMMS_OWN = {
 """This program's models -> timm's, which are the same if the last block is standard."""
 OWN_OPTIONS = ("last_block", "similarity", "similarity_query", "positions")
 """Arguments of this program's models that timm's do not have."""
+OTHER_WEIGHTS = (".pt", ".bin", ".onnx", ".ckpt", ".npz", ".h5", ".pkl")
+"""Suffixes of weights that are not written here; a name such as ``hub-v1.0`` is one of a folder."""
 
 
 def write_weights(model: nn.Module, path: str | Path, args: Any, classes: Sequence[str]) -> str:
@@ -33,7 +35,7 @@ def write_weights(model: nn.Module, path: str | Path, args: Any, classes: Sequen
 
     ``.safetensors``: the state dict, whose names are timm's, for timm and others. ``.pth``: the same as a file of
     torch, for DINO's scripts (``--pretrained_weights``). ``.tar``: with the names of a MoCo-v3 checkpoint, for its
-    scripts (``--pretrained``). Without a suffix: a folder, see `write_folder`. `weights.read_checkpoint` reads all.
+    scripts (``--pretrained``). Any other name is a folder, see `write_folder`. `weights.read_checkpoint` reads all.
 
     Args:
         model: built by ``timm.create_model``.
@@ -45,13 +47,13 @@ def write_weights(model: nn.Module, path: str | Path, args: Any, classes: Sequen
         What reads it, in words, for the log.
 
     Raises:
-        UserError: another suffix, or no such folder.
+        UserError: a suffix of OTHER_WEIGHTS, or no such folder.
         RunError: see `utils.write_atomically`.
     """
     path = Path(path)
-    if path.is_dir() or not path.suffix:
+    if path.is_dir() or path.suffix not in (".safetensors", ".pth", ".tar", *OTHER_WEIGHTS):
         return write_folder(model, path, args, classes)
-    if path.suffix not in (".safetensors", ".pth", ".tar"):
+    if path.suffix in OTHER_WEIGHTS:
         raise UserError(
             f"--export {path}: name a file *.safetensors (timm), *.pth (DINO) or *.pth.tar (MoCo-v3), or a folder"
         )
@@ -91,9 +93,9 @@ def write_folder(model: nn.Module, folder: Path, args: Any, classes: Sequence[st
     config: dict[str, Any] = {"pretrained_cfg": {"architecture": TIMMS_OWN[name] if stock else args.model}}
     if len(classes) and model.num_classes == len(classes):
         config["label_names"] = list(classes)
-    # 3. timm writes both files; each replaces an older one when it is whole
+    # 3. timm writes both files, elsewhere, so that nothing but them is uploaded; each replaces an older one when whole
     prepare_output_dir(folder, "--export")
-    with tempfile.TemporaryDirectory(dir=folder) as there:
+    with tempfile.TemporaryDirectory() as there:
         save_for_hf(described, there, model_config=config, data_config=data, safe_serialization=True)
         for path in sorted(Path(there).iterdir(), reverse=True):  # the weights first
             content = path.read_bytes()

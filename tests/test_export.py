@@ -9,8 +9,10 @@ from helpers import checkpoints as files
 from helpers import runs
 from helpers.checkpoints import SMALL, make
 from timm.data import resolve_data_config
+from timm.models import save_for_hf
 
 import checkpoints
+import export
 import main
 from arguments import parse_arguments
 from export import write_weights
@@ -57,7 +59,7 @@ def test_written_weights_have_the_names_that_dinos_and_mocos_scripts_read(tmp_pa
     assert kept == list(model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["vit.onnx", "none/vit.pth"])
+@pytest.mark.parametrize("name", ["vit.onnx", "vit.pt", "none/vit.pth"])
 def test_weights_that_cannot_be_written_are_one_line(tmp_path, name):
     with pytest.raises(UserError, match=r"--export .*(name a file \*\.safetensors|make it first)"):
         write_weights(make(), tmp_path / name, None, ())
@@ -127,6 +129,19 @@ def test_every_family_comes_back_from_a_folder(tmp_path, name):
     torch.testing.assert_close(again(images), model(images))
     if name.endswith("_sar"):
         torch.testing.assert_close(*(each(images, return_similarity=True)[1] for each in (again, model)))
+
+
+def test_a_killed_export_leaves_nothing_to_upload_and_a_folder_may_have_a_dot(tmp_path, monkeypatch):
+    own(tmp_path / "best.pth", "")
+    there = []
+
+    def written(*args, **options):
+        save_for_hf(*args, **options)
+        there.extend((tmp_path / "hub-v1.0").rglob("*"))
+
+    monkeypatch.setattr(export, "save_for_hf", written)
+    exported(tmp_path / "best.pth", tmp_path / "hub-v1.0")
+    assert there == []
 
 
 def test_a_folder_is_read_again_and_replaced(tmp_path):
