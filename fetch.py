@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException, InvalidURL
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
 from utils import UserError, logger
@@ -33,6 +33,14 @@ HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])(?=[a-f]*[0-9])([0-9a-f]{8,})\.")
 def is_name(source: str | Path) -> bool:
     """Whether weights are given by name, and not as a file of this machine."""
     return str(source).startswith(SCHEMES)
+
+
+def short_name(name: str) -> str:
+    """What a model is called whose weights are given by name: without scheme, owner, host, folders and query."""
+    scheme, _, place = name.partition(":")
+    if scheme == "timm":
+        return place
+    return place.partition("/")[2] if scheme == "hf-hub" else PurePosixPath(urlparse(name).path).stem
 
 
 def local_file(source: str | Path, check: Callable[[Path], object] | None = None) -> Path:

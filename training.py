@@ -19,7 +19,7 @@ from checkpoints import NoImages, load_trained, named, save, start_or_resume
 from datasets import cache_splits, save_subset
 from engine import NonFiniteLoss, Run, evaluate, train_one_epoch
 from export import write_weights
-from fetch import is_name
+from fetch import is_name, short_name
 from holdout import keep
 from models import MODELS
 from owner import owned
@@ -226,6 +226,8 @@ def evaluate_only(argv, args, processes: Processes) -> int:
         raise UserError(f"nothing to evaluate at {path}; name a checkpoint with --finetune FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
+    if is_name(path) and not is_given("--output-dir", argv):  # a folder of its own, and not the default one of a run
+        args.output_dir = str(Path("output", f"{short_name(path).replace('/', '_')}_{args.data_set}"))
     alone = args.export and not is_given("--eval", argv) and not default_arguments(args.task)["eval"]
     own = alone and is_own(checkpoint)
     classes = checkpoint["data"]["classes"] if own else ()

@@ -14,12 +14,7 @@ from arguments import default_workers
 from cli import at_least
 from datasets import build_loader
 from utils import UserError, environment, prepare_output_dir, write_csv, write_json
-from weights import num_heads_of, read_checkpoint, weights_file
-
-
-def weights_here(source: str) -> str:
-    """The type of an option for weights: the path of a file; what is given by name is fetched."""
-    return str(weights_file(source))
+from weights import num_heads_of, read_checkpoint
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -29,7 +24,6 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool) -> N
         "--checkpoint",
         action="append",
         required=required,
-        type=weights_here,
         metavar="FILE",
         help="checkpoint of any supported format, or its name (hf-hub:, timm:, https://); repeat it for more models",
     )

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from arguments import parse_arguments
+from fetch import input_notes, is_name, short_name
 from models import build_model
 from models_sar import scaled_positions
 from tasks.settings import model_settings
@@ -68,7 +69,7 @@ def load_model(
             heads; an input size that is not a multiple of the patch size.
     """
     # 1. build the architecture, then load the weights
-    path, checkpoint = Path(path), read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     try:
         if is_own(checkpoint):
             model, size, patch_size = _own_model(checkpoint, key, device, num_heads, input_size)
@@ -80,6 +81,8 @@ def load_model(
         load_weights(model, state, strict_head=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    for note in input_notes(path):
+        logger.info(f"{path}: {note}")
     # 2. metadata of this program's checkpoints
     crop_pct = checkpoint["args"]["crop_pct"] if is_own(checkpoint) else None
     classes, name = _classes(checkpoint, model), short_names([path])[0]
@@ -170,17 +173,28 @@ def _classes(checkpoint: Mapping, model: nn.Module) -> list[str] | None:
     return ImageNetInfo("imagenet-1k").label_names() if model.num_classes == 1000 else None
 
 
-def short_names(paths: list[str | Path]) -> list[str]:
-    """Short distinct names from checkpoint paths: ``["a/seed0/best.pth", "b/seed0/best.pth"]`` -> ``["a", "b"]``.
+def short_names(sources: Sequence[str | Path]) -> list[str]:
+    """Short distinct names of checkpoints: ``["a/seed0/best.pth", "b/seed0/best.pth"]`` -> ``["a", "b"]``.
 
     A single path is named after its file, or after its folder if the file is main.py's ``best`` or ``checkpoint``.
+    Weights by name have their `fetch.short_name`, or all of it where that is not distinct.
 
     Raises:
-        UserError: a path that is given twice.
+        UserError: a path or name that is given twice.
     """
-    if len({os.path.abspath(path) for path in paths}) < len(paths):
-        raise UserError(f"a checkpoint is given twice: {', '.join(map(str, paths))}; give each once")
-    whole = [Path(os.path.abspath(path)) for path in paths]
+    given = [str(source) if is_name(source) else os.path.abspath(source) for source in sources]
+    if len(set(given)) < len(given):
+        raise UserError(f"a checkpoint is given twice: {', '.join(map(str, sources))}; give each once")
+    files = [source for source in given if not is_name(source)]
+    names = dict(zip(files, _short_paths(files), strict=True))
+    names |= {source: short_name(source) for source in given if is_name(source)}
+    distinct = len(set(names.values())) == len(names)
+    return [names[source] if distinct or not is_name(source) else source for source in given]
+
+
+def _short_paths(paths: list[str]) -> list[str]:
+    """`short_names` of absolute paths."""
+    whole = [Path(path) for path in paths]
     without = [path.with_suffix("") for path in whole]
     parts = [path.parts for path in (without if len(set(without)) == len(without) else whole)]
     if len(parts) == 1:

@@ -30,7 +30,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from analysis.commands import add_loading_options, add_model_options, weights_here
+from analysis.commands import add_loading_options, add_model_options
 from analysis.models import TrainedModel, load_model, short_names
 from augmentation import eval_transform
 from build import choose_amp
@@ -53,6 +53,7 @@ from utils import (
     write_csv,
     write_json,
 )
+from weights import weights_file
 
 IMAGENET_C = json.loads(Path(__file__).with_name("imagenet_c.json").read_text(encoding="utf-8"))
 CORRUPTIONS: dict[str, dict] = IMAGENET_C["corruptions"]
@@ -299,7 +300,7 @@ def build_evaluation(args: argparse.Namespace, trained: TrainedModel, parts: lis
 
 def build_protocol(args: argparse.Namespace, trained: TrainedModel, evaluation: Evaluation) -> dict:
     """Everything a result depends on; records measured under another protocol are never mixed with these."""
-    with open(args.checkpoint, "rb") as file:
+    with open(weights_file(args.checkpoint), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "data_set": args.data_set,
@@ -466,7 +467,7 @@ def build_command_line() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, type=weights_here, metavar="FILE", help="checkpoint of any supported format")
+    add("--checkpoint", required=True, metavar="FILE", help="checkpoint of any supported format")
     add("--data-set", required=True, choices=tuple(IMAGES), help="which set to measure")
     add("--data-path", required=True, type=Path, metavar="DIR", help="folder of the set, in the layout above")
     add("--out", type=Path, metavar="DIR", help="output folder (default: output/<data set>/<checkpoint name>)")

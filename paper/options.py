@@ -166,13 +166,14 @@ def existing_file(text: str) -> Path:
     return path_from_here(text)
 
 
-def weights_here(text: str) -> Path:
-    """`existing_file` of weights; what is given by name (`fetch.local_file`) is fetched."""
-    if is_name(text):
-        from weights import weights_file  # imports torch
+def weights_here(text: str) -> str:
+    """The path of an `existing_file` of weights, or their name; what it names is fetched."""
+    if not is_name(text):
+        return str(existing_file(text))
+    from weights import weights_file  # imports torch
 
-        text = str(weights_file(text))
-    return existing_file(text)
+    weights_file(text)
+    return text
 
 
 def split_words(text: str) -> list[str]:
@@ -219,9 +220,7 @@ def read_settings(argv: list[str]) -> Settings:
         overrides=overrides,
         overrides_path=args.overrides,
         weights={
-            word.removeprefix("weights:"): [str(path), *(args.ckpt_options or [])]
-            for word, path in given.items()
-            if path
+            word.removeprefix("weights:"): [file, *(args.ckpt_options or [])] for word, file in given.items() if file
         },
         measurement_words=measurement_words(table, args),
         dry_run=args.dry_run,

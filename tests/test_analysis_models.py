@@ -216,5 +216,14 @@ def test_short_names_tell_checkpoints_apart():
     assert short_names(["output/quickstart/best.pth"]) == ["quickstart"]
     assert short_names(["a/best.pth", "a/best.pt"]) == ["best.pth", "best.pt"]
     assert short_names(["weights/deit_small.pth"]) == ["deit_small"]
+    timms, url = "timm:deit_small_patch16_224.fb_in1k", "https://host/moco/vit-s.pth?download=true"
+    assert short_names([timms]) == ["deit_small_patch16_224.fb_in1k"]
+    assert short_names(["a/seed0/best.pth", "hf-hub:me/vit@v1", "b/seed0/best.pth", url]) == [
+        "a",
+        "vit@v1",
+        "b",
+        "vit-s",
+    ]
+    assert short_names(["hf-hub:me/vit", "hf-hub:you/vit", "a/vit.pth"]) == ["hf-hub:me/vit", "hf-hub:you/vit", "vit"]
     with pytest.raises(UserError, match=r"a checkpoint is given twice: a.pth, ./a.pth, b.pth; give each once$"):
         short_names(["a.pth", "./a.pth", "b.pth"])

@@ -1,5 +1,6 @@
 """Weights by name: fetched once, checked and kept; without a network one line says what to do."""
 
+import argparse
 import fcntl
 import hashlib
 import http.client
@@ -21,7 +22,9 @@ from timm.models import _hub
 import fetch
 import main
 import utils
-from analysis.commands import add_checkpoint_options
+from analysis import robustness
+from analysis.commands import add_checkpoint_options, load_models, result_folders
+from analysis.models import load_model
 from cli import Parser
 from fetch import input_notes, is_name
 from paper.options import read_settings
@@ -254,10 +257,33 @@ def test_another_normalisation_of_timms_weights_is_told():
     assert note.startswith("its images had mean (0.5, 0.5, 0.5) and deviation (0.5, 0.5, 0.5), and")
 
 
+def test_the_analysis_calls_models_by_their_names(hub, tmp_path, monkeypatch, caplog):
+    """And not by their files, which are all called model.safetensors; notes are logged, as in training."""
+    monkeypatch.setattr(utils.logger, "propagate", True)
+    caplog.set_level("INFO")
+    names = ["timm:vit_base_patch16_224.orig_in21k_ft_in1k", DEIT]
+    state = make("vit_tiny", img_size=8, patch_size=2, num_classes=10).state_dict()
+    safetensors.torch.save_file(state, hub / "snapshots/abc/model.safetensors")
+    shutil.copytree(hub, hub.with_name("models--timm--vit_base_patch16_224.orig_in21k_ft_in1k"))
+    parser = Parser()
+    add_checkpoint_options(parser, required=True)
+    given = parser.parse_args([f"--checkpoint={name}" for name in names])
+    args = argparse.Namespace(**vars(given), checkpoint_key=None, num_heads=3, input_size=None, out=tmp_path / "out")
+    models = load_models(args, torch.device("cpu"))
+    assert [model.name for model in models] == [name.removeprefix("timm:") for name in names]
+    assert result_folders(args, models) == [tmp_path / "out" / model.name for model in models]
+    assert f"{names[0]}: its images had mean (0.5, 0.5, 0.5)" in caplog.text
+    words = ["--checkpoint", names[0], "--data-set", "imagenet-a", "--data-path", "."]
+    args = robustness.build_command_line().parse_args(words)
+    digest = hashlib.sha256((hub / "snapshots/abc/model.safetensors").read_bytes()).hexdigest()
+    protocol = robustness.build_protocol(args, models[0], argparse.Namespace(amp_dtype=None))
+    assert protocol["checkpoint_sha256"] == digest
+
+
 # -------------------------------------------------------------------------------------------------- as an option
 
 
-def test_fine_tuning_evaluation_and_analysis_take_names(server, tmp_path, capsys):
+def test_fine_tuning_evaluation_and_analysis_take_names(server, tmp_path, monkeypatch):
     state = make("vit_tiny", img_size=8, patch_size=2, num_classes=10).state_dict()
     server.files = {"/vit.pth": saved({"model": state})}
     url, data = f"{server.url}/vit.pth", runs.write_digits(tmp_path / "digits")
@@ -268,10 +294,13 @@ def test_fine_tuning_evaluation_and_analysis_take_names(server, tmp_path, capsys
     evaluate = ("--model", "vit_tiny", "--last-block", "standard", "--eval", "--resume", url)
     assert main.main(runs.command(data, tmp_path / "eval", *evaluate)) == 0
     assert (tmp_path / "eval/eval/eval.json").exists()
+    monkeypatch.chdir(tmp_path)
+    assert main.main([*runs.SMALL, "--data-path", str(data), *evaluate]) == 0
+    assert [path.name for path in Path("output").iterdir()] == ["vit_folder"], "a folder in which no run trains"
     parser = Parser()
     add_checkpoint_options(parser, required=True)
-    (path,) = parser.parse_args(["--checkpoint", url]).checkpoint
-    assert list(read_checkpoint(path)) == ["model"]
+    assert parser.parse_args(["--checkpoint", url]).checkpoint == [url]
+    assert load_model(url, num_heads=3).name == "vit"
     table = read_settings(["table7", "--data", str(data), "--ckpt-base", url, "--ckpt-sar", url, "--dry-run"])
-    assert table.weights["base"] == [path]
+    assert table.weights["base"] == [url]
     assert server.requests == ["/vit.pth"]
