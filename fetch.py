@@ -38,9 +38,9 @@ def is_name(source: str | Path) -> bool:
 def short_name(name: str) -> str:
     """What a model is called whose weights are given by name: without scheme, owner, host, folders and query."""
     scheme, _, place = name.partition(":")
-    if scheme == "timm":
-        return place
-    return place.partition("/")[2] if scheme == "hf-hub" else PurePosixPath(urlparse(name).path).stem
+    if scheme in ("timm", "hf-hub"):
+        return place.partition("/")[2] or place
+    return PurePosixPath(place.partition("?")[0]).stem
 
 
 def local_file(source: str | Path, check: Callable[[Path], object] | None = None) -> Path:

@@ -46,7 +46,7 @@ LARGEST_WAIT = 10.0
 
 
 def step_line(position: Position, means: Mapping[str, float], seconds_left: float) -> str:
-    """The terminal's line of a logging step, as ``epoch 1 [2/5] 40%  loss 2.31  images/s 148  remaining 3:41 h``.
+    """The terminal's line of a logging step, as ``epoch 1 [2/5] 40%  loss 2.31  images/s 148  remaining 3 h 41 min``.
 
     Args:
         position: after the last update of the step's window.

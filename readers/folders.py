@@ -10,14 +10,13 @@ from readers.files import (
     KNOWN,
     LeftOut,
     find_images,
-    first_few,
     is_hidden,
     leads_back,
     no_images,
     suffix_of,
 )
 from readers.images import ImageFiles
-from utils import UserError, readable
+from utils import UserError, first_few, readable
 
 CLASS_LISTS = Path(__file__).parent / "class_lists"
 

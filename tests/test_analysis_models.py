@@ -225,5 +225,6 @@ def test_short_names_tell_checkpoints_apart():
         "vit-s",
     ]
     assert short_names(["hf-hub:me/vit", "hf-hub:you/vit", "a/vit.pth"]) == ["hf-hub:me/vit", "hf-hub:you/vit", "vit"]
+    assert short_names(["hf-hub:vit", "http://[host"]) == ["vit", "[host"], "an error when they are fetched"
     with pytest.raises(UserError, match=r"a checkpoint is given twice: a.pth, ./a.pth, b.pth; give each once$"):
         short_names(["a.pth", "./a.pth", "b.pth"])

@@ -371,7 +371,9 @@ def drawing(heading: str) -> list[str]:
 
 
 def test_the_tree_is_the_repositorys():
-    drawn = {line.split()[0].rstrip("/") for line in drawing("The tree")}
+    lines = [line.split()[0].rstrip("/") for line in drawing("The tree")]
+    drawn = set(lines)
+    assert len(drawn) == len(lines), "each once"
     assert not [name for name in drawn if not ((ROOT / name).exists())]
     assert drawn >= {f"{name}.py" if (ROOT / f"{name}.py").exists() else name for name in OWN}
 
