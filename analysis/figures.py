@@ -141,7 +141,8 @@ def validation_samples(args: Namespace) -> list[Sample]:
     """``--count`` validation images of different classes of the first checkpoint's data set.
 
     Raises:
-        UserError: a checkpoint of another program, which does not name its data; or the data set is missing.
+        UserError: a checkpoint of another program, which does not name its data; or the data set is missing, or without
+            classes.
     """
     path = args.checkpoint[0]
     saved = read_checkpoint(path, lazily=True).get("args")
@@ -150,6 +151,8 @@ def validation_samples(args: Namespace) -> list[Sample]:
     given = ["--data-path", args.data_path] if args.data_path else []
     run_args = parse_arguments(["--eval", "--resume", str(path), *given], saved=dict(saved))
     dataset = AugmentedDataset(read_split(run_args.data_set, "val", run_args.data_path, holdout=holdout(run_args)))
+    if not dataset.classes:
+        raise UserError(f"{path}: its --data-set {run_args.data_set} has no classes to show; give --images")
     chosen = choose_samples(dataset, args.count)
     names = dataset.classes
     return [Sample(names[label], as_pillow(image), names[label]) for image, label in chosen]

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import runs
+from helpers.checkpoints import OWN
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import checkpoints
 import main
 from analysis import figures, panels
 from analysis.attention import attention_of, keep_mass, similarity_maps
@@ -267,6 +269,17 @@ def test_predictions_are_the_models(large, digits):
     for classes in (trained.classes, []):  # of a data set with classes, and of --data-set images
         without = dataclasses.replace(trained, classes=classes)
         assert figures.compute_maps("model", without, samples).predictions is None, "a self-supervised model"
+
+
+def test_of_a_run_on_images_without_classes_the_images_are_named(photos, tmp_path, capsys):
+    words = f"--task dino {' '.join(OWN[4:])} --data-set images --data-path {photos} --output-dir {tmp_path}"
+    run = runs.build(f"{words} --num-workers 0 --out-dim 16 --local-crops-number 0 --batch-size 1 --total-batch 1")
+    checkpoints.save(run, "checkpoint.pth")
+    command = ("--checkpoint", tmp_path / "checkpoint.pth", "--out", tmp_path / "out", "--device", "cpu")
+    assert draw(*command) == 2
+    assert "checkpoint.pth: its --data-set images has no classes to show; give --images" in capsys.readouterr().err
+    assert draw(*command, "--images", photos) == 0
+    assert not gallery_data(tmp_path / "out")["models"][0]["images"][0].get("prediction")
 
 
 @pytest.mark.parametrize(
