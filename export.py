@@ -76,6 +76,8 @@ def write_folder(model: nn.Module, folder: Path, args: Any, classes: Sequence[st
 
     Args, results and errors are those of `write_weights`.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise UserError(f"--export {folder}: a folder with other files; name a new one")
     # 1. the model as timm knows it
     described: Any = copy.copy(model)
     name = args.model.removesuffix("_sar")

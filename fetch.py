@@ -13,13 +13,14 @@ import hashlib
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException, InvalidURL
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
-from utils import UserError, logger
+from utils import UserError, logger, processes_here
 
 SCHEMES = ("hf-hub:", "timm:", "https://", "http://")
 SECONDS_TO_ANSWER = 30.0
@@ -110,10 +111,13 @@ def _from_hub(name: str, place: str) -> Path:
     repository, revision = _hub.hf_split(f"{owner}/{model}")
     files = [file] if file else [_hub.HF_SAFE_WEIGHTS_NAME, _hub.HF_WEIGHTS_NAME]
     # 2. here, else from there; the Hub's own lines about retries would hide the one that follows
+    rank, _, _ = processes_here()
     verbosity = get_verbosity()
     set_verbosity_error()
     try:
         for local in (True, False):
+            if not local and rank == 0:
+                print(f"fetching {name} from the Hugging Face Hub", file=sys.stderr, flush=True)
             for wanted in files:
                 try:
                     return Path(
@@ -159,6 +163,7 @@ def _from_url(name: str, url: str, check: Callable[[Path], object] | None) -> Pa
         with _alone(name, f"{kept}.lock"), _patience():
             if not kept.exists():
                 arrived = kept.with_name(f"{kept.name}.arrived")
+                print(f"fetching {url}", file=sys.stderr, flush=True)
                 _download(name, url, arrived, digits and digits[1])
                 _check_arrived(name, arrived, check)
                 os.replace(arrived, kept)

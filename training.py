@@ -223,7 +223,8 @@ def evaluate_only(argv, args, processes: Processes) -> int:
     # 1. the checkpoint, and the images unless it is exported alone and names its classes
     path = args.resume or args.finetune or str(Path(args.output_dir, "best.pth"))
     if not (is_name(path) or Path(path).exists()):
-        raise UserError(f"nothing to evaluate at {path}; name a checkpoint with --finetune FILE")
+        what = "export" if args.export else "evaluate"
+        raise UserError(f"nothing to {what} at {path}; name a checkpoint with --resume FILE or --finetune FILE")
     checkpoint = read_checkpoint(path)
     args = parse_arguments(argv, saved=checkpoint.get("args") or {})
     if is_name(path) and not is_given("--output-dir", argv):  # a folder of its own, and not the default one of a run

@@ -144,6 +144,13 @@ def test_a_killed_export_leaves_nothing_to_upload_and_a_folder_may_have_a_dot(tm
     assert there == []
 
 
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match="a folder with other files; name a new one"):
+        write_weights(make(), tmp_path, None, ())
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
+
+
 def test_a_folder_is_read_again_and_replaced(tmp_path):
     model, content = own(tmp_path / "best.pth", "")
     exported(tmp_path / "best.pth", tmp_path / "hub")

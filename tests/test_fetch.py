@@ -214,7 +214,7 @@ def test_without_a_network_one_line_names_the_file_and_the_mend(hub, name, capsy
         f"{name}: {file} is not on this machine, and the Hub cannot be reached; give the command once where it can, or "
         f"get the file from https://huggingface.co/{page} and name its path"
     )
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"fetching {name} from the Hugging Face Hub\n", "who waits knows for what"
 
 
 def test_of_a_repository_the_safe_file_is_taken_else_the_pickled_one(tmp_path, monkeypatch):

@@ -260,8 +260,8 @@ def test_it_evaluates_the_encoders_of_self_supervised_programs(folder, tmp_path,
 
 def test_without_a_checkpoint_it_says_what_is_missing(tmp_path, capsys):
     assert main.main(["--task", "knn", "--output-dir", str(tmp_path / "none")]) == 2
-    error = f"error: nothing to evaluate at {tmp_path / 'none/best.pth'}; name a checkpoint with --finetune FILE\n"
-    assert capsys.readouterr().err == error
+    error = f"error: nothing to evaluate at {tmp_path / 'none/best.pth'}; name a checkpoint with --resume FILE or "
+    assert capsys.readouterr().err == error + "--finetune FILE\n"
 
 
 def test_the_evaluated_weights_are_exported(folder, tmp_path, capsys):
