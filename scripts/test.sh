@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole check: environment, linter, type checker, tests. Two cores: under 10 minutes, installation included.
+# The whole check: environment, linter, type checker, tests. Two cores: about 10 minutes, installation included.
 #
 #   bash scripts/test.sh                                  # what continuous integration runs
 #   bash scripts/test.sh -m slow                          # further arguments go to pytest
