@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cli import HelpFormatter, KeyValues, Parser, at_least, expand_arguments, nearest
+from cli import KeyValues, Parser, at_least, expand_arguments, nearest
 from fetch import is_name
 from models import FAMILIES, MODELS
 from readers import DataSet, canonical_name, sets_of
@@ -79,8 +79,6 @@ def build_parser(task: str = "classify") -> argparse.ArgumentParser:
         usage="main.py [@recipe.args ...] [options]",
         epilog="An argument file, such as @recipes/deit_in1k.args, comes before all options, which override it.\n"
         "DeiT's spellings with underscores work, too.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add_shared_options(parser, task)
     add_options(task, parser)
@@ -114,7 +112,7 @@ def add_task_option(parser: argparse.ArgumentParser, default: str = "classify") 
 
 def task_of(words: list[str]) -> str:
     """The task that a command line with expanded argument files names."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     add_task_option(parser)
     return parser.parse_known_args(words)[0].task
 

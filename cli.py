@@ -113,8 +113,11 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with similar options for a mistyped one.
 
     In the values of options with the metavar FILE or DIR, a leading ``~`` is the home folder: a shell leaves it as it
-    is in ``--out=~/run``.
+    is in ``--out=~/run``. Help is that of `HelpFormatter`, and options cannot be abbreviated.
     """
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | settings)
 
     def parse_known_args(self, args=None, namespace=None):
         known, unknown = super().parse_known_args(args, namespace)

@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from arguments import accumulation, build_parser, parse_arguments, task_of, undetermined
-from cli import HelpFormatter, Parser, at_least, exit_code, expand_arguments
+from cli import Parser, at_least, exit_code, expand_arguments
 from launch.runs import ROOT, RunSpec, complete_run, epochs_done, hold_lock, warn_missing_data
 from launch.slurm import SIGNAL_DELAY_S, Cluster, print_submission, submit_all
 from launch.status import check_not_queued, format_status
@@ -128,7 +128,7 @@ def parse_slurm_arg(word: str) -> tuple[str, str | bool]:
 
 def parse_cluster(words: list[str]) -> Cluster:
     """The resources that a list of `add_cluster_options` requests (``--launch "submitit ..."`` of a table script)."""
-    parser = Parser(prog="submitit", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="submitit", add_help=False)
     add_cluster_options(parser)
     return build_cluster(parser.parse_args(expand_arguments(words)))
 
@@ -168,8 +168,6 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         usage="run_with_submitit.py --job-dir DIR [options] [@recipe.args ...] [main.py's options]",
         epilog="All other options and @recipe.args files are passed to main.py (see python main.py --help).",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add_launcher_options(parser)
     for at, word in enumerate(argv[1:]):

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from cli import HelpFormatter, Parser, at_least, exit_code
+from cli import Parser, at_least, exit_code
 from datasets import read_split
 from readers import FOLDER_LAYOUT, DataSet, canonical_name, sets_of
 from readers.files import LeftOut
@@ -286,8 +286,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m analysis.check",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add, cores = parser.add_argument, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     tasks = [name for name in TASKS if name in ("classify", "segment", "detect")]

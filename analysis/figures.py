@@ -38,7 +38,7 @@ from analysis.models import TrainedModel
 from analysis.panels import ModelMaps, attention_page, component_page, mask_page
 from arguments import parse_arguments
 from augmentation import as_pillow
-from cli import HelpFormatter, Parser, at_least, exit_code
+from cli import Parser, at_least, exit_code
 from datasets import AugmentedDataset, read_split
 from readers.files import list_images
 from readers.images import read_photograph
@@ -77,8 +77,6 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m analysis.figures",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add_checkpoint_options(parser, required=True)

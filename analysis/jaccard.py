@@ -44,7 +44,7 @@ from analysis.commands import (
 )
 from analysis.images import squash
 from analysis.models import TrainedModel
-from cli import HelpFormatter, Parser, at_least, exit_code
+from cli import Parser, at_least, exit_code
 from randomness import seed_sequence
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
 from utils import UserError, float64_device, pick_device, progress, start_logging
@@ -283,8 +283,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m analysis.jaccard",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add_checkpoint_options(parser, required=True)

@@ -36,7 +36,7 @@ from analysis.commands import (
 from analysis.models import TrainedModel
 from augmentation import as_tensor, eval_transform
 from batches import device_batches
-from cli import HelpFormatter, Parser, at_least, exit_code
+from cli import Parser, at_least, exit_code
 from readers.files import list_images
 from readers.images import read_photograph
 from readers.masks import BACKGROUND, VOID, MaskedImages, count_labels, read_masked_images
@@ -230,8 +230,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m analysis.measures",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="DIR", help="measure the maps of the images in this folder")

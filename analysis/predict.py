@@ -31,7 +31,7 @@ from arguments import parse_arguments
 from augmentation import as_tensor
 from batches import prepare
 from checkpoints import NoImages, load_trained
-from cli import HelpFormatter, Parser, at_least, exit_code
+from cli import Parser, at_least, exit_code
 from readers.files import list_images
 from readers.images import UnreadableImage, read_photograph
 from tasks import Task, load_task
@@ -53,8 +53,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m analysis.predict",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FILE", help="best.pth or checkpoint.pth of a run of main.py")

@@ -34,7 +34,7 @@ from analysis.commands import add_loading_options, add_model_options
 from analysis.models import TrainedModel, load_model, short_names
 from augmentation import eval_transform
 from build import choose_amp
-from cli import HelpFormatter, Parser, at_least, exit_code
+from cli import Parser, at_least, exit_code
 from datasets import AugmentedDataset, build_loader
 from engine import evaluate
 from readers.folders import class_folders, find_in_classes
@@ -463,8 +463,6 @@ def build_command_line() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m analysis.robustness",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FILE", help="checkpoint of any supported format")

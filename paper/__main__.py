@@ -10,7 +10,7 @@ Both commands have their own --help.
 import importlib
 import sys
 
-from cli import HelpFormatter, Parser, exit_code
+from cli import Parser, exit_code
 
 COMMANDS = ("run", "report")
 """The modules beside this one that have a ``main``; each is imported when it is asked for."""
@@ -24,8 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m paper",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("command", choices=COMMANDS)
     return exit_code(lambda: len(vars(parser.parse_args(argv))))  # prints help, or reports an unknown command

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import HelpFormatter, Parser, at_least, expand_arguments, nearest
+from cli import Parser, at_least, expand_arguments, nearest
 from fetch import is_name
 from launch.runs import ROOT
 from launch.slurm import Cluster
@@ -81,8 +81,6 @@ def build_parser(table: str) -> Parser:
         usage="%(prog)s [options]",
         description=f"{title}; {source}.\n\n    python -m paper run {table} --data /data --seeds 0 1 2",
         epilog=_format_rows(table),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     _add_options(parser.add_argument)
     _add_table_specific_options(parser, table)
@@ -236,8 +234,6 @@ def parse_table_name(words: list[str]) -> str:
         description="Run the rows of a table: plan, check, execute what is not finished, print the report. "
         "TABLE --help lists its options and rows.",
         epilog="tables:\n" + "\n".join(f"  {name:<10}  {TABLES[name]['title']}" for name in RUNNABLE),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("table", type=table_name, metavar="TABLE", help="one of the tables below; it comes first")
     return parser.parse_args(words).table

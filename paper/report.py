@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from arguments import NOT_MATHEMATICAL, default_arguments
-from cli import HelpFormatter, Parser, exit_code
+from cli import Parser, exit_code
 from launch.logs import ACCURACY, Epoch, read_epoch
 from paper.tables import TABLES
 from readers import canonical_name, sets_of
@@ -562,8 +562,6 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m paper report",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "folder",

@@ -21,7 +21,6 @@ from tasks.options import classify as options
 from tasks.scores import ImageScores
 from tasks.settings import build_task_model, split_settings
 from utils import Processes, float64
-from weights import load_weights
 
 
 class Classification(Task):
@@ -52,7 +51,7 @@ class Classification(Task):
         self.ema_warmup = args.model_ema and args.model_ema_warmup
         ema = {"decay": args.model_ema_decay, "use_warmup": self.ema_warmup}
         self.ema = (ModelEmaV3(self.model, **ema),) if args.model_ema else ()
-        self.classes, self.class_names = () if args.keep_head else dataset.classes, dataset.classes
+        self.head_classes, self.class_names = () if args.keep_head else dataset.classes, dataset.classes
         self.records_images, self.layer_decay = args.eval, args.layer_decay
 
     @classmethod
@@ -115,13 +114,6 @@ class Classification(Task):
     def end_update(self, schedule: Mapping[str, float]) -> None:
         for ema in self.ema:
             ema.apply_update_(self.model, schedule.get("model_ema_decay", ema.decay))
-
-    def start_from(self, path: str, key: str | None) -> list[str]:
-        """See `tasks.Task.start_from`; a head whose classes have other names is dropped, unless ``--keep-head``."""
-        notes = load_weights(self.model, path, key, classes=self.classes)
-        if self.averaged is not None:
-            self.averaged.load_state_dict(self.model.state_dict())
-        return notes
 
     @classmethod
     def relabel(cls, dataset: AugmentedDataset, classes: Sequence[str]) -> list[str]:

@@ -65,6 +65,8 @@ class Task(nn.Module):
     """The names of `model` and `averaged` in checkpoints and results."""
     reference_batch: ClassVar[int | None] = 512
     """The total batch that ``--lr`` refers to; it is scaled linearly to others. None: ``--lr`` is not scaled."""
+    head_classes: Sequence[str] = ()
+    """Names of the head's classes; given weights whose head has others lose it. Empty: any head that fits is kept."""
     prediction: ClassVar[str] = ""
     """The kind of what `predict` returns, see there: "boxes", "pixels" or "names"; empty if nothing is predicted."""
 
@@ -271,7 +273,7 @@ class Task(nn.Module):
         Raises:
             UserError: the weights cannot be used.
         """
-        notes = load_weights(self.model, path, key)
+        notes = load_weights(self.model, path, key, classes=self.head_classes)
         if self.averaged is not None:
             self.averaged.load_state_dict(self.model.state_dict())
         return notes
